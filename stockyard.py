@@ -1,0 +1,5547 @@
+"""Stockyard: a self-hosted LLM proxy in one file. Change one URL, and every LLM call goes through it.
+
+Run it: `stockyard` serves on 127.0.0.1:4200; `stockyard demo` needs no key; `stockyard --help` tells the rest.
+
+The file is the architecture. Its sections are its layers, in order; a section uses only sections above it:
+
+    Imports and constants    limits, with their unit in the name
+    Primitives               ids, money, strict JSON, server-sent events
+    Errors                   one tree; each ends in one body and one log row
+    Domain                   Usage, Call, Attempt, Transcript, Translation
+    Dialects                 how bytes look: one class a wire format, around one canonical shape
+    Providers                whom we call: one row each
+    Dialect register         the names that rows use
+    Prices                   price rows, matching, cost of a usage
+    Settings                 rows of name, default, help
+    Router                   from a name to targets
+    Echo                     the built-in provider
+    Streams                  flows: provider bytes in, client bytes out
+    ~~~ waterline: everything above is pure; below, things happen ~~~
+    Store                    SQLite: one writer, grouped commits, queries
+    Upstream                 the only code that opens connections for calls
+    Gateway                  the life of a call
+    Lane                     the short way in for hot requests
+    Server                   routes, roles, the error boundary, passthrough, admin JSON
+    Process                  lock, listener, signals, assembly
+    Command line             verbs; `main` last
+
+The life of a call (`Gateway.answer`):
+
+    1  the lane or an aiohttp handler makes a Call of plain values: headers, body bytes
+    2  admit      may it go on: draining, log bound, keys, budgets, limits
+    3  read       strict JSON, model name, canonical request
+    4  route      ordered targets; a name nobody serves is a 404 that says what to set
+    5  prepare    the client's bytes where they may pass, else encoded in the provider's dialect
+    6  attempt    send, read, retry what may pass; streams are held back until their first content
+    7  learn      usage, finish reason, cost by a versioned price
+    8  settle     one log row, however it ended
+
+Words: client, call, attempt (one try at one target), target (provider and its model name), provider (whom), dialect
+(how its bytes look), upstream key (theirs) and virtual key (ours), usage, price, cost, flow (a stream's translation),
+passthrough (bytes unchanged), hold and settle (money), verdict (of a guardrail), span.
+"""
+
+# ===== Imports and constants ==========================================================================================
+# Standard library first, then the two packages of the owner. Limits carry their unit in the name. uvloop is bundled in
+# the executable and used where it imports; nothing depends on it.
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import collections
+import contextlib
+import csv
+import dataclasses
+import datetime
+import email.utils
+import fcntl
+import functools
+import hashlib
+import hmac
+import http
+import importlib.metadata
+import importlib.util
+import ipaddress
+import json
+import math
+import os
+import random
+import re
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import struct
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import traceback
+import urllib.parse
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar, cast
+
+import aiohttp
+import orjson
+import yarl
+from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import _ErrInfo as ErrorMessage
+
+__version__ = "0.1.0"
+
+Json = dict[str, Any]
+T = TypeVar("T")
+
+NANOUSD_PER_USD: Final = 1_000_000_000
+JSON_MAX_DEPTH: Final = 100
+SSE_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+UPSTREAM_MAX_BODY_BYTES: Final = 256 * 1024 * 1024
+HEARTBEAT_S: Final = 15.0
+SEE_README: Final = "see README.md"
+
+
+# ===== Primitives =====================================================================================================
+# Ids, money, strict JSON in, JSON out, and server-sent events. Everything here is pure: time and randomness come in as
+# arguments. JSON from clients passes `parse_json_object` and nothing else, so that what Stockyard checked is what the
+# provider reads (no duplicate keys, NaN, broken UTF-8, or depth that makes two parsers disagree).
+
+CROCKFORD: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def encode_base32(value: int, digits: int) -> str:
+    """Write `value` as `digits` lower-case Crockford base-32 digits, so that text order is number order."""
+    letters = []
+    for _ in range(digits):
+        letters.append(CROCKFORD[value & 31])
+        value >>= 5
+    return "".join(reversed(letters))
+
+
+class IdSource:
+    """Mints ids that sort by time and never repeat: 9 digits of milliseconds, 5 of a counter, 8 random ones per process.
+
+    The billing of a call hangs on its id, so ids are made here and never taken from a client.
+    """
+
+    def __init__(self, now_ms: Callable[[], int], random_bits: Callable[[int], int]) -> None:
+        self._now_ms = now_ms
+        self._suffix = encode_base32(random_bits(40), 8)
+        self._counter = random_bits(24)
+        self._stamp_ms = -1
+        self._stamp = ""
+
+    def __call__(self, prefix: str) -> str:
+        now_ms = self._now_ms()
+        if now_ms != self._stamp_ms:
+            self._stamp_ms, self._stamp = now_ms, encode_base32(now_ms, 9)
+        self._counter += 1
+        return f"{prefix}{self._stamp}{self._counter & 0x1FFFFFF:07x}{self._suffix}"
+
+
+def format_usd(nanousd: int) -> str:
+    """Print nano-dollars as dollars, exactly: 1_500_000 -> `0.0015`."""
+    sign, nanousd = ("-", -nanousd) if nanousd < 0 else ("", nanousd)
+    whole, rest = divmod(nanousd, NANOUSD_PER_USD)
+    return f"{sign}{whole}.{rest:09d}".rstrip("0").rstrip(".") if rest else f"{sign}{whole}"
+
+
+def parse_usd(text: str | int | float) -> int:
+    """Read dollars as nano-dollars, exactly; ValueError when finer than one nano-dollar or not a finite number."""
+    try:
+        whole, _, rest = str(text).strip().removeprefix("$").partition(".")
+        if not (whole + rest).isdigit() or len(rest.rstrip("0")) > 9:
+            raise ValueError
+        return int(whole or "0") * NANOUSD_PER_USD + int(rest.rstrip("0").ljust(9, "0") or "0")
+    except ValueError:
+        raise ValueError(f"{text!r} is no amount in dollars, such as 20 or 0.005") from None
+
+
+def dump_json(value: Any) -> bytes:
+    """Serialise compactly; integers beyond 64 bits and lone surrogates fall back to the standard library."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {name!r} appears twice in one object")
+    return members
+
+
+def _count_keys(value: Any) -> int:
+    """Count the object members in a parsed document. Recursion is bounded: the caller has checked the depth."""
+    if isinstance(value, dict):
+        total = len(value)
+        for child in value.values():
+            if isinstance(child, dict | list):
+                total += _count_keys(child)
+        return total
+    total = 0
+    for child in value:
+        if isinstance(child, dict | list):
+            total += _count_keys(child)
+    return total
+
+
+def _json_depth(body: bytes) -> int:
+    """The nesting depth of `body`; strings are removed first, so that brackets in text do not count."""
+    depth = deepest = 0
+    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body, flags=re.DOTALL):
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
+
+
+def parse_json_object(body: bytes) -> Json:
+    """Parse a client's JSON object strictly; ValueError with a sentence for everything doubtful.
+
+    Refused: anything but UTF-8, NaN and infinities, lone surrogates, duplicate keys, depth over 100, trailing text.
+    The duplicate check costs a byte count in the usual case: a text whose `":` are as many as its parsed members
+    cannot hold a member twice; only otherwise (a quoted `":` in some text) the slower exact parser decides.
+    """
+    if body.count(b"[") + body.count(b"{") > JSON_MAX_DEPTH and _json_depth(body) > JSON_MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {JSON_MAX_DEPTH} levels")
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object")
+    if body.count(b'":') != _count_keys(value) or re.search(rb'"\s+:', body):
+        json.loads(body.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str)
+    return value
+
+
+def splice_string(body: bytes, document: Json, name: str, value: str) -> bytes:
+    """Replace the text of the top-level member `name` in the bytes of `document`, leaving every other byte alone.
+
+    Where the member cannot be told from its bytes with certainty, the whole document is written anew.
+    """
+    key, old = b'"%b":' % name.encode(), orjson.dumps(document[name])
+    for spaced in (key + old, key + b" " + old):
+        if body.count(spaced) == 1 and body.count(key) == 1 and b"\\" + key not in body:
+            at = body.index(spaced)
+            start = at + len(spaced) - len(old)
+            return body[:start] + orjson.dumps(value) + body[start + len(old) :]
+    return dump_json({**document, name: value})
+
+
+def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
+    """Add the member `name` to a non-empty object's bytes, or replace it (by writing the document anew)."""
+    if name in document or not document:
+        return dump_json({**document, name: value})
+    at = body.index(b"{") + 1
+    return body[:at] + b'"%b":%b,' % (name.encode(), dump_json(value)) + body[at:]
+
+
+class SseReader:
+    """An incremental reader of server-sent events: bytes in any split, `(event name, data)` pairs out.
+
+    Line ends may be LF, CR or CRLF, also split between two reads; a BOM, comments, and unknown fields are passed over;
+    `data` lines are joined. Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._began = self._after_cr = False
+
+    def feed(self, data: bytes) -> list[tuple[str, bytes]]:
+        if self._after_cr and data[:1] == b"\n":
+            data = data[1:]
+        if b"\r" in data or self._after_cr:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        data = self._tail + data
+        if not self._began and len(data) >= 3:
+            self._began = True
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        *blocks, self._tail = data.split(b"\n\n")
+        if len(self._tail) > SSE_MAX_EVENT_BYTES:
+            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
+        return [event for block in blocks if (event := parse_sse_block(block))]
+
+    def close(self) -> list[tuple[str, bytes]]:
+        """Read what an ended stream left without its blank line: some providers forget the last one."""
+        tail, self._tail = self._tail, b""
+        event = parse_sse_block(tail)
+        return [event] if event else []
+
+
+def parse_sse_block(block: bytes) -> tuple[str, bytes] | None:
+    """Read one event's lines; None for one without data (comments, heartbeats)."""
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return "", block[6:]
+    name, data = "", []
+    for line in block.split(b"\n"):
+        label, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if label == b"data":
+            data.append(value)
+        elif label == b"event":
+            name = value.decode("utf-8", "replace")
+    return (name, b"\n".join(data)) if data else None
+
+
+def sse_event(value: Any, name: str = "") -> bytes:
+    """Write one event with a JSON payload; dialects that name their events pass `name`."""
+    if name:
+        return b"event: %b\ndata: %b\n\n" % (name.encode(), dump_json(value))
+    return b"data: %b\n\n" % dump_json(value)
+
+
+# ===== Errors =========================================================================================================
+# Every failure ends in one of these, one body in the client's dialect, and one log row. `message` is for the client and
+# says what to do; the cause is logged by class name only and never sent.
+#
+#   GatewayError 500
+#   ├── InvalidRequest 400        ├── UnknownModel 404        ├── Unauthenticated 401     ├── Forbidden 403
+#   ├── PayloadTooLarge 413       ├── GuardrailBlocked 400    ├── StorageUnavailable 503  ├── Draining 503
+#   ├── LimitExceeded 429 ── BudgetExceeded 429
+#   ├── ClientGone 499
+#   └── UpstreamError 502 ── UpstreamTimeout 504, UpstreamRefused (their 4xx), UpstreamExhausted 503
+
+
+class GatewayError(Exception):
+    """The root: what a client is told, and how retries see it.
+
+    `fields` are further members of the error object (a budget's arithmetic, a provider's own details);
+    `retry_after_s` becomes the header; `attempted` is true where a provider may have done (and billed) the work.
+    """
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        type: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        fields: Json | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status or self.status
+        self.type = type or self.type
+        self.code = code or self.code
+        self.param = param
+        self.fields = fields or {}
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(GatewayError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class UnknownModel(GatewayError):
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+
+class NotFound(GatewayError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class Unauthenticated(GatewayError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    status, type, code = 403, "permission_error", "forbidden"
+
+
+class PayloadTooLarge(GatewayError):
+    status, type, code = 413, "invalid_request_error", "payload_too_large"
+
+
+class LimitExceeded(GatewayError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class BudgetExceeded(LimitExceeded):
+    type, code = "insufficient_quota", "insufficient_quota"
+
+
+class GuardrailBlocked(GatewayError):
+    status, type, code = 400, "invalid_request_error", "content_filter"
+
+
+class StorageUnavailable(GatewayError):
+    status, type, code = 503, "server_error", "storage_unavailable"
+
+
+class Draining(GatewayError):
+    status, type, code = 503, "server_error", "shutting_down"
+
+
+class ClientGone(GatewayError):
+    status, type, code = 499, "client_error", "client_closed_request"
+
+
+class UpstreamError(GatewayError):
+    """The provider, or the way to it, failed. `retryable` says whether another try may help."""
+
+    status, type, code = 502, "upstream_error", "upstream_error"
+    retryable = True
+
+
+class UpstreamTimeout(UpstreamError):
+    status, code = 504, "upstream_timeout"
+
+
+class UpstreamRefused(UpstreamError):
+    """The provider's own 4xx, told on in the client's dialect with the provider's status, type and code."""
+
+    status, type, code = 400, "invalid_request_error", "upstream_refused"
+    retryable = False
+
+
+class UpstreamExhausted(UpstreamError):
+    status, code = 503, "upstream_exhausted"
+    retryable = False
+
+
+# ===== Domain =========================================================================================================
+# The values that travel between the sections. Frozen where they are facts; `Call` alone is a growing record, owned by
+# one task, and becomes the log row.
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call in disjoint buckets; `reasoning_tokens` alone is a part of `output_tokens`."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    input_audio_tokens: int = 0
+    cached_audio_tokens: int = 0
+    output_audio_tokens: int = 0
+    input_image_tokens: int = 0
+    output_image_tokens: int = 0
+    searches: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All input as OpenAI counts it, cached and written parts included."""
+        return (
+            self.input_tokens + self.cached_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens
+            + self.input_audio_tokens + self.cached_audio_tokens + self.input_image_tokens
+        )  # fmt: skip
+
+    @property
+    def completion_tokens(self) -> int:
+        """All output as OpenAI counts it: text, reasoning, audio and images."""
+        return self.output_tokens + self.output_audio_tokens + self.output_image_tokens
+
+
+def _count(value: Any) -> int:
+    """A token count from a provider: some send floats, null, or nothing."""
+    return max(0, int(value)) if isinstance(value, int | float) and value == value else 0
+
+
+def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
+    """Read a `usage` object in OpenAI's words (chat or Responses names) into disjoint buckets.
+
+    Covers the spellings of the compatible providers: DeepSeek's `prompt_cache_hit_tokens`, Mistral's and Moonshot's
+    top-level counters, DashScope's `cache_creation_input_tokens`. Details are subsets of the totals.
+    Source: https://platform.openai.com/docs/api-reference/chat/object and the providers' own pages.
+    """
+    total_in = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
+    total_out = _count(usage.get("completion_tokens") or usage.get("output_tokens"))
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage.get("prompt_token_details") or {}
+    out = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    if not details and not out and "cached_tokens" not in usage and "num_cached_tokens" not in usage:
+        cached = _count(usage.get("prompt_cache_hit_tokens"))
+        return Usage(input_tokens=max(0, total_in - cached), cached_tokens=min(cached, total_in), output_tokens=total_out)
+    cached = _count(
+        details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
+        or usage.get("cached_tokens") or usage.get("num_cached_tokens")
+    )  # fmt: skip
+    creation = details.get("cache_creation") or {}
+    write_1h = _count(creation.get("ephemeral_1h_input_tokens"))
+    write = _count(details.get("cache_write_tokens") or details.get("cache_creation_input_tokens"))
+    audio_in, image_in = _count(details.get("audio_tokens")), _count(details.get("image_tokens"))
+    audio_out, image_out = _count(out.get("audio_tokens")), _count(out.get("image_tokens"))
+    return Usage(
+        input_tokens=max(0, total_in - cached - write - audio_in - image_in),
+        cached_tokens=cached,
+        cache_write_5m_tokens=max(0, write - write_1h),
+        cache_write_1h_tokens=min(write, write_1h),
+        output_tokens=max(0, total_out - audio_out - image_out),
+        reasoning_tokens=_count(out.get("reasoning_tokens")),
+        input_audio_tokens=audio_in,
+        output_audio_tokens=audio_out,
+        input_image_tokens=image_in,
+        output_image_tokens=image_out,
+        searches=_count(usage.get("num_search_queries")),
+    )
+
+
+def write_openai_usage(usage: Usage) -> Json:
+    """Write usage in OpenAI's chat words; the inverse of `read_openai_usage`."""
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    write = usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
+    details: Json = {"cached_tokens": usage.cached_tokens + usage.cached_audio_tokens}
+    details["audio_tokens"] = usage.input_audio_tokens + usage.cached_audio_tokens
+    if write:
+        details["cache_write_tokens"] = write
+    if usage.cache_write_1h_tokens:
+        details["cache_creation"] = {
+            "ephemeral_5m_input_tokens": usage.cache_write_5m_tokens,
+            "ephemeral_1h_input_tokens": usage.cache_write_1h_tokens,
+        }
+    if usage.input_image_tokens:
+        details["image_tokens"] = usage.input_image_tokens
+    out: Json = {"reasoning_tokens": usage.reasoning_tokens, "audio_tokens": usage.output_audio_tokens}
+    if usage.output_image_tokens:
+        out["image_tokens"] = usage.output_image_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": details,
+        "completion_tokens_details": out,
+    }
+
+
+@dataclass(slots=True)
+class Translation:
+    """What one attempt's encoder and decoder share: where the request goes, and what it lost on the way.
+
+    `names` lets a decoder undo what the encoder did (a custom tool sent as a function, a tool id made fit);
+    `new_id` and `now_s` are the clock and randomness of an otherwise pure dialect.
+    """
+
+    model: str
+    provider: Provider
+    stream: bool
+    now_s: int
+    new_id: Callable[[str], str]
+    strict: bool = False
+    dropped: list[str] = field(default_factory=list)
+    names: dict[str, Any] = field(default_factory=dict)
+
+    def drop(self, what: str, why: str = "") -> None:
+        """Note that the target cannot carry `what`; an error where the client asked for strictness."""
+        if self.strict:
+            reason = f": {why}" if why else ""
+            raise InvalidRequest(f"{self.provider.name} cannot carry `{what}` for {self.model}{reason}", param=what)
+        if what not in self.dropped:
+            self.dropped.append(what)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A client route that reaches a provider: its kind, the client's dialect, and whether it may stream."""
+
+    kind: str
+    path: str
+    dialect: str = "openai"
+    streams: bool = False
+    upload: bool = False
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one target, for the log: when it began, how it ended."""
+
+    provider: str
+    model: str
+    started_ms: float
+    ended_ms: float = 0.0
+    status: int = 0
+    error: str = ""
+
+    def to_json(self) -> Json:
+        return dataclasses.asdict(self)
+
+
+@dataclass(slots=True)
+class Call:
+    """One client call: what came in, and, as it is learned, what came of it. It becomes the log row.
+
+    Times ending in `_s` are of the monotonic clock; `ts_ms` is Unix time.
+    """
+
+    id: str
+    ts_ms: int
+    started_s: float
+    endpoint: Endpoint
+    headers: Mapping[str, str]
+    body: bytes
+    client_ip: str = ""
+    request: Json = field(default_factory=dict)
+    canonical: Json | None = None
+    path_parameters: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    stream: bool = False
+    key_id: str = ""
+    tags: str = ""
+    session: str = ""
+    provider: str = ""
+    upstream_model: str = ""
+    status: int = 0
+    error: str = ""
+    cache: str = "bypass"
+    attempts: list[Attempt] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    usage: Usage | None = None
+    usage_estimated: bool = False
+    cost_nanousd: int | None = None
+    price_id: str = ""
+    upstream_s: float = 0.0
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
+    redactions: int = 0
+    verdicts: str = ""
+    finish_reason: str = ""
+    sent_body: bytes = b""
+    answer: bytes = b""
+    transcript: Transcript | None = None
+
+    @property
+    def latency_ms(self) -> float:
+        return (self.ended_s - self.started_s) * 1000
+
+
+class Transcript:
+    """Gathers what a stream said, for the log: text, reasoning and tool calls by choice, in bounded memory.
+
+    Raw blocks of events are kept until `FOLD_BYTES`, then folded into text; so a long stream costs its text, not its
+    framing, and the folding of a short one is left to whoever reads it (the log writer's thread).
+    """
+
+    FOLD_BYTES: ClassVar[int] = 8192
+    MAX_TEXT: ClassVar[int] = 1_000_000
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._size = self._text_size = 0
+        self._choices: dict[int, Json] = {}
+        self.head: Json = {}
+        self.model = ""
+
+    def add_block(self, block: bytes) -> None:
+        """Keep a run of whole events, as bytes."""
+        self._blocks.append(block)
+        self._size += len(block)
+        if self._size > self.FOLD_BYTES:
+            self._fold()
+
+    def add_chunk(self, chunk: Json) -> None:
+        """Keep what one canonical chunk says."""
+        if chunk.get("model"):
+            self.model = chunk["model"]
+        for choice in chunk.get("choices") or ():
+            self._add_choice(choice)
+
+    def _fold(self) -> None:
+        blocks, self._blocks, self._size = b"".join(self._blocks), [], 0
+        for block in blocks.split(b"\n\n"):
+            event = parse_sse_block(block)
+            if event and event[1][:1] == b"{":
+                with contextlib.suppress(orjson.JSONDecodeError):
+                    self.add_chunk(orjson.loads(event[1]))
+
+    def _add_choice(self, choice: Json) -> None:
+        kept = self._choices.setdefault(choice.get("index") or 0, {"parts": {}, "tools": {}, "finish_reason": None})
+        delta = choice.get("delta") or {}
+        if choice.get("finish_reason"):
+            kept["finish_reason"] = choice["finish_reason"]
+        for name in ("content", "refusal", "reasoning_content", "reasoning", "text"):
+            text = choice.get("text") if name == "text" else delta.get(name)
+            if isinstance(text, str) and text and self._text_size < self.MAX_TEXT:
+                self._text_size += len(text)
+                kept["parts"].setdefault(name, []).append(text)
+        for call in delta.get("tool_calls") or ():
+            self._add_tool_call(kept["tools"], call)
+
+    def _add_tool_call(self, tools: dict[int, Json], call: Json) -> None:
+        kept = tools.setdefault(call.get("index") or 0, {"id": "", "type": "function", "name": "", "arguments": []})
+        function = call.get("function") or {}
+        kept["id"] = call.get("id") or kept["id"]
+        kept["name"] = function.get("name") or kept["name"]
+        if self._text_size < self.MAX_TEXT and isinstance(function.get("arguments"), str):
+            self._text_size += len(function["arguments"])
+            kept["arguments"].append(function["arguments"])
+
+    def completion(self) -> Json:
+        """The stream as the plain answer it stands for."""
+        self._fold()
+        choices = []
+        for index, kept in sorted(self._choices.items()):
+            texts = {name: "".join(parts) for name, parts in kept["parts"].items()}
+            message: Json = {"role": "assistant", "content": texts.pop("content", None), **texts}
+            if kept["tools"]:
+                message["tool_calls"] = [
+                    {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": "".join(c["arguments"])}}
+                    for _, c in sorted(kept["tools"].items())
+                ]
+            choices.append({"index": index, "message": message, "finish_reason": kept["finish_reason"]})
+        return {"object": "chat.completion", "model": self.model, "choices": choices}
+
+    def output_tokens(self) -> int:
+        """A rough count for streams that ended without usage: four bytes of text a token, as OpenAI's rule of thumb."""
+        self._fold()
+        return (self._text_size + 3) // 4
+
+
+# ===== Dialects =======================================================================================================
+# How bytes look. One stateless class a wire format, a second-level banner each; the verbs have the same names and order
+# everywhere. In the middle stands one canonical shape, OpenAI's chat completion as parsed JSON, so that N client and M
+# provider dialects need N + M converters. Where that shape cannot carry something, these extensions do, and every
+# encoder either carries them or names them with `translation.drop`:
+#
+#   message.reasoning_content      reasoning as text (`reasoning` is its mirror in answers)
+#   message.thinking_blocks        opaque blocks to give back unchanged: {"type": "thinking", "thinking", "signature"},
+#                                  {"type": "redacted_thinking", "data"}, {"type": "reasoning_item", "item"}
+#   ….extra_content.google         {"thought_signature"} on a message or on one of its tool calls
+#   part.cache_control             on content parts, messages and tools, as Anthropic defines it
+#   part type "file"               {"file_data": data URI | "file_url" | "file_id", "filename"}; "media" likewise (video)
+#   message.is_error               a tool result that reports a failure
+#   tool type "native"             {"dialect", "tool"}: a provider's own server-side tool, for that dialect only
+#   message.annotations            citations: {"type": "url_citation", "url_citation": {…}}, others kept as they came
+#
+# A stream is a `Decoder` (provider bytes in, canonical chunks out, `complete` once its terminal event was seen) and a
+# `Renderer` (canonical chunks in, client bytes out). Errors are raised as UpstreamError by `feed`.
+# To add a dialect: subclass, fill in the verbs, register it in DIALECTS.
+
+
+class Decoder(Protocol):
+    """Reads one provider stream. `feed` takes bytes in any split; `complete` proves a whole answer."""
+
+    complete: bool
+
+    def feed(self, data: bytes) -> list[Json]: ...
+    def close(self) -> list[Json]: ...
+
+
+class Renderer(Protocol):
+    """Writes one client stream from canonical chunks; `close` ends a successful one, `fail` a broken one."""
+
+    def feed(self, chunk: Json) -> bytes: ...
+    def close(self) -> bytes: ...
+    def fail(self, error: GatewayError, request_id: str) -> bytes: ...
+
+
+AUTH_STATUSES: Final = frozenset({401, 403})
+RETRYABLE_STATUSES: Final = frozenset({408, 409, 425, 429, 498, 500, 502, 503, 504, 520, 522, 524, 529})
+SPENT_CODES: Final = frozenset({"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached"})
+CLIENT_STATUS: Final = {529: 503, 498: 429, 424: 502, 499: 502, 520: 502, 522: 502, 524: 504}
+
+
+def upstream_failure(
+    status: int,
+    message: str,
+    *,
+    type: str | None = None,
+    code: str | None = None,
+    param: str | None = None,
+    fields: Json | None = None,
+    retry_after_s: float | None = None,
+    bad_key: bool = False,
+) -> UpstreamError:
+    """Sort a provider's error by what the client may learn and whether another try may help.
+
+    A provider that refuses *our* key is a 502: the client's own key is fine. Overload keeps its class, 529 becomes 503.
+    """
+    if bad_key or status in AUTH_STATUSES:
+        what = f"the provider refused Stockyard's key or account: {message}"
+        return UpstreamError(what, code="upstream_authentication", fields=fields)
+    if status in RETRYABLE_STATUSES and code not in SPENT_CODES:
+        error_type = type or ("rate_limit_error" if status == 429 else "upstream_error")
+        return UpstreamError(
+            message, status=CLIENT_STATUS.get(status, status), type=error_type, code=code or f"upstream_{status}",
+            param=param, fields=fields, retry_after_s=retry_after_s,
+        )  # fmt: skip
+    if 400 <= status < 500:
+        return UpstreamRefused(
+            message, status=CLIENT_STATUS.get(status, status), type=type, code=code, param=param, fields=fields,
+            retry_after_s=retry_after_s,
+        )  # fmt: skip
+    return UpstreamError(message, code=code or f"upstream_{status}", fields=fields)
+
+
+def read_error_members(body: bytes) -> Json:
+    """Find message, type, code and param in any provider's error body; never raises.
+
+    Shapes met: {"error": {…}}, {"error": "text", "code"}, [{"error": {…}}] (Gemini), {"message": …} (Cohere, Mistral,
+    Bedrock), {"detail": "text" | [{"loc", "msg"}]} (FastAPI), RFC 7807 {"title", "detail"}, and plain text or HTML.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        text = body[:300].decode("utf-8", "replace").strip()
+        return {"message": "the provider answered an HTML page" if text.startswith("<") else text}
+    if isinstance(document, list):
+        document = document[0] if document else {}
+    if not isinstance(document, dict):
+        return {"message": str(document)[:300]}
+    error = document.get("error")
+    if isinstance(error, str):
+        return {"message": error, "code": document.get("code")}
+    members: Json = error if isinstance(error, dict) else document
+    message = members.get("message") or members.get("Message") or members.get("detail") or members.get("title")
+    if isinstance(message, list):
+        message = "; ".join(
+            f"{'.'.join(map(str, item.get('loc', ())))}: {item.get('msg')}" if isinstance(item, dict) else str(item)
+            for item in message
+        )
+    return {**members, "message": message if isinstance(message, str) else dump_json(message or members).decode()}
+
+
+class Dialect:
+    """One wire format. The defaults of the client side are OpenAI chat's, which is also the canonical shape."""
+
+    name: ClassVar[str] = ""
+    #: Request headers of a client that may travel to a provider of the same dialect.
+    forwarded_headers: ClassVar[tuple[str, ...]] = ()
+    #: Headers every request to a provider of this dialect carries.
+    fixed_headers: ClassVar[Mapping[str, str]] = {}
+    stream_type: ClassVar[str] = "text/event-stream; charset=utf-8"
+    heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
+
+    # -- client side
+
+    def parse(self, body: Json, path: Mapping[str, str]) -> Json:
+        """A client's body as a canonical request; InvalidRequest says what is wrong. `path` holds URL parameters."""
+        raise NotImplementedError
+
+    def render(self, completion: Json, request: Json) -> Json:
+        """A canonical completion as this dialect's answer; `request` is the client's own body."""
+        raise NotImplementedError
+
+    def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
+        raise NotImplementedError
+
+    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
+        """The HTTP status and body of an error."""
+        raise NotImplementedError
+
+    # -- provider side
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        """The path below the provider's base URL that answers chat calls."""
+        raise NotImplementedError
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        """A canonical request as the provider's body."""
+        raise NotImplementedError
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        """The provider's answer as a canonical completion."""
+        raise NotImplementedError
+
+    def decoder(self, translation: Translation) -> Decoder:
+        raise NotImplementedError
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        """The usage in a provider's plain answer; None where it tells none."""
+        raise NotImplementedError
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        raise NotImplementedError
+
+    def read_models(self, answer: Any) -> list[Json]:
+        """A provider's list of models as rows with an `id`; some answer a bare array."""
+        rows = answer if isinstance(answer, list) else answer.get("data") or answer.get("models") or []
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+
+
+# ----- OpenAI chat ----------------------------------------------------------------------------------------------------
+# Also the canonical shape. Compatible providers differ by the row fields of their Provider: drops, renames, usage traits.
+# Source: https://platform.openai.com/docs/api-reference/chat; quirks from the pages named in the provider table.
+
+FINISH_REASONS: Final = {
+    "eos": "stop", "stop_sequence": "stop", "end_turn": "stop", "model_length": "length", "max_tokens": "length",
+    "model_context_window_exceeded": "length", "sensitive": "content_filter", "tool_use": "tool_calls",
+}  # fmt: skip
+FAILED_FINISHES: Final = frozenset({"error", "network_error", "insufficient_system_resource"})
+
+
+def _split_content_list(parts: list[Any]) -> tuple[str, str]:
+    """Mistral's content lists hold thinking and text items: their text, their reasoning."""
+    text, reasoning = [], []
+    for part in parts:
+        if isinstance(part, str):
+            text.append(part)
+        elif part.get("type") == "thinking":
+            inner = part.get("thinking")
+            reasoning.append(inner if isinstance(inner, str) else "".join(p.get("text", "") for p in inner or ()))
+        elif isinstance(part.get("text"), str):
+            text.append(part["text"])
+    return "".join(text), "".join(reasoning)
+
+
+def normalise_openai_message(message: Json) -> Json:
+    """Bring a compatible provider's message or delta to the canonical spelling (in place)."""
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"], reasoning = _split_content_list(content)
+        if reasoning:
+            message["reasoning_content"] = reasoning
+    if message.get("reasoning") and not message.get("reasoning_content") and isinstance(message["reasoning"], str):
+        message["reasoning_content"] = message["reasoning"]
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        if isinstance(function.get("arguments"), dict | list):
+            function["arguments"] = dump_json(function["arguments"]).decode()
+    return message
+
+
+class OpenAiDecoder:
+    """Reads a compatible provider's chat stream into canonical chunks."""
+
+    def __init__(self, dialect: OpenAiChat, translation: Translation) -> None:
+        self._dialect, self._translation = dialect, translation
+        self._events = SseReader()
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for _, payload in self._events.feed(data) if (chunk := self.read(payload)) is not None]
+
+    def close(self) -> list[Json]:
+        return [chunk for _, payload in self._events.close() if (chunk := self.read(payload)) is not None]
+
+    def read(self, payload: bytes) -> Json | None:
+        """One event's payload as a chunk; None for `[DONE]`. UpstreamError for an error inside the stream."""
+        if payload.strip() == b"[DONE]":
+            self.complete = True
+            return None
+        chunk = read_event_json(payload)
+        refuse_error_event(chunk, self._dialect)
+        for choice in chunk.get("choices") or ():
+            normalise_openai_message(choice.get("delta") or {})
+            reason = choice.get("finish_reason")
+            if reason in FAILED_FINISHES:
+                raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
+            if reason:
+                choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
+                self.complete = True
+        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
+        if usage:
+            chunk["usage"] = write_openai_usage(self._dialect.usage_of(usage, self._translation.provider))
+        return chunk
+
+
+def read_event_json(payload: bytes) -> Json:
+    """Parse an event's JSON object; UpstreamError for anything else (a broken event is never passed on silently)."""
+    try:
+        value = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UpstreamError("the provider sent an event that is no JSON object", code="upstream_malformed")
+    return value
+
+
+def refuse_error_event(event: Json, dialect: Dialect) -> None:
+    """Raise the error that some providers put inside a 200 stream."""
+    error = event.get("error") or (event.get("x_groq") or {}).get("error")
+    if error:
+        status = error.get("code") if isinstance(error, dict) else None
+        status = status if isinstance(status, int) and 400 <= status < 600 else 502
+        raise dialect.read_error(status, dump_json({"error": error}))
+
+
+class OpenAiRenderer:
+    """Writes canonical chunks for an OpenAI chat client; the usage chunk only where the client asked for it."""
+
+    def __init__(self, include_usage: bool) -> None:
+        self._include_usage = include_usage
+
+    def feed(self, chunk: Json) -> bytes:
+        if not chunk.get("choices"):
+            return sse_event(chunk) if self._include_usage and chunk.get("usage") else b""
+        for choice in chunk["choices"]:
+            delta = choice.get("delta") or {}
+            if delta.get("reasoning_content"):
+                delta["reasoning"] = delta["reasoning_content"]
+        if not self._include_usage:
+            chunk.pop("usage", None)
+        return sse_event(chunk)
+
+    def close(self) -> bytes:
+        return b"data: [DONE]\n\n"
+
+    def fail(self, error: GatewayError, request_id: str) -> bytes:
+        return sse_event(openai_error_body(error, request_id))
+
+
+def openai_error_body(error: GatewayError, request_id: str) -> Json:
+    members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": {**error.fields, **members, "request_id": request_id}}
+
+
+class OpenAiChat(Dialect):
+    name = "openai"
+    forwarded_headers = ("openai-beta", "x-title", "http-referer")
+
+    def parse(self, body: Json, path: Mapping[str, str]) -> Json:
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequest("`messages` must be a non-empty array", param="messages")
+        for at, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise InvalidRequest(f"`messages[{at}]` must be an object with a `role`", param=f"messages[{at}]")
+        return body
+
+    def render(self, completion: Json, request: Json) -> Json:
+        for choice in completion["choices"]:
+            message = choice["message"]
+            if message.get("reasoning_content"):
+                message["reasoning"] = message["reasoning_content"]
+        return completion
+
+    def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
+        return OpenAiRenderer(bool((request.get("stream_options") or {}).get("include_usage")))
+
+    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
+        return error.status, openai_error_body(error, request_id)
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        return provider.path("chat", model)
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        """Apply the provider's row. The client's own fields travel untouched, known or not."""
+        provider = translation.provider
+        body = {provider.renames.get(name, name): value for name, value in request.items()}
+        body |= provider.aliases.get(translation.model) or {"model": translation.model}
+        for name in provider.drops & body.keys():
+            del body[name]
+            translation.drop(name)
+        if provider.adapt is not None:
+            provider.adapt(body, translation)
+        if translation.stream and provider.stream_usage == "stream_options":
+            body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+        elif provider.stream_usage == "always":
+            body.pop("stream_options", None)
+        return body
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        choices = answer.get("choices")
+        if not isinstance(choices, list):
+            refuse_error_event(answer, self)
+            raise UpstreamError("the provider's answer has no `choices`", code="upstream_malformed")
+        for choice in choices:
+            normalise_openai_message(choice.get("message") or {})
+            reason = choice.get("finish_reason")
+            choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
+        usage = self.read_usage_for(answer, translation.provider)
+        if usage:
+            answer["usage"] = write_openai_usage(usage)
+        return answer
+
+    def decoder(self, translation: Translation) -> OpenAiDecoder:
+        return OpenAiDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        usage = answer.get("usage") or (answer.get("x_groq") or {}).get("usage")
+        return read_openai_usage(usage) if isinstance(usage, dict) else None
+
+    def read_usage_for(self, answer: Json, provider: Provider) -> Usage | None:
+        usage = answer.get("usage") or (answer.get("x_groq") or {}).get("usage")
+        return self.usage_of(usage, provider) if isinstance(usage, dict) else None
+
+    def usage_of(self, usage: Json, provider: Provider) -> Usage:
+        """Read usage, minding providers whose completion count leaves reasoning out (xAI)."""
+        read = read_openai_usage(usage)
+        if provider.reasoning_apart and read.reasoning_tokens:
+            return dataclasses.replace(read, output_tokens=read.output_tokens + read.reasoning_tokens)
+        return read
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        members = read_error_members(body)
+        code, kind = members.get("code"), members.get("type")
+        text = str(members.get("message"))
+        known = {"message", "type", "code", "param", "object", "request_id"}
+        return upstream_failure(
+            status, text or f"the provider answered {status}",
+            type=kind if isinstance(kind, str) else None,
+            code=str(code) if code is not None else None,
+            param=members.get("param") if isinstance(members.get("param"), str) else None,
+            fields={name: value for name, value in members.items() if name not in known},
+            bad_key=status == 400 and ("api key" in text.lower() or "api_key" in text.lower()),
+        )  # fmt: skip
+
+
+# ===== Providers ======================================================================================================
+# Whom we call: one frozen row a provider, nothing but facts; `dialect` says how its bytes look. A difference between
+# two compatible providers is a field of the row, so no code outside this table asks for a provider by name. Rows are
+# validated at import: a misspelt parameter, a bad URL or a doubled id fails with a sentence.
+#
+# To add one: a row here, a line in README's table; the contract test in tests/test_providers.py does the rest.
+# Facts were read on the vendors' pages in November 2026. `{VAR|OTHER|=default}` in a URL is filled from settings.
+
+OPENAI_PATHS: Final[Mapping[str, str]] = {
+    "chat": "/chat/completions",
+    "completions": "/completions",
+    "embeddings": "/embeddings",
+    "models": "/models",
+    "responses": "/responses",
+    "moderations": "/moderations",
+    "images": "/images/generations",
+    "image_edits": "/images/edits",
+    "speech": "/audio/speech",
+    "transcriptions": "/audio/transcriptions",
+    "translations": "/audio/translations",
+    "rerank": "/rerank",
+    "files": "/files",
+    "batches": "/batches",
+}
+#: Parameters that clients of the OpenAI dialect may send; `drops` and `renames` must name some of them.
+OPENAI_PARAMETERS: Final = frozenset(
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages "
+    "metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
+    "reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature "
+    "tool_choice tools top_logprobs top_p user verbosity web_search_options moderation dimensions encoding_format input "
+    "top_k top_n documents query".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Fields of a row that change when the environment variable `env` is set (another door of the same provider)."""
+
+    env: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One provider. `key_env` names its variables, any one enables it; without a key it needs `base_env` to be set."""
+
+    id: str
+    name: str
+    key_env: tuple[str, ...] = ()
+    base_url: str
+    base_env: tuple[str, ...] = ()
+    dialect: str = "openai"
+    auth_header: str = "authorization"
+    auth_prefix: str = "Bearer "
+    #: Bare model names that can only be this provider's (regular expression from the start of the name, any case).
+    pattern: str = ""
+    offers: frozenset[str] = frozenset({"chat", "models"})
+    paths: Mapping[str, str] = field(default_factory=lambda: OPENAI_PATHS)
+    drops: frozenset[str] = frozenset()
+    renames: Mapping[str, str] = field(default_factory=dict)
+    #: Last touches to a body of the OpenAI dialect; called only when one of the parameters `adapts` is present.
+    adapt: Callable[[Json, Translation], None] | None = None
+    adapts: frozenset[str] = frozenset({"messages"})
+    #: Names that the vendor retired, with what to send instead.
+    aliases: Mapping[str, Json] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    #: `stream_options`: usage in a stream must be asked for; `always`: it comes unasked and asking may be an error.
+    stream_usage: str = "stream_options"
+    reasoning_apart: bool = False
+    #: Answers need rewriting even for a client of the same dialect (content lists, foreign finish reasons).
+    rewrites_answers: bool = False
+    key_optional: bool = False
+    #: Further variables that must be set as well, beside a key.
+    requires: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    retired: str = ""
+    #: Whether closing the connection stops the provider's billing for a plain or streamed call.
+    cancel_stops_billing: bool = True
+
+    def path(self, endpoint: str, model: str) -> str:
+        """The path below the base URL; `{model}` stands percent-encoded. NotFound where the provider has no such door."""
+        template = self.paths.get(endpoint)
+        if template is None or endpoint not in self.offers:
+            raise NotFound(f"{self.name} offers no {endpoint.replace('_', ' ')} endpoint", code="unsupported_endpoint")
+        return template.replace("{model}", urllib.parse.quote(model, safe="")) if "{" in template else template
+
+    @functools.cached_property
+    def touched(self) -> frozenset[str]:
+        """The parameters whose presence means that a client's body cannot pass as it came."""
+        return self.drops | self.renames.keys() | (self.adapts if self.adapt is not None else frozenset())
+
+    @property
+    def base_variables(self) -> tuple[str, ...]:
+        return (f"{self.id.upper()}_BASE_URL", *self.base_env)
+
+
+def _offers(extra: str = "") -> frozenset[str]:
+    return frozenset({"chat", "models", *extra.split()})
+
+
+def _drops(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+def _adapt_mistral(body: Json, translation: Translation) -> None:
+    """Mistral: `tool_choice: none` beside tools gives garbage, so the tools go; tool ids are 9 letters or digits."""
+    if body.get("tool_choice") == "required":
+        body["tool_choice"] = "any"
+    elif body.get("tool_choice") == "none":
+        body.pop("tools", None)
+        body.pop("tool_choice", None)
+    fit = functools.partial(_fit_tool_id, length=9)
+    body["messages"] = [_with_tool_ids(message, fit) for message in body.get("messages", ())]
+
+
+def _fit_tool_id(call_id: str, length: int) -> str:
+    """A tool id of exactly `length` letters and digits, the same for the same foreign id."""
+    if len(call_id) == length and call_id.isalnum() and call_id.isascii():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:length]
+
+
+def _with_tool_ids(message: Json, fit: Callable[[str], str]) -> Json:
+    if message.get("tool_call_id"):
+        return {**message, "tool_call_id": fit(message["tool_call_id"])}
+    if message.get("tool_calls"):
+        calls = [{**call, "id": fit(call.get("id") or "")} for call in message["tool_calls"]]
+        return {**message, "tool_calls": calls}
+    return message
+
+
+def _adapt_groq(body: Json, translation: Translation) -> None:
+    """Groq rejects `name` on messages and more than one choice. Source: console.groq.com/docs/openai."""
+    if (body.get("n") or 1) > 1:
+        body["n"] = 1
+        translation.drop("n")
+    if any("name" in message for message in body.get("messages", ())):
+        body["messages"] = [{k: v for k, v in message.items() if k != "name"} for message in body["messages"]]
+        translation.drop("messages.name")
+
+
+def _adapt_deepseek(body: Json, translation: Translation) -> None:
+    """DeepSeek wants `reasoning_content` on assistant turns with tool calls, empty when unknown."""
+    body["messages"] = [
+        {**message, "reasoning_content": message.get("reasoning_content") or message.get("reasoning") or ""}
+        if message.get("tool_calls") else message
+        for message in body.get("messages", ())
+    ]  # fmt: skip
+
+
+def _adapt_openai(body: Json, translation: Translation) -> None:
+    """`max_tokens` is a 400 on o-series and gpt-5 and later, which know `max_completion_tokens` only."""
+    if "max_tokens" in body and re.match(r"(o[134](-|$)|gpt-([5-9]|\d\d)|codex-)", translation.model):
+        body.setdefault("max_completion_tokens", body["max_tokens"])
+        del body["max_tokens"]
+
+
+def _one_cap(name: str) -> Mapping[str, str]:
+    """Providers that know only one of the two names for the output cap."""
+    return {"max_completion_tokens": "max_tokens"} if name == "max_tokens" else {"max_tokens": "max_completion_tokens"}
+
+
+_MAX_TOKENS = _one_cap("max_tokens")
+
+# The columns of a row: whose, which variables, where; what bare names are its own; what it offers; its quirks.
+PROVIDERS: Final[tuple[Provider, ...]] = (
+    Provider(
+        id="openai", name="OpenAI", key_env=("OPENAI_API_KEY",), base_url="https://api.openai.com/v1",
+        pattern=r"gpt-(?!oss)|chatgpt-|o[134](?=-|$)|codex-|computer-use-|ft:gpt-|text-embedding-(3|ada)-|gpt-image-|dall-e-|tts-|whisper-|omni-moderation-|sora-",
+        offers=frozenset(OPENAI_PATHS) - {"rerank"}, adapt=_adapt_openai, adapts=frozenset({"max_tokens"}),
+        headers={"openai-organization": "{OPENAI_ORG_ID}", "openai-project": "{OPENAI_PROJECT_ID}"},
+    ),
+    Provider(
+        id="groq", name="Groq", key_env=("GROQ_API_KEY",), base_url="https://api.groq.com/openai/v1",
+        offers=_offers("embeddings responses speech transcriptions translations files batches"),
+        drops=_drops("logprobs logit_bias top_logprobs"), adapt=_adapt_groq, cancel_stops_billing=False,
+    ),
+    Provider(
+        id="mistral", name="Mistral AI", key_env=("MISTRAL_API_KEY",), base_url="https://api.mistral.ai/v1",
+        pattern=r"mistral-|ministral-|magistral-|codestral|devstral-|pixtral-|voxtral-|open-mistral-|open-mixtral-",
+        offers=_offers("embeddings responses moderations transcriptions speech files batches"),
+        drops=_drops("user logit_bias logprobs top_logprobs store stream_options safety_identifier verbosity"),
+        renames={"seed": "random_seed", "dimensions": "output_dimension", **_MAX_TOKENS}, adapt=_adapt_mistral,
+        stream_usage="always", rewrites_answers=True, cancel_stops_billing=False,
+    ),
+    Provider(
+        id="together", name="Together AI", key_env=("TOGETHER_API_KEY",), base_url="https://api.together.ai/v1",
+        offers=_offers("completions embeddings rerank images speech transcriptions"), renames=_MAX_TOKENS,
+    ),
+    Provider(
+        id="fireworks", name="Fireworks AI", key_env=("FIREWORKS_API_KEY",), base_url="https://api.fireworks.ai/inference/v1",
+        pattern=r"accounts/[^/]+/(models|deployments)/", offers=_offers("completions embeddings responses rerank"),
+        renames=_MAX_TOKENS,
+    ),
+    Provider(
+        id="deepseek", name="DeepSeek", key_env=("DEEPSEEK_API_KEY",), base_url="https://api.deepseek.com",
+        pattern=r"deepseek-(?!ai/)(?!r1:)(?=[^:/]+$)", offers=_offers("responses"), renames=_MAX_TOKENS, adapt=_adapt_deepseek,
+        aliases={
+            "deepseek-chat": {"model": "deepseek-flash", "thinking": {"type": "disabled"}},
+            "deepseek-reasoner": {"model": "deepseek-flash", "thinking": {"type": "enabled"}},
+        },
+    ),
+    Provider(
+        id="xai", name="xAI", key_env=("XAI_API_KEY",), base_url="https://api.x.ai/v1", pattern=r"grok-",
+        offers=_offers("responses images embeddings files batches"), reasoning_apart=True,
+    ),
+    Provider(
+        id="openrouter", name="OpenRouter", key_env=("OPENROUTER_API_KEY",), base_url="https://openrouter.ai/api/v1",
+        offers=_offers("completions embeddings responses"), renames=_MAX_TOKENS,
+    ),
+    Provider(
+        id="azure", name="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
+        base_url="{AZURE_OPENAI_ENDPOINT}/openai/v1", requires=("AZURE_OPENAI_ENDPOINT",),
+        auth_header="api-key", auth_prefix="",
+        offers=_offers("embeddings responses completions images image_edits speech transcriptions translations files batches"),
+        variants=(
+            Variant("AZURE_OPENAI_AD_TOKEN", {"auth_header": "authorization", "auth_prefix": "Bearer "}),
+            Variant("OPENAI_API_VERSION", {
+                "base_url": "{AZURE_OPENAI_ENDPOINT}/openai",
+                "paths": {
+                    **{name: f"/deployments/{{model}}{path}?api-version={{OPENAI_API_VERSION}}" for name, path in OPENAI_PATHS.items()},
+                    **{name: f"{OPENAI_PATHS[name]}?api-version={{OPENAI_API_VERSION}}" for name in ("models", "files", "batches", "responses")},
+                },
+            }),
+        ),
+    ),
+    Provider(
+        id="ollama", name="Ollama", key_env=("OLLAMA_API_KEY",), base_url="http://localhost:11434/v1", base_env=("OLLAMA_HOST",),
+        key_optional=True, pattern=r"(?!ft:)[^/:]+:[^/:]+$", offers=_offers("completions embeddings responses"),
+        variants=(Variant("OLLAMA_API_KEY", {"base_url": "https://ollama.com/v1"}),),
+    ),
+    Provider(
+        id="lmstudio", name="LM Studio", key_env=("LMSTUDIO_API_KEY",), base_url="http://localhost:1234/v1", key_optional=True,
+        offers=_offers("completions embeddings responses"),
+    ),
+    Provider(
+        id="openai_compatible", name="OpenAI-compatible server (vLLM, llama.cpp, …)", key_env=("OPENAI_COMPATIBLE_API_KEY",),
+        base_url="http://localhost:8000/v1", key_optional=True, offers=frozenset(OPENAI_PATHS),
+    ),
+    Provider(
+        id="cerebras", name="Cerebras", key_env=("CEREBRAS_API_KEY",), base_url="https://api.cerebras.ai/v1", pattern=r"zai-glm-",
+        offers=_offers("completions"), drops=_drops("frequency_penalty presence_penalty logit_bias service_tier"),
+    ),
+    Provider(
+        id="nvidia", name="NVIDIA NIM", key_env=("NVIDIA_API_KEY", "NIM_API_KEY"), base_url="https://integrate.api.nvidia.com/v1",
+        offers=_offers("completions embeddings"),
+    ),
+    Provider(
+        id="huggingface", name="Hugging Face router", key_env=("HF_TOKEN", "HUGGINGFACE_API_KEY"),
+        base_url="https://router.huggingface.co/v1", offers=_offers("responses"),
+    ),
+    Provider(
+        id="moonshot", name="Moonshot AI", key_env=("MOONSHOT_API_KEY", "MOONSHOTAI_API_KEY"), base_url="https://api.moonshot.ai/v1",
+        pattern=r"kimi-|moonshot-", offers=_offers("responses files batches"),
+    ),
+    Provider(
+        id="zai", name="Z.ai", key_env=("ZAI_API_KEY", "ZHIPU_API_KEY"), base_url="https://api.z.ai/api/paas/v4", pattern=r"glm-",
+        offers=_offers("embeddings"), renames=_MAX_TOKENS,
+    ),
+    Provider(
+        id="dashscope", name="Alibaba Model Studio", key_env=("DASHSCOPE_API_KEY", "ALIBABA_API_KEY"),
+        base_url="https://dashscope-intl.aliyuncs.com/compatible-mode/v1", offers=_offers("embeddings responses"),
+        pattern=r"(qwen-|qwen[23]|qwq-|qvq-)(?=[^:/]*$)|text-embedding-v[34]",
+    ),
+    Provider(
+        id="sambanova", name="SambaNova", key_env=("SAMBANOVA_API_KEY",), base_url="https://api.sambanova.ai/v1",
+        offers=_offers("embeddings"), drops=_drops("n logprobs top_logprobs logit_bias seed frequency_penalty presence_penalty"),
+    ),
+    Provider(
+        id="cohere", name="Cohere", key_env=("CO_API_KEY", "COHERE_API_KEY"), base_env=("CO_API_URL",),
+        base_url="https://api.cohere.ai/compatibility/v1", offers=_offers("embeddings"),
+        pattern=r"command-|c4ai-|embed-v4|embed-english-|embed-multilingual-|rerank-",
+        drops=_drops("n logit_bias user parallel_tool_calls store metadata service_tier"),
+    ),
+    Provider(
+        id="gemini", name="Google Gemini", key_env=("GOOGLE_API_KEY", "GEMINI_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
+        base_url="https://generativelanguage.googleapis.com/v1beta/openai", offers=_offers("embeddings images"),
+        pattern=r"(models/)?(gemini-|gemma-(?=[^:]*$)|learnlm-|imagen-|veo-)", cancel_stops_billing=False,
+    ),
+    Provider(
+        id="github_models", name="GitHub Models", key_env=(), base_url="https://models.github.ai/inference",
+        retired="GitHub retired GitHub Models on 2026-07-30; name another provider",
+    ),
+    Provider(
+        id="echo", name="Echo (built in)", base_url="builtin:echo", pattern=r"echo(?=$|-)", key_optional=True,
+        offers=_offers("completions embeddings"),
+    ),
+)  # fmt: skip
+
+
+def check_providers(rows: Sequence[Provider], dialects: Iterable[str]) -> dict[str, Provider]:
+    """Validate the table; ValueError with a sentence naming the row. Returns the rows by id."""
+    by_id: dict[str, Provider] = {}
+    known = set(dialects)
+    for row in rows:
+        where = f"provider row {row.id!r}"
+        if row.id in by_id:
+            raise ValueError(f"{where} stands twice in the table")
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", row.id):
+            raise ValueError(f"{where}: an id has lower-case letters, digits and underscores")
+        if row.dialect not in known:
+            raise ValueError(f"{where}: no dialect is called {row.dialect!r}")
+        if not re.match(r"https://|http://localhost|builtin:|\{[A-Z_]+\}/", row.base_url):
+            raise ValueError(f"{where}: {row.base_url!r} is no https URL")
+        for name in row.drops | row.renames.keys():
+            if name not in OPENAI_PARAMETERS:
+                raise ValueError(f"{where}: {name!r} is no parameter that clients send")
+        missing = [name for name in row.offers if name not in row.paths]
+        if missing:
+            raise ValueError(f"{where}: it offers {missing[0]!r} but has no path for it")
+        if row.stream_usage not in ("stream_options", "always"):
+            raise ValueError(f"{where}: stream_usage is {row.stream_usage!r}")
+        re.compile(row.pattern)
+        by_id[row.id] = row
+    return by_id
+
+
+@dataclass(frozen=True, slots=True)
+class ConfiguredProvider:
+    """A provider that this process may call: its row with the variables filled in, and its keys."""
+
+    row: Provider
+    base_url: str
+    keys: tuple[str, ...]
+    headers: Mapping[str, str]
+    source: str
+
+    @property
+    def id(self) -> str:
+        return self.row.id
+
+
+def fill_template(template: str, variables: Mapping[str, str]) -> str:
+    """Fill `{A|B|=default}` from variables; an unset name without a default becomes empty. `{model}` is left alone."""
+
+    def value(match: re.Match[str]) -> str:
+        for name in match[1].split("|"):
+            if name.startswith("="):
+                return name[1:]
+            if variables.get(name):
+                return variables[name]
+        return ""
+
+    return re.sub(r"\{([A-Z][A-Z0-9_|=a-z.-]*)\}", value, template)
+
+
+def fit_base_url(given: str, usual: str) -> str:
+    """Bring a user's base URL to the form of the table's: one `/v1` too many or too few is understood.
+
+    A bare `host:port` (as in OLLAMA_HOST) gets `http://`, and 0.0.0.0 is where one listens, not where one calls.
+    """
+    url = given.strip().rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{given!r} is no http or https URL")
+    url = url.replace("//0.0.0.0", "//127.0.0.1", 1)
+    versioned = re.search(r"/v\d+[a-z0-9]*$", url)
+    usual_path = urllib.parse.urlsplit(usual).path
+    if usual_path.endswith("/v1"):
+        return re.sub(r"(/v1){2,}$", "/v1", url) if versioned else url + "/v1"
+    if versioned and not re.search(r"/v\d+[a-z0-9]*$", usual_path):
+        return url[: versioned.start()]
+    return url
+
+
+def configure_provider(row: Provider, variables: Mapping[str, str]) -> ConfiguredProvider | None:
+    """Turn a row on where its variables are set; None where they are not. ValueError for a bad URL."""
+    keys: tuple[str, ...] = ()
+    source = ""
+    for name in row.key_env:
+        if variables.get(name, "").strip():
+            keys, source = tuple(key.strip() for key in variables[name].split(",") if key.strip()), name
+            break
+    base_name = next((name for name in row.base_variables if variables.get(name)), "")
+    built_in = row.base_url.startswith("builtin:")
+    if row.retired or not (built_in or keys or (row.key_optional and base_name)):
+        return None
+    if any(not variables.get(name) for name in row.requires) and not base_name:
+        return None
+    for variant in row.variants:
+        if variables.get(variant.env) and not (variant.env == source == row.key_env[0] and base_name):
+            row = dataclasses.replace(row, **variant.changes)
+    paths = {name: fill_template(path, variables) for name, path in row.paths.items()}
+    row = dataclasses.replace(row, paths=paths)
+    usual = fill_template(row.base_url, variables)
+    base_url = fit_base_url(variables[base_name], usual) if base_name else usual
+    headers = {name: text for name, raw in row.headers.items() if (text := fill_template(raw, variables))}
+    return ConfiguredProvider(row, base_url.rstrip("/"), keys, headers, source or base_name or "built in")
+
+
+def enabling_variable(row: Provider) -> str:
+    """The variables that would enable a provider, for error messages and the first screen."""
+    names = [*row.requires, row.key_env[0]] if row.key_env and not row.key_optional else [row.base_variables[0]]
+    return " and ".join(names)
+
+
+# ===== Dialect register ===============================================================================================
+# The dialects by the names that provider rows and endpoints use; the table is checked against it at import.
+
+DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (OpenAiChat(),)}
+PROVIDERS_BY_ID: Final = check_providers(PROVIDERS, DIALECTS)
+
+
+# ===== Prices =========================================================================================================
+#
+# What a usage costs, in whole nano-dollars. The table (stockyard_assets/prices.json, made by .build/prices.py) has
+# `providers`: which price lists a provider reads, in order, and how its names are decorated; and `lists`: one row a
+# model with its exact names, patterns (`*` at the ends, `#` for a digit) and price blocks. An amount is a decimal
+# string: dollars per million tokens, per thousand searches or requests; `["2.5", [272000, "5"]]` is a tier. Several
+# blocks are a schedule of which the last one in force holds (`from` a day, `daily` between two times, UTC).
+# - Exact names win, then the longest pattern, then nothing: an unknown model is unpriced, never priced as its family.
+# - Amounts are integers from the moment they are read, and a cost is rounded once, half up, at the end.
+# - A tier is chosen by the whole prompt (cached and written tokens too) and then holds for the whole call.
+# To change a price use `[prices]` of the settings; to carry another unit add a row to RATES and a bucket to Usage.
+
+
+class InvalidPrices(ValueError):
+    """The price table or a `[prices]` row cannot be used; the message is a sentence that names the row."""
+
+
+class Rate(NamedTuple):
+    """One priced unit: its key in the table, its bucket of Usage, what it costs where a row does not say, its side."""
+
+    key: str
+    bucket: str
+    falls_back_to: tuple[str, ...] = ()
+    side: str = "input"
+    units: int = 1_000_000
+
+
+# In the order of the fields of Rates. A fallback stands above the row that names it.
+RATES: Final = (
+    Rate("input", "input_tokens"),
+    Rate("cached", "cached_tokens", ("input",)),
+    Rate("cache_write", "cache_write_5m_tokens", ("input",)),
+    Rate("cache_write_1h", "cache_write_1h_tokens", ("cache_write", "input")),
+    Rate("input_audio", "input_audio_tokens", ("input",)),
+    Rate("cached_audio", "cached_audio_tokens", ("input_audio", "cached", "input")),
+    Rate("input_image", "input_image_tokens", ("input",)),
+    Rate("output", "output_tokens", side="output"),
+    Rate("reasoning", "reasoning_tokens", ("output",), side="output"),
+    Rate("output_audio", "output_audio_tokens", ("output",), side="output"),
+    Rate("output_image", "output_image_tokens", ("output",), side="output"),
+    Rate("searches", "searches", side="search", units=1000),
+    Rate("requests", "", side="request", units=1000),
+)
+RATE_BY_KEY: Final = {rate.key: rate for rate in RATES}
+
+SECONDS_PER_DAY: Final = 86_400
+MAX_REMEMBERED_MODELS: Final = 4096
+
+# A compact date inside a name: `-20251211` for `-2025-12-11`, as OpenRouter and LiteLLM write it.
+COMPACT_DATE: Final = re.compile(r"-(20[0-9]{2})(0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])(?=-|:|$)")
+# Below a million dollars: more is a slip of the unit. Nine decimals: a nano-dollar per million is the finest we keep.
+USD: Final = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,9}))?", re.ASCII)
+PATTERN: Final = re.compile(r"\*?[^*#]+\*?|[^*]+\*?", re.ASCII)  # `#` wants an anchored start, see _matches
+DAILY: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])-([01][0-9]|2[0-3]):([0-5][0-9])", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Nano-dollars per million of each unit, in force for prompts of more than `above_tokens` tokens in all."""
+
+    above_tokens: int
+    input: int
+    cached: int
+    cache_write: int
+    cache_write_1h: int
+    input_audio: int
+    cached_audio: int
+    input_image: int
+    output: int
+    reasoning: int
+    output_audio: int
+    output_image: int
+    searches: int
+    requests: int
+
+    def dearest(self, side: str) -> int:
+        found: list[int] = [getattr(self, rate.key) for rate in RATES if rate.side == side]
+        return max(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one model costs at one time. `id` names provider, row, table date and, where they matter, terms."""
+
+    id: str
+    tiers: tuple[Rates, ...]  # ascending by above_tokens; the first is the base and holds from zero
+    dearest: tuple[tuple[int, int, int], ...]  # per tier: above_tokens, dearest input and output up to here
+    listed: tuple[str, ...]  # the table keys that the row states itself
+    unpriced: tuple[str, ...] = ()  # buckets of Usage that this price cannot charge
+    variant: str = ""  # the request trait it is for, e.g. "service_tier=priority"; "" is the standard price
+    context_tokens: int | None = None
+    max_output_tokens: int | None = None
+    deprecated: bool = False
+
+    def cost(self, usage: Usage) -> int:
+        """Nano-dollars of one call, its per-request fee included. Ask `covers` whether all of it could be charged."""
+        u = usage
+        rates = self.tiers[0]
+        if len(self.tiers) > 1:
+            rates = self._tier(usage)
+        total = u.input_tokens * rates.input + u.output_tokens * rates.output + rates.requests
+        if u.cached_tokens:
+            total += u.cached_tokens * rates.cached
+        if u.cache_write_5m_tokens or u.cache_write_1h_tokens:
+            total += u.cache_write_5m_tokens * rates.cache_write + u.cache_write_1h_tokens * rates.cache_write_1h
+        if u.input_audio_tokens or u.cached_audio_tokens or u.output_audio_tokens:
+            total += u.input_audio_tokens * rates.input_audio + u.cached_audio_tokens * rates.cached_audio
+            total += u.output_audio_tokens * rates.output_audio
+        if u.input_image_tokens or u.output_image_tokens:
+            total += u.input_image_tokens * rates.input_image + u.output_image_tokens * rates.output_image
+        if u.searches:
+            total += u.searches * rates.searches
+        if u.reasoning_tokens and rates.reasoning != rates.output:
+            # Capped, so that a provider that reports reasoning beside the output cannot make the rest negative.
+            total += min(u.reasoning_tokens, u.output_tokens) * (rates.reasoning - rates.output)
+        return (total + 500_000) // 1_000_000
+
+    def covers(self, usage: Usage) -> bool:
+        """False where the usage holds something this price does not list, so that its cost would be too low."""
+        return not any(getattr(usage, bucket) for bucket in self.unpriced)
+
+    def upper_bound(self, input_tokens: int, output_tokens: int, requests: int = 1, searches: int = 0) -> int:
+        """Nano-dollars that no usage within these totals can exceed, however it falls into buckets and tiers.
+
+        `input_tokens` bounds the prompt in all, `output_tokens` text, reasoning, audio and image together; both are
+        totals over all `requests` (at least 1), whose fees are counted. Searches are not bounded by tokens, so a call
+        that may search states how many times.
+        """
+        _, input_rate, output_rate = self.dearest[0]
+        for above_tokens, tier_input, tier_output in self.dearest[1:]:
+            if input_tokens > above_tokens:
+                input_rate, output_rate = tier_input, tier_output
+        base = self.tiers[0]
+        total = input_tokens * input_rate + output_tokens * output_rate
+        return -(-(total + requests * base.requests + searches * base.searches) // 1_000_000)
+
+    def per_million_usd(self) -> dict[str, str]:
+        """Decimal dollars for people: per million tokens, per thousand searches or requests.
+
+        Keys are those of the table, with ` above N` for what a tier changes; what the row does not list is left out.
+        """
+        shown: dict[str, str] = {}
+        for rates in self.tiers:
+            for key in self.listed:
+                amount = getattr(rates, key)
+                if rates is self.tiers[0]:
+                    shown[key] = _usd(amount, RATE_BY_KEY[key].units)
+                elif amount != getattr(self.tiers[0], key):
+                    shown[f"{key} above {rates.above_tokens}"] = _usd(amount, RATE_BY_KEY[key].units)
+        return shown
+
+    def _tier(self, usage: Usage) -> Rates:
+        u = usage
+        prompt_tokens = u.input_tokens + u.cached_tokens + u.cache_write_5m_tokens + u.cache_write_1h_tokens
+        prompt_tokens += u.input_audio_tokens + u.cached_audio_tokens + u.input_image_tokens
+        chosen = self.tiers[0]
+        for rates in self.tiers:
+            if prompt_tokens > rates.above_tokens:
+                chosen = rates
+        return chosen
+
+
+class Terms(NamedTuple):
+    """One entry of a schedule: its price holds from `start_s` on, where `daily_s` is set only within these hours."""
+
+    start_s: float
+    daily_s: tuple[int, int] | None
+    price: Price
+
+
+class Schedule(NamedTuple):
+    """Prices of one model over time, for models whose price has changed or changes with the hour."""
+
+    terms: tuple[Terms, ...]
+
+    def at(self, at_s: float) -> Price:
+        """The last price in force; before any of them the first, which is the oldest known."""
+        for start_s, daily_s, price in reversed(self.terms):
+            if at_s >= start_s and (daily_s is None or _within(daily_s, at_s % SECONDS_PER_DAY)):
+                return price
+        return self.terms[0].price
+
+
+class NameTable:
+    """The rows of one price list by name. Built once, then only read."""
+
+    __slots__ = ("exact", "_patterns")
+
+    def __init__(self, rows: Iterable[dict[str, Any]], where: str) -> None:
+        self.exact: dict[str, dict[str, Any]] = {}
+        patterns = []
+        for row in rows:
+            for name in _exact_names(row):
+                if self.exact.setdefault(name, row) is not row:
+                    raise InvalidPrices(f'{where} names the model "{name}" twice.')
+            for like in row.get("like", ()):
+                patterns.append((like, row))
+        # Stable, so that of two patterns of one length the earlier row wins: the same answer in every process.
+        self._patterns = sorted(patterns, key=lambda found: -len(found[0].strip("*")))
+
+    def match(self, name: str) -> dict[str, Any] | None:
+        """The row of this lower-case name: exact, else by the longest pattern, else None."""
+        if (row := self.exact.get(name)) is not None:
+            return row
+        for like, row in self._patterns:
+            if _matches(like, name) and not any(_matches(unlike, name) for unlike in row.get("unlike", ())):
+                return row
+        return None
+
+
+class Names(NamedTuple):
+    """How a provider's model names lead to price lists: one entry of `providers` in the table."""
+
+    lists: tuple[str, ...] = ()
+    by_suffix: Mapping[str, str] = {}  # `org/model:suffix` -> the list of whoever serves it
+    cut: tuple[str, ...] = ()  # decorations of which only what follows the last occurrence counts
+    strip: tuple[str, ...] = ()  # leading decorations of which one is dropped
+    free: bool = False
+
+    def candidates(self, model: str) -> list[str]:
+        """The name as sent first, then without decorations, then with its compact date spelled out."""
+        names = [model.lower()]
+        for mark in self.cut:
+            names.append(names[-1].rpartition(mark)[2])
+        for prefix in self.strip:
+            if names[-1].startswith(prefix):
+                names.append(names[-1].removeprefix(prefix))
+                break
+        names.append(COMPACT_DATE.sub(r"-\1-\2-\3", names[-1]))
+        return list(dict.fromkeys(names))
+
+
+class PriceBook:
+    """All known prices. `find` is on the path of every call, so its answers are remembered, up to a bound."""
+
+    __slots__ = ("_lists", "_own", "_providers", "_remembered", "date", "version")
+
+    def __init__(
+        self,
+        date: str,
+        version: str,
+        providers: Mapping[str, Names],
+        lists: Mapping[str, NameTable],
+        own: Mapping[str, NameTable] | None = None,
+    ) -> None:
+        self.date = date  # the day the table was taken, part of every price id
+        self.version = version  # of its source
+        self._providers = providers
+        self._lists = lists
+        self._own = own or {}  # rows of the settings by provider id, "" for any provider
+        self._remembered: dict[tuple[str, str, str], Price | Schedule | None] = {}
+
+    @classmethod
+    def load(cls, raw: bytes) -> PriceBook:
+        """Read and check a whole table. Raises InvalidPrices with a sentence that names the offending row."""
+        try:
+            table = json.loads(raw)
+        except ValueError as error:
+            raise InvalidPrices(f"The price table is not JSON: {error}.") from error
+        if not isinstance(table, dict) or table.get("format") != 1:
+            raise InvalidPrices("The price table is not of format 1.")
+        for key, kind in (("date", str), ("version", str), ("providers", dict), ("lists", dict)):
+            if not isinstance(table.get(key), kind):
+                raise InvalidPrices(f'The price table has no usable "{key}".')
+        lists = {name: _name_table(rows, f'Price list "{name}"') for name, rows in table["lists"].items()}
+        providers = {name: _names(name, entry, lists) for name, entry in table["providers"].items()}
+        return cls(table["date"], table["version"], providers, lists)
+
+    def with_overrides(self, rows: Sequence[Mapping[str, Any]]) -> PriceBook:
+        """A book in which these rows of `[prices]` win over the table, replacing overrides given before.
+
+        A row is `{"model": name or pattern, "provider": id (optional), "input": usd, "output": usd, ...}` with any
+        key of RATES, amounts as decimal strings or numbers, and optionally `context` and `max_output` in tokens; or
+        `"free": true` in place of amounts. Raises InvalidPrices with a sentence.
+        """
+        by_provider: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_provider.setdefault(str(row.get("provider", "")), []).append(_own_row(row))
+        own = {provider: NameTable(found, "[prices]") for provider, found in by_provider.items()}
+        return PriceBook(self.date, self.version, self._providers, self._lists, own)
+
+    def lists(self, provider: str, model: str) -> bool:
+        """Whether a provider's own price list holds this very name (no pattern): then it serves the model."""
+        names = self._providers.get(provider) or Names()
+        return any(model in self._lists[name].exact for name in names.lists)
+
+    def find(self, provider: str, model: str, at_s: float, variant: str = "") -> Price | None:
+        """The price of a provider's model at a time (seconds since 1970), None where it is not known.
+
+        `variant` is a trait of the request that the provider prices apart, `service_tier=priority` for one. Where the
+        table has no such variant the standard price answers, whose own `variant` is then "".
+        """
+        key = (provider, model, variant)
+        try:
+            found = self._remembered[key]
+        except KeyError:
+            found = self._remember(key)
+        return found.at(at_s) if isinstance(found, Schedule) else found
+
+    def _remember(self, key: tuple[str, str, str]) -> Price | Schedule | None:
+        if len(self._remembered) >= MAX_REMEMBERED_MODELS:
+            self._remembered.clear()  # names come from clients; a full memory is emptied rather than kept in order
+        found = self._remembered[key] = self._look_up(*key)
+        return found
+
+    def _look_up(self, provider: str, model: str, variant: str) -> Price | Schedule | None:
+        names = self._providers.get(provider) or Names()
+        candidates = names.candidates(model)
+        own = [self._own[owner] for owner in (provider, "") if owner in self._own]
+        if (row := _first_match(own, candidates)) is not None:
+            return _priced(row, row["id"], "")
+        if names.free:
+            return FREE
+        lists = [self._lists[name] for name in names.lists]
+        bare, _, suffix = candidates[0].rpartition(":")
+        if (served_by := names.by_suffix.get(suffix)) is not None:
+            lists, candidates = [self._lists[served_by]], [bare]
+        row = _first_match(lists, candidates)
+        return None if row is None else _priced(row, f"{provider}/{row['id']}@{self.date}", variant)
+
+
+def _within(daily_s: tuple[int, int], second: float) -> bool:
+    begin_s, end_s = daily_s
+    if begin_s <= end_s:
+        return begin_s <= second < end_s
+    return second >= begin_s or second < end_s  # over midnight
+
+
+def _first_match(lists: Sequence[NameTable], candidates: Sequence[str]) -> dict[str, Any] | None:
+    for name in candidates:
+        for rows in lists:
+            if (row := rows.match(name)) is not None:
+                return row
+    return None
+
+
+def _matches(like: str, name: str) -> bool:
+    core = like.strip("*")
+    if "#" in core:
+        long_enough = len(name) >= len(core) if like.endswith("*") else len(name) == len(core)
+        return long_enough and all(p == c or (p == "#" and c in "0123456789") for p, c in zip(core, name, strict=False))
+    if like.startswith("*"):
+        return core in name if like.endswith("*") else name.endswith(core)
+    return name.startswith(core) if like.endswith("*") else name == core
+
+
+def _exact_names(row: dict[str, Any]) -> list[str]:
+    return [*([] if row.get("abstract") else [row["id"].lower()]), *row.get("names", ())]
+
+
+def _priced(row: dict[str, Any], price_id: str, variant: str) -> Price | Schedule:
+    """Turn a checked row into its price, or into its prices over time."""
+    standard = _terms(row, row["prices"], price_id, "")
+    terms = standard
+    if variant in row.get("variants", ()):
+        special = _terms(row, row["variants"][variant], f"{price_id};{variant}", variant)
+        # A variant is known from some day on; before that day the standard price is all there is.
+        terms = special if special[0].start_s == 0 else (*standard, *special)
+    return terms[0].price if len(terms) == 1 else Schedule(terms)
+
+
+def _terms(row: dict[str, Any], blocks: Any, price_id: str, variant: str) -> tuple[Terms, ...]:
+    return tuple(
+        _one_term(row, block, price_id, variant) for block in ([blocks] if isinstance(blocks, dict) else blocks)
+    )
+
+
+def _one_term(row: dict[str, Any], block: dict[str, Any], price_id: str, variant: str) -> Terms:
+    start_s, daily_s = 0.0, None
+    if start := block.get("from"):
+        price_id += f";from={start}"
+        start_s = _day_start_s(start)
+    if hours := block.get("daily"):
+        price_id += f";daily={hours}"
+        daily_s = _daily_seconds(hours)
+    return Terms(start_s, daily_s, _price(row, block, price_id, variant))
+
+
+def _price(row: dict[str, Any], block: dict[str, Any], price_id: str, variant: str) -> Price:
+    starts = sorted({start for amount in block.values() if isinstance(amount, list) for start, _ in amount[1:]})
+    tiers = tuple(_rates(block, above_tokens) for above_tokens in (0, *starts))
+    return Price(
+        id=price_id,
+        tiers=tiers,
+        dearest=_dearest(tiers),
+        listed=tuple(rate.key for rate in RATES if rate.key in block),
+        unpriced=tuple(rate.bucket for rate in RATES if rate.bucket and _source(rate, block) is None),
+        variant=variant,
+        context_tokens=row.get("context"),
+        max_output_tokens=row.get("max_output"),
+        deprecated=row.get("deprecated", False),
+    )
+
+
+def _source(rate: Rate, block: dict[str, Any]) -> str | None:
+    """The key of the block that prices this unit: its own, else that of the unit it is billed as."""
+    return next((key for key in (rate.key, *rate.falls_back_to) if key in block), None)
+
+
+def _rates(block: dict[str, Any], above_tokens: int) -> Rates:
+    nanousd = []
+    for rate in RATES:
+        key = _source(rate, block)
+        usd = "0" if key is None else _amount_above(block[key], above_tokens)
+        nanousd.append(_nanousd(usd) * (1_000_000 // rate.units))
+    return Rates(above_tokens, *nanousd)
+
+
+def _amount_above(amount: str | list[Any], above_tokens: int) -> str:
+    if isinstance(amount, str):
+        return amount
+    chosen: str = amount[0]
+    for start, usd in amount[1:]:
+        if start <= above_tokens and above_tokens:
+            chosen = usd
+    return chosen
+
+
+def _dearest(tiers: tuple[Rates, ...]) -> tuple[tuple[int, int, int], ...]:
+    """A dearer low tier counts in the tiers above it: a bound on the prompt says nothing of the prompt's size."""
+    found: list[tuple[int, int, int]] = []
+    highest_input = highest_output = 0
+    for rates in tiers:
+        highest_input = max(highest_input, rates.dearest("input"))
+        highest_output = max(highest_output, rates.dearest("output"))
+        found.append((rates.above_tokens, highest_input, highest_output))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nanousd(usd: str) -> int:
+    """Nano-dollars of a decimal string. Raises ValueError where they are not a whole number, or a slip of the unit."""
+    found = USD.fullmatch(usd)
+    if found is None:
+        raise ValueError(usd)
+    return int(found[1]) * 1_000_000_000 + int((found[2] or "").ljust(9, "0"))
+
+
+def _usd(nanousd_per_million: int, units: int) -> str:
+    return f"{(Decimal(nanousd_per_million) * units).scaleb(-15).normalize():f}"
+
+
+def _day_start_s(day: str) -> float:
+    return datetime.datetime.combine(datetime.date.fromisoformat(day), datetime.time(), datetime.UTC).timestamp()
+
+
+def _daily_seconds(hours: str) -> tuple[int, int]:
+    found = DAILY.fullmatch(hours)
+    if found is None:
+        raise ValueError(hours)
+    begin_hour, begin_minute, end_hour, end_minute = map(int, found.groups())
+    return begin_hour * 3600 + begin_minute * 60, end_hour * 3600 + end_minute * 60
+
+
+# ----- checks of a table ----------------------------------------------------------------------------------------------
+
+ROW_KEYS: Final = frozenset(
+    {"id", "abstract", "names", "like", "unlike", "context", "max_output", "deprecated", "prices", "variants"}
+)
+NAMES_KEYS: Final = frozenset(Names._fields)
+
+
+def _names(provider: str, entry: Any, lists: Mapping[str, NameTable]) -> Names:
+    where = f'Price table, provider "{provider}"'
+    if not isinstance(entry, dict) or not entry.keys() <= NAMES_KEYS:
+        raise InvalidPrices(f"{where}: it may only have {', '.join(sorted(NAMES_KEYS))}.")
+    by_suffix = entry.get("by_suffix", {})
+    if not isinstance(by_suffix, dict):
+        raise InvalidPrices(f'{where}: "by_suffix" must be an object of price lists.')
+    names = Names(
+        lists=_strings(entry.get("lists", []), f'{where}: "lists"'),
+        by_suffix=by_suffix,
+        cut=_strings(entry.get("cut", []), f'{where}: "cut"'),
+        strip=_strings(entry.get("strip", []), f'{where}: "strip"'),
+        free=entry.get("free", False) is True,
+    )
+    for name in (*names.lists, *names.by_suffix.values()):
+        if name not in lists:
+            raise InvalidPrices(f'{where}: there is no price list "{name}".')
+    return names
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(part, str) and part for part in value):
+        raise InvalidPrices(f"{where} must be a list of names.")
+    return tuple(value)
+
+
+def _name_table(rows: Any, where: str) -> NameTable:
+    if not isinstance(rows, list):
+        raise InvalidPrices(f"{where} is not a list of rows.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not row["id"]:
+            raise InvalidPrices(f'{where}, row {number}: it has no "id".')
+        _check_row(row, f'{where}, model "{row["id"]}"')
+    return NameTable(rows, where)
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    if not row.keys() <= ROW_KEYS:
+        unknown = ", ".join(sorted(map(str, row.keys() - ROW_KEYS)))
+        raise InvalidPrices(f"{where}: unknown key {unknown}.")
+    for key in ("names", "like", "unlike"):
+        if key in row:
+            _check_patterns(row[key], key, where)
+    for key in ("context", "max_output"):
+        if key in row and (type(row[key]) is not int or row[key] <= 0):
+            raise InvalidPrices(f'{where}: "{key}" must be a positive number of tokens.')
+    for key in ("abstract", "deprecated"):
+        if type(row.get(key, False)) is not bool:
+            raise InvalidPrices(f'{where}: "{key}" must be true or false.')
+    if not isinstance(variants := row.get("variants", {}), dict):
+        raise InvalidPrices(f'{where}: "variants" must be an object.')
+    for blocks in (row.get("prices"), *variants.values()):
+        _check_schedule(blocks, where)
+
+
+def _check_patterns(value: Any, key: str, where: str) -> None:
+    for pattern in _strings(value, f'{where}: "{key}"'):
+        if pattern != pattern.lower():
+            raise InvalidPrices(f'{where}: the name "{pattern}" must be in lower case.')
+        if key != "names" and not PATTERN.fullmatch(pattern):
+            raise InvalidPrices(f'{where}: the pattern "{pattern}" may have "*" at its ends only, and none before "#".')
+
+
+def _check_schedule(blocks: Any, where: str) -> None:
+    if not isinstance(blocks, (dict, list)) or not blocks:
+        raise InvalidPrices(f"{where}: it has no prices.")
+    for block in [blocks] if isinstance(blocks, dict) else blocks:
+        if not isinstance(block, dict):
+            raise InvalidPrices(f"{where}: a price block must be an object.")
+        _check_block(block, where)
+
+
+def _check_block(block: dict[str, Any], where: str) -> None:
+    for key, amount in block.items():
+        try:
+            if key == "from":
+                _day_start_s(amount)
+            elif key == "daily":
+                _daily_seconds(amount)
+            elif key not in RATE_BY_KEY:
+                raise InvalidPrices(f'{where}: unknown price "{key}"; known are {", ".join(RATE_BY_KEY)}.')
+            elif type(amount) is str:
+                _nanousd(amount)
+            else:
+                _check_tiers(key, amount)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, InvalidPrices):
+                raise
+            raise InvalidPrices(f'{where}: "{key}" is {json.dumps(amount)}; {_expected(key)}.') from error
+
+
+def _expected(key: str) -> str:
+    if key == "from":
+        return "it must be a day such as 2026-11-22"
+    if key == "daily":
+        return "it must be a time of day in UTC such as 16:30-00:30"
+    per = "million tokens" if RATE_BY_KEY[key].units == 1_000_000 else "thousand"
+    return f"it must be dollars per {per}, a decimal string below a million with at most nine decimals, or tiers of it"
+
+
+def _check_tiers(key: str, amount: Any) -> None:
+    """Raises ValueError or TypeError; the caller knows the row."""
+    if not isinstance(amount, list) or len(amount) < 2 or RATE_BY_KEY[key].units != 1_000_000:
+        raise ValueError(key)
+    _nanousd(amount[0])
+    last = 0
+    for start, usd in amount[1:]:
+        if type(start) is not int or start <= last:
+            raise ValueError(start)
+        last = start
+        _nanousd(usd)
+
+
+def _own_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A `[prices]` row of the settings as a row of the table, with an id that changes when its amounts do."""
+    model, provider = row.get("model"), row.get("provider", "")
+    if not isinstance(model, str) or not model:
+        raise InvalidPrices('A [prices] row has no "model".')
+    where = f'[prices], model "{model}"'
+    if not isinstance(provider, str):
+        raise InvalidPrices(f'{where}: "provider" must be a provider id.')
+    found: dict[str, Any] = {key: row[key] for key in ("context", "max_output") if key in row}
+    block = _own_block(row, where)
+    digest = hashlib.blake2s(json.dumps(block, sort_keys=True).encode(), digest_size=4).hexdigest()
+    found["id"] = f"own/{provider + '/' if provider else ''}{model}@{digest}"
+    found |= {"abstract": True, "like" if "*" in model else "names": [model.lower()], "prices": block}
+    _check_row(found, where)
+    return found
+
+
+def _own_block(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    given = {key: value for key, value in row.items() if key not in ("model", "provider", "context", "max_output")}
+    free = given.pop("free", False)
+    if free is True and not given:
+        return dict.fromkeys(RATE_BY_KEY, "0")
+    if free is not False or "input" not in given:
+        raise InvalidPrices(f'{where}: give "input" and "output" in dollars per million tokens, or "free": true.')
+    return {key: _decimal(value, key, where) for key, value in given.items()}
+
+
+def _decimal(value: Any, key: str, where: str) -> str:
+    """The shortest decimal of a number as people write it: 0.1 means a tenth, not the float nearest to it."""
+    try:
+        if isinstance(value, (str, int, float, Decimal)) and not isinstance(value, bool):
+            return f"{Decimal(str(value)).normalize():f}"
+    except InvalidOperation:
+        pass
+    raise InvalidPrices(f'{where}: "{key}" is {value!r}; it must be an amount in dollars.')
+
+
+FREE: Final = Price("free", (Rates(0, *[0] * len(RATES)),), ((0, 0, 0),), ("input", "output"))
+
+
+# ===== Settings =======================================================================================================
+# Rows of name, default and help: the fields of `Settings`. Precedence: flag, environment (`STOCKYARD_<NAME>`),
+# stockyard.toml, default. Reading them is pure: the caller brings the flags, the environment and the file's text.
+# A wrong name or value is a SettingsError that names the line or the variable. To add one: a field here, and README.
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message says where it stands and what would be right."""
+
+
+def _row(default: Any, help: str, read: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"help": help, "read": read})
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return text.lower()
+
+    return read
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}")
+        return value
+
+    return read
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(f"must be a whole number between {low} and {high}")
+        return value
+
+    return read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    host: str = _row("127.0.0.1", "address to listen on")
+    port: int = _row(4200, "port to listen on; 0 picks a free one (also read from PORT)", _integer(0, 65535))
+    data_dir: str = _row("~/.stockyard", "where stockyard.db and admin.key live (0700)")
+    admin_key: str = _row("", "the admin key; made at first start and kept in admin.key when unset")
+    hosts: str = _row("", "further Host names to answer to, comma separated (DNS rebinding guard)")
+    require_key: str = _row("auto", "auto, always or never: whether clients must send a virtual key", _one_of("auto", "always", "never"))
+    client_keys: str = _row("off", "on: a client may bring its own key for a provider it names", _one_of("on", "off"))
+    cache: str = _row("deterministic", "off, deterministic or all: which answers are cached", _one_of("off", "deterministic", "all"))
+    cache_ttl: float = _row(3600.0, "seconds a cached answer lives", _number(0, 31_536_000))
+    cache_mb: float = _row(256.0, "memory and disk bound of the cache in MB", _number(1, 1_000_000))
+    budget: str = _row("", "a hard spend limit for everything, such as 20/day (USD; day, week, month or total)")
+    rate_limit: str = _row("", "such as 600rpm,1000000tpm,64parallel")
+    redact: str = _row("off", "off, mask or reversible: personal data in requests", _one_of("off", "mask", "reversible"))
+    guard_injection: str = _row("off", "off, flag or block: prompt injection", _one_of("off", "flag", "block"))
+    guard_secrets: str = _row("off", "off, flag, redact or block: keys and passwords in requests", _one_of("off", "flag", "redact", "block"))
+    log_bodies: str = _row("on", "on, redacted or none: what of requests and answers is logged", _one_of("on", "redacted", "none"))
+    log_retention: float = _row(30.0, "days that log rows are kept", _number(0.01, 36500))
+    log_mb: float = _row(1024.0, "size bound of the log in MB", _number(1, 10_000_000))
+    durability: str = _row("process", "process: rows survive kill -9; full: also power loss (fsync)", _one_of("process", "full"))
+    connect_timeout: float = _row(5.0, "seconds to connect to a provider", _number(0.01, 3600))
+    first_byte_timeout: float = _row(120.0, "seconds until a provider's first byte", _number(0.01, 36000))
+    idle_timeout: float = _row(60.0, "seconds between two bytes of a provider", _number(0.01, 36000))
+    total_timeout: float = _row(900.0, "seconds for one call to a provider", _number(0.01, 360000))
+    body_timeout: float = _row(30.0, "seconds a client may take to send its body", _number(0.05, 36000))
+    drain_timeout: float = _row(30.0, "seconds that running calls get at a stop", _number(0, 36000))
+    max_body_mb: float = _row(32.0, "largest request body in MB", _number(0.001, 4096))
+    retries: int = _row(1, "further tries of the same target after a failure that may pass", _integer(0, 10))
+    models_ttl: float = _row(300.0, "seconds that providers' model lists are kept", _number(0, 86400))
+    workers: str = _row("1", "processes sharing the port; auto is one per core", lambda text: text if text == "auto" else str(_integer(1, 256)(text)))
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir).expanduser()
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host in ("localhost", ""):
+            return self.host == "localhost"
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.metadata)
+SECRET_SETTINGS: Final = frozenset({"admin_key"})
+#: Tables of stockyard.toml beside the settings, each read by the section that owns it.
+TOML_TABLES: Final = frozenset({"providers", "prices", "routes", "rules", "keys", "budgets", "recognisers", "webhooks"})
+
+
+def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
+    try:
+        return row.metadata["read"](text)
+    except ValueError as error:
+        reason = str(error) if str(error).startswith("must") else f"{text!r} is not understood"
+        raise SettingsError(f"{where}: {row.name} {reason}") from None
+
+
+def parse_toml(text: str, path: str) -> tuple[Json, dict[str, Any]]:
+    """Split stockyard.toml into settings and tables; SettingsError names the line of an unknown name."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    names = {row.name for row in SETTING_ROWS}
+    for name in document.keys() - names - TOML_TABLES:
+        line = next((at for at, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[*\s*{re.escape(name)}\b", row)), 1)
+        close = [known for known in sorted(names | TOML_TABLES) if known[:4] == name[:4]]
+        hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(names))}"
+        raise SettingsError(f"{path}, line {line}: no setting is called {name!r}{hint}")
+    values = {name: value for name, value in document.items() if name in names}
+    return values, {name: value for name, value in document.items() if name in TOML_TABLES}
+
+
+def read_settings(flags: Mapping[str, str | None], environment: Mapping[str, str], toml: str = "", toml_path: str = "stockyard.toml") -> Settings:
+    """Merge flags, environment and file into Settings; SettingsError for anything unknown or unfit."""
+    known = {f"STOCKYARD_{row.name.upper()}" for row in SETTING_ROWS} | {"STOCKYARD_CONFIG"}
+    unknown = sorted(name for name in environment if name.startswith("STOCKYARD_") and name not in known)
+    if unknown:
+        raise SettingsError(f"environment: no setting is called {unknown[0]}; `stockyard config check` lists them all")
+    from_file, tables = parse_toml(toml, toml_path) if toml else ({}, {})
+    values: Json = {}
+    sources: dict[str, str] = {}
+    for row in SETTING_ROWS:
+        variable = f"STOCKYARD_{row.name.upper()}"
+        if flags.get(row.name) is not None:
+            text, source = str(flags[row.name]), f"flag --{row.name.replace('_', '-')}"
+        elif environment.get(variable):
+            text, source = environment[variable], variable
+        elif row.name == "port" and environment.get("PORT"):
+            text, source = environment["PORT"], "PORT"
+        elif row.name in from_file:
+            text, source = str(from_file[row.name]), toml_path
+        else:
+            sources[row.name] = "default"
+            continue
+        values[row.name], sources[row.name] = read_setting(row, text, source), source
+    settings = Settings(**values, tables=tables, sources=sources)
+    if settings.require_key == "never" and not settings.is_loopback:
+        raise SettingsError(
+            f"{sources['require_key']}: require_key never is refused on {settings.host}, where others can reach this proxy; "
+            "use --host 127.0.0.1, or --require-key auto with a key from `stockyard keys create`"
+        )
+    return settings
+
+
+def provider_variables(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that providers are configured from: the environment over `[providers.<id>]` of stockyard.toml."""
+    variables: dict[str, str] = {}
+    table = settings.tables.get("providers", {})
+    for provider_id, values in table.items():
+        row = PROVIDERS_BY_ID.get(provider_id)
+        if row is None or not isinstance(values, dict):
+            raise SettingsError(f"[providers.{provider_id}]: no provider is called so; known are {', '.join(PROVIDERS_BY_ID)}")
+        for name, value in values.items():
+            target = {"api_key": row.key_env[0] if row.key_env else "", "base_url": row.base_variables[0]}.get(name)
+            if not target:
+                raise SettingsError(f"[providers.{provider_id}]: {name!r} is not known; use api_key and base_url")
+            variables[target] = ",".join(value) if isinstance(value, list) else str(value)
+    return {**variables, **{name: value for name, value in environment.items() if value}}
+
+
+# ===== Router =========================================================================================================
+# From the name in a request to ordered targets. Never a random or default provider: a name that belongs to no
+# configured provider is a 404 that says which variable would enable it. The same name goes the same way every time.
+# Order: forced by header, route or alias of the configuration, `provider/model`, exact name in a provider's list,
+# recognisable prefix; the longest match wins, then the order of the table.
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an attempt goes: a configured provider and the model name as that provider knows it."""
+
+    provider: ConfiguredProvider
+    model: str
+    via: str = ""
+
+
+class Router:
+    """Resolves model names. Plain state: the configured providers, and the model lists they last told."""
+
+    def __init__(self, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, routes: Mapping[str, Any] | None = None) -> None:
+        self.providers = dict(providers)
+        self.routes = dict(routes or {})
+        self._prices = prices
+        self._listed: dict[str, frozenset[str]] = {}
+        self._memo: dict[tuple[str, str], list[Target]] = {}
+
+    def learn(self, provider_id: str, models: Iterable[str]) -> None:
+        """Remember a provider's own list of models."""
+        self._listed[provider_id] = frozenset(models)
+        self._memo.clear()
+
+    def targets(self, model: str, forced: str = "") -> list[Target]:
+        """Ordered targets for a name; UnknownModel says what would make it known."""
+        found = self._memo.get((model, forced))
+        if found is None:
+            found = self._resolve(model, forced)
+            if len(self._memo) > 10_000:
+                self._memo.clear()
+            self._memo[model, forced] = found
+        return found
+
+    def _resolve(self, model: str, forced: str) -> list[Target]:
+        if forced:
+            return [self._forced(model, forced)]
+        head, slash, rest = model.partition("/")
+        if slash and rest and head.lower() in self.providers:
+            return [Target(self.providers[head.lower()], rest, "provider prefix")]
+        claims = [claim for provider in self.providers.values() if (claim := self._claim(model, provider))]
+        if claims:
+            return [max(claims, key=lambda claim: claim[0])[1]]
+        raise self._unknown(model)
+
+    def _claim(self, model: str, provider: ConfiguredProvider) -> tuple[tuple[int, int, int], Target] | None:
+        """How strongly a provider claims a bare name: listed, then the longest own prefix, then table order."""
+        listed = model in self._listed.get(provider.id, ()) or self._prices.lists(provider.id, model)
+        prefix = re.match(provider.row.pattern, model, re.IGNORECASE) if provider.row.pattern else None
+        order = -list(self.providers).index(provider.id)
+        if not (listed or prefix):
+            return None
+        strength = (int(bool(listed)), len(prefix[0]) + 1 if prefix else 0, order)
+        return strength, Target(provider, model, "model list" if listed else "prefix")
+
+    def _forced(self, model: str, forced: str) -> Target:
+        provider = self.providers.get(forced.lower())
+        if provider is None:
+            row = PROVIDERS_BY_ID.get(forced.lower())
+            if row is None:
+                raise InvalidRequest(f"x-stockyard-provider: no provider is called {forced!r}; known are {', '.join(PROVIDERS_BY_ID)}")
+            raise UnknownModel(f"the provider {row.name} is not configured; set {enabling_variable(row)}")
+        return Target(provider, model.removeprefix(f"{forced.lower()}/"), "x-stockyard-provider")
+
+    def _unknown(self, model: str) -> UnknownModel:
+        head = model.partition("/")[0].lower()
+        owner = PROVIDERS_BY_ID.get(head) if "/" in model else None
+        owner = owner or next((row for row in PROVIDERS if row.pattern and re.match(row.pattern, model, re.IGNORECASE)), None)
+        if owner is not None and owner.retired:
+            return UnknownModel(f"the model `{model}` is gone: {owner.retired}", param="model")
+        if owner is not None and owner.id not in self.providers:
+            say = f"the model `{model}` belongs to {owner.name}, which is not configured; set {enabling_variable(owner)} and restart"
+            return UnknownModel(say, param="model")
+        ready = ", ".join(self.providers)
+        say = (
+            f"no configured provider serves a model called `{model}`; configured: {ready}. "
+            "Name the provider as `provider/model`, or set its variable (for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GROQ_API_KEY)"
+        )
+        return UnknownModel(say, param="model")
+
+
+# ===== Echo ===========================================================================================================
+# The built-in provider: deterministic answers without a key or a network, for the first minute and for tests. It says
+# back the last user message; it honours `stream`, `tools`, the output cap, and `delay_ms` (before the answer) and
+# `chunk_ms` (between the pieces of a stream). A word counts as a token. Only models called `echo` or `echo-…` come here.
+
+
+@dataclass(frozen=True, slots=True)
+class EchoAnswer:
+    """What the echo sends: pieces of a body, with pauses in seconds."""
+
+    content_type: str
+    pieces: list[bytes]
+    delay_s: float
+    gap_s: float
+
+
+def echo(kind: str, body: bytes) -> EchoAnswer:
+    """Answer a request of the OpenAI dialect; `kind` is the endpoint's."""
+    request = orjson.loads(body)
+    delay_s, gap_s = (min(600_000.0, max(0.0, float(request.get(name) or 0))) / 1000 for name in ("delay_ms", "chunk_ms"))
+    if kind == "models":
+        return EchoAnswer("application/json", [dump_json({"object": "list", "data": [{"id": "echo", "object": "model"}]})], 0, 0)
+    if kind == "embeddings":
+        return EchoAnswer("application/json", [dump_json(echo_embeddings(request))], delay_s, 0)
+    completion = echo_completion(request, legacy=kind == "completions")
+    if request.get("stream"):
+        asked = (request.get("stream_options") or {}).get("include_usage")
+        return EchoAnswer("text/event-stream", [*echo_events(completion, bool(asked))], delay_s, gap_s)
+    return EchoAnswer("application/json", [dump_json(completion)], delay_s, 0)
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, or the text parts of a list."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else ()
+    return " ".join(part.get("text") or f"[{part.get('type')}]" for part in parts if isinstance(part, dict))
+
+
+def echo_completion(request: Json, legacy: bool) -> Json:
+    messages = request.get("messages") or [{"role": "user", "content": request.get("prompt")}]
+    prompt = sum(len(text_of(message.get("content")).split()) for message in messages)
+    last = messages[-1]
+    message: Json = {"role": "assistant", "content": f"Echo: {text_of(last.get('content'))}".rstrip()}
+    finish, called = "stop", echo_tool_call(request, last)
+    words = re.findall(r"\s*\S+", message["content"])
+    cap = request.get("max_completion_tokens") or request.get("max_tokens")
+    if called:
+        message, finish, words = {"role": "assistant", "content": None, "tool_calls": [called]}, "tool_calls", ["call"]
+    elif isinstance(cap, int) and 0 < cap < len(words):
+        message["content"], finish, words = "".join(words[:cap]), "length", words[:cap]
+    choice: Json = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+    if legacy:
+        choice = {"index": 0, "text": message["content"], "logprobs": None, "finish_reason": finish}
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
+    digest = hashlib.sha256(dump_json(messages)).hexdigest()[:16]
+    kind = "text_completion" if legacy else "chat.completion"
+    return {"id": f"chatcmpl-echo{digest}", "object": kind, "created": 0, "model": request.get("model"), "choices": [choice], "usage": usage}
+
+
+def echo_tool_call(request: Json, last: Json) -> Json | None:
+    """The call the echo makes: the tool that is forced, or named in the last user message; none after a tool's result."""
+    tools = [tool["function"] for tool in request.get("tools") or () if isinstance(tool.get("function"), dict)]
+    choice = request.get("tool_choice")
+    if not tools or choice == "none" or last.get("role") == "tool":
+        return None
+    forced = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
+    said = text_of(last.get("content"))
+    wanted = [tool for tool in tools if tool.get("name") == forced or (forced is None and str(tool.get("name")) in said)]
+    if not wanted and choice != "required":
+        return None
+    tool = (wanted or tools)[0]
+    arguments = dump_json(sample_of(tool.get("parameters") or {})).decode()
+    digest = hashlib.sha256(arguments.encode()).hexdigest()[:20]
+    return {"id": f"call_{digest}", "type": "function", "function": {"name": tool.get("name"), "arguments": arguments}}
+
+
+def sample_of(schema: Json) -> Any:
+    """A smallest value that fits a JSON schema, for the echo's tool arguments."""
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object" or (kind is None and "properties" in schema) or not schema:
+        return {name: sample_of(inner) for name, inner in (schema.get("properties") or {}).items() if isinstance(inner, dict)}
+    return {"string": "echo", "integer": 1, "number": 1.0, "boolean": True, "array": []}.get(str(kind))
+
+
+def echo_events(completion: Json, include_usage: bool) -> Iterator[bytes]:
+    """A completion as the events of a stream, word by word."""
+    usage = completion.pop("usage")
+    legacy = completion["object"] == "text_completion"
+    head = {**completion, "object": completion["object"] if legacy else "chat.completion.chunk"}
+    choice = completion["choices"][0]
+    text = choice.get("text") if legacy else choice["message"]["content"]
+
+    def chunk(delta: Any, finish: str | None) -> bytes:
+        said = {"text": delta} if legacy else {"delta": delta}
+        return sse_event({**head, "choices": [{"index": 0, **said, "finish_reason": finish}]})
+
+    if not legacy:
+        yield chunk({"role": "assistant", "content": None if text is None else ""}, None)
+        for called in choice["message"].get("tool_calls") or ():
+            function = called["function"]
+            yield chunk({"tool_calls": [{"index": 0, **called, "function": {"name": function["name"], "arguments": ""}}]}, None)
+            yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": function["arguments"]}}]}, None)
+    for word in re.findall(r"\s*\S+", text or ""):
+        yield chunk(word if legacy else {"content": word}, None)
+    yield chunk("" if legacy else {}, choice["finish_reason"])
+    if include_usage:
+        yield sse_event({**head, "choices": [], "usage": usage})
+    yield b"data: [DONE]\n\n"
+
+
+def echo_embeddings(request: Json) -> Json:
+    """Eight (or `dimensions`) numbers a text, from its hash; base64 where asked, as the official SDKs do."""
+    given = request.get("input")
+    texts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    size = request.get("dimensions") if isinstance(request.get("dimensions"), int) else 8
+    rows = []
+    for index, text in enumerate(texts):
+        seed = hashlib.shake_256(dump_json(text)).digest(4 * min(4096, max(1, size or 8)))
+        numbers = [value / 2**31 - 1 for (value,) in struct.iter_unpack("<I", seed)]
+        packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+        rows.append({"object": "embedding", "index": index, "embedding": packed if request.get("encoding_format") == "base64" else numbers})
+    words = sum(len(str(text).split()) for text in texts)
+    return {"object": "list", "data": rows, "model": request.get("model"), "usage": {"prompt_tokens": words, "total_tokens": words}}
+
+
+# ===== Streams ========================================================================================================
+# A flow turns a provider's stream bytes into the client's, and learns on the way what must be known: whether content
+# was seen (before it, everything may be retried), whether the terminal event came (only that proves a whole answer),
+# usage and finish reason. Flows raise UpstreamError for an error inside the stream. All are pure.
+
+
+class Flow:
+    """What all flows know. `feed` and `close` give the bytes to send on; `close` is called at the provider's end."""
+
+    def __init__(self, transcript: Transcript, cost_of: Callable[[Usage], int | None]) -> None:
+        self.transcript = transcript
+        self.content_seen = False
+        self.usage: Usage | None = None
+        self.finish_reason = ""
+        self._cost_of = cost_of
+
+    @property
+    def complete(self) -> bool:
+        raise NotImplementedError
+
+    def feed(self, data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def close(self) -> bytes:
+        raise NotImplementedError
+
+    def observe(self, chunk: Json) -> None:
+        """Learn from one canonical chunk."""
+        for choice in chunk.get("choices") or ():
+            reason = choice.get("finish_reason")
+            if reason:
+                self.finish_reason = reason
+            if not self.content_seen and (reason or has_content(choice)):
+                self.content_seen = True
+
+    def note_usage(self, chunk: Json, usage: Usage) -> None:
+        """Keep the usage and add the cost to the event that carries it."""
+        self.usage = usage
+        cost = self._cost_of(usage)
+        if cost is not None and isinstance(chunk.get("usage"), dict):
+            chunk["usage"]["cost"] = cost / NANOUSD_PER_USD
+
+
+def has_content(choice: Json) -> bool:
+    """Whether a chunk's choice says more than its role."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return bool(choice.get("text"))
+    return any(value and name != "role" for name, value in delta.items())
+
+
+class WholeEvents:
+    """Cuts bytes in any split into runs of whole events; line ends become LF, a BOM goes."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._began = self._after_cr = False
+
+    def feed(self, data: bytes) -> bytes:
+        if self._after_cr or b"\r" in data:
+            data = self._with_lf(data)
+        if self._tail:
+            data = self._tail + data
+        if not self._began:
+            self._began = len(data) > 3
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.endswith(b"\n\n"):
+            self._tail = b""
+            return data
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            cut = 0
+        self._tail = data[cut:]
+        if len(self._tail) > SSE_MAX_EVENT_BYTES:
+            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
+        return data[:cut]
+
+    def _with_lf(self, data: bytes) -> bytes:
+        if self._after_cr and data[:1] == b"\n":
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def close(self) -> bytes:
+        """The last event, where the provider forgot its blank line."""
+        tail, self._tail = self._tail.strip(b"\n"), b""
+        return tail + b"\n\n" if tail else b""
+
+
+class OpenAiFlow(Flow):
+    """OpenAI on both sides: whole events go on as they came, and only those that tell something are parsed.
+
+    Telling are, before the first content, all; then those with a finish reason, a usage object, an error, or [DONE]. A
+    byte count finds them: a quoted name inside text is escaped, so that it never matches; at worst a parse is wasted.
+    """
+
+    def __init__(
+        self, dialect: OpenAiChat, provider: Provider, include_usage: bool, transcript: Transcript, cost_of: Callable[[Usage], int | None]
+    ) -> None:
+        super().__init__(transcript, cost_of)
+        self._dialect, self._provider, self._include_usage = dialect, provider, include_usage
+        self._events = WholeEvents()
+        self._done = False
+
+    @property
+    def complete(self) -> bool:
+        return self._done or bool(self.finish_reason)
+
+    def feed(self, data: bytes) -> bytes:
+        run = self._events.feed(data)
+        if (
+            self.content_seen
+            and b'"error"' not in run
+            and b"[DONE]" not in run
+            and run.count(b'"finish_reason"') == run.count(b'"finish_reason":null')
+            and run.count(b'"usage"') == run.count(b'"usage":null')
+        ):
+            self.transcript.add_block(run)
+            return run
+        return self._read(run)
+
+    def close(self) -> bytes:
+        last = self._read(self._events.close())
+        return last if self._done or not self.finish_reason else last + b"data: [DONE]\n\n"
+
+    def _read(self, run: bytes) -> bytes:
+        return b"".join([self._event(block) for block in run.split(b"\n\n") if block])
+
+    def _event(self, block: bytes) -> bytes:
+        event = parse_sse_block(block)
+        if event is None:
+            return block + b"\n\n"
+        if event[1].strip() == b"[DONE]":
+            self._done = True
+            return block + b"\n\n"
+        chunk = read_event_json(event[1])
+        refuse_error_event(chunk, self._dialect)
+        self.transcript.add_chunk(chunk)
+        changed = self._rename_finish(chunk)
+        self.observe(chunk)
+        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
+        if usage:
+            self.note_usage(chunk, self._dialect.usage_of(usage, self._provider))
+            if not chunk.get("choices") and not self._include_usage:
+                return b""
+            return sse_event(chunk) if self._include_usage or changed else block + b"\n\n"
+        return sse_event(chunk) if changed else block + b"\n\n"
+
+    def _rename_finish(self, chunk: Json) -> bool:
+        changed = False
+        for choice in chunk.get("choices") or ():
+            reason = choice.get("finish_reason")
+            if reason in FAILED_FINISHES:
+                raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
+            if reason in FINISH_REASONS:
+                choice["finish_reason"] = FINISH_REASONS[reason]
+                changed = True
+        return changed
+
+
+class NativeFlow(Flow):
+    """The same dialect on both sides, not OpenAI's: events go on as they came; the decoder only watches."""
+
+    def __init__(self, decoder: Decoder, transcript: Transcript, cost_of: Callable[[Usage], int | None]) -> None:
+        super().__init__(transcript, cost_of)
+        self._decoder = decoder
+        self._events = WholeEvents()
+
+    @property
+    def complete(self) -> bool:
+        return self._decoder.complete
+
+    def feed(self, data: bytes) -> bytes:
+        return self._watch(self._events.feed(data))
+
+    def close(self) -> bytes:
+        run = self._watch(self._events.close())
+        for chunk in self._decoder.close():
+            self._learn(chunk)
+        return run
+
+    def _watch(self, run: bytes) -> bytes:
+        if run:
+            for chunk in self._decoder.feed(run):
+                self._learn(chunk)
+        return run
+
+    def _learn(self, chunk: Json) -> None:
+        self.transcript.add_chunk(chunk)
+        self.observe(chunk)
+        if chunk.get("usage"):
+            self.usage = read_openai_usage(chunk["usage"])
+
+
+class TranslatingFlow(Flow):
+    """Two dialects: every event is decoded, and every chunk rendered."""
+
+    def __init__(self, decoder: Decoder, renderer: Renderer, transcript: Transcript, cost_of: Callable[[Usage], int | None]) -> None:
+        super().__init__(transcript, cost_of)
+        self._decoder, self._renderer = decoder, renderer
+
+    @property
+    def complete(self) -> bool:
+        return self._decoder.complete
+
+    def feed(self, data: bytes) -> bytes:
+        return b"".join([self._render(chunk) for chunk in self._decoder.feed(data)])
+
+    def close(self) -> bytes:
+        last = [self._render(chunk) for chunk in self._decoder.close()]
+        if self._decoder.complete:
+            last.append(self._renderer.close())
+        return b"".join(last)
+
+    def _render(self, chunk: Json) -> bytes:
+        self.transcript.add_chunk(chunk)
+        self.observe(chunk)
+        if chunk.get("usage"):
+            self.note_usage(chunk, read_openai_usage(chunk["usage"]))
+        return self._renderer.feed(chunk)
+
+
+# ===== Store ==========================================================================================================
+# SQLite, the one thing on disk. Exactly one connection ever writes or checkpoints, in its own thread (SQLite before
+# 3.51.3 can corrupt a WAL database that two connections checkpoint); readers are read-only connections of other
+# threads. The event loop only appends to a queue. Commits are grouped: the writer takes what has gathered, and rests a
+# moment after each commit, so that a busy proxy commits fifty times a second and an idle one at once.
+# Bodies of one group are kept together as one compressed block; a row knows its place in the block.
+# To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE requests (
+        seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, ts_ms INTEGER NOT NULL, key_id TEXT NOT NULL, tags TEXT NOT NULL,
+        client_dialect TEXT NOT NULL, endpoint TEXT NOT NULL, model TEXT NOT NULL, provider TEXT NOT NULL,
+        upstream_model TEXT NOT NULL, stream INTEGER NOT NULL, status INTEGER NOT NULL, error TEXT NOT NULL,
+        cache TEXT NOT NULL, attempts INTEGER NOT NULL, input_tokens INTEGER, output_tokens INTEGER, cached_tokens INTEGER,
+        cache_write_tokens INTEGER, reasoning_tokens INTEGER, cost_nanousd INTEGER, price_id TEXT NOT NULL,
+        latency_ms REAL NOT NULL, first_token_ms REAL, overhead_ms REAL NOT NULL, redactions INTEGER NOT NULL,
+        verdicts TEXT NOT NULL, finish_reason TEXT NOT NULL, client_ip TEXT NOT NULL, user_agent TEXT NOT NULL,
+        session TEXT NOT NULL, attempt_log TEXT NOT NULL, dropped TEXT NOT NULL, usage TEXT NOT NULL,
+        block INTEGER, request_at INTEGER NOT NULL, request_bytes INTEGER NOT NULL, answer_bytes INTEGER NOT NULL
+    );
+    CREATE INDEX requests_by_time ON requests (ts_ms);
+    CREATE TABLE blocks (block INTEGER PRIMARY KEY, compressed INTEGER NOT NULL, bodies BLOB NOT NULL);
+    """,
+)
+
+#: The fields of a log row as users see them, in this order; also the CSV header.
+LOG_FIELDS: Final = tuple(
+    "id ts key_id tags client_dialect endpoint model provider upstream_model stream status error cache attempts input_tokens "
+    "output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_usd price_id priced latency_ms first_token_ms "
+    "overhead_ms redactions verdicts finish_reason client_ip user_agent session".split()
+)
+#: SQLite releases with the WAL-reset bug (https://sqlite.org/wal.html), fixed in 3.51.3, 3.50.7 and 3.44.6.
+WAL_BUG_FIXED: Final = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
+LOGGED_BODY_MAX_BYTES: Final = 1_000_000
+QUEUE_MAX_ROWS: Final = 20_000
+COMMIT_REST_S: Final = 0.02
+COMMIT_MAX_ROWS: Final = 500
+
+
+def has_wal_bug(version: tuple[int, int, int]) -> bool:
+    """Whether a SQLite of this version can corrupt a WAL database that several connections checkpoint."""
+    return version < WAL_BUG_FIXED[0] and not any(version[:2] == fixed[:2] and version >= fixed for fixed in WAL_BUG_FIXED)
+
+
+def log_row(call: Call, block: int | None, request_at: int, request_bytes: int, answer_bytes: int) -> tuple[Any, ...]:
+    """One call as the values of its row, in the order of the table's columns after `seq`."""
+    usage = call.usage
+    written = usage and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
+    return (
+        call.id, call.ts_ms, call.key_id, call.tags, call.endpoint.dialect, call.endpoint.path, call.model, call.provider,
+        call.upstream_model, call.stream, call.status, call.error, call.cache, len(call.attempts),
+        usage and usage.input_tokens, usage and usage.output_tokens, usage and usage.cached_tokens, written,
+        usage and usage.reasoning_tokens, call.cost_nanousd, call.price_id, round(call.latency_ms, 3),
+        round((call.first_token_s - call.started_s) * 1000, 3) if call.first_token_s else None,
+        round(max(0.0, call.latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.finish_reason,
+        call.client_ip, call.headers.get("user-agent", "")[:200].encode("utf-8", "replace").decode(), call.session,
+        dump_json([attempt.to_json() for attempt in call.attempts]).decode() if len(call.attempts) > 1 or call.error else "",
+        ",".join(call.dropped), usage_text(usage, call.usage_estimated), block, request_at, request_bytes, answer_bytes,
+    )  # fmt: skip
+
+
+def usage_text(usage: Usage | None, estimated: bool) -> str:
+    """The buckets that are not in columns of their own, as JSON; empty where there is nothing to add."""
+    if usage is None:
+        return ""
+    rare = {
+        name: value for name in ("cache_write_1h_tokens", "input_audio_tokens", "cached_audio_tokens", "output_audio_tokens",
+                                 "input_image_tokens", "output_image_tokens", "searches") if (value := getattr(usage, name))
+    }  # fmt: skip
+    if estimated:
+        rare["estimated"] = True
+    return dump_json(rare).decode() if rare else ""
+
+
+def format_time(ts_ms: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts_ms / 1000)) + f".{ts_ms % 1000:03d}Z"
+
+
+def public_row(row: sqlite3.Row) -> Json:
+    """A stored row in the fields that users see."""
+    values: Json = {name: row[name] for name in row.keys() if name in LOG_FIELDS}  # noqa: SIM118 - sqlite3.Row is no dict
+    values["ts"] = format_time(row["ts_ms"])
+    values["stream"] = bool(row["stream"])
+    values["priced"] = row["cost_nanousd"] is not None
+    values["cost_usd"] = None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD
+    return {name: values[name] for name in LOG_FIELDS}
+
+
+class StoreError(RuntimeError):
+    """The data directory or the database cannot be used; the message says what to do."""
+
+
+def prepare_data_dir(path: Path) -> None:
+    """Make the data directory private (0700); StoreError where others could write to it or it cannot be made."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise StoreError(f"the data directory {path} cannot be used ({error.strerror}); set STOCKYARD_DATA_DIR to one that can") from error
+
+
+def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
+    """Open the one writing connection and bring the schema up to date; StoreError with what to do otherwise."""
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        path.chmod(0o600)
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if full_sync else 'NORMAL'}")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        migrate(connection, path)
+    except sqlite3.DatabaseError as error:
+        raise StoreError(
+            f"{path} cannot be opened ({error}); nothing was changed. Move it away to start anew, or recover it: sqlite3 {path.name} .recover"
+        ) from error
+    return connection
+
+
+def migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise StoreError(f"{path} was written by a newer Stockyard (schema {version}, this one knows {len(MIGRATIONS)}); run that one")
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def open_reader(path: Path) -> sqlite3.Connection:
+    """A read-only connection: it can neither write nor checkpoint."""
+    connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, check_same_thread=False, timeout=5.0)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
+class LogStore:
+    """The request log: `put` from the event loop, everything else in threads. One writer connection, one writer thread."""
+
+    def __init__(self, path: Path, *, bodies: bool = True, full_sync: bool = False) -> None:
+        self.path = path
+        self.lost_rows = 0
+        self.last_error = ""
+        self._bodies = bodies
+        self._connection = open_writer(path, full_sync)
+        self._queue: collections.deque[Call | threading.Event] = collections.deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._reader: sqlite3.Connection | None = None
+        self._reader_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
+        self._thread.start()
+
+    # -- event loop side
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._queue) >= QUEUE_MAX_ROWS
+
+    def put(self, call: Call) -> None:
+        """Hand a finished call over. Never blocks; never raises."""
+        self._queue.append(call)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    async def flush(self) -> None:
+        """Return once everything handed over before is committed."""
+        done = threading.Event()
+        self._queue.append(done)
+        self._wake.set()
+        await asyncio.to_thread(done.wait, 10.0)
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=30)
+        if self._reader is not None:
+            self._reader.close()
+        self._connection.close()
+
+    # -- writer thread
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                self._commit_group()
+            if self._closing and not self._queue:
+                return
+            # Rest, so that rows gather while the loop works; the flag was cleared, so nothing is missed.
+            time.sleep(0 if self._closing else COMMIT_REST_S)
+
+    def _commit_group(self) -> None:
+        calls: list[Call] = []
+        barriers: list[threading.Event] = []
+        while self._queue and len(calls) < COMMIT_MAX_ROWS:
+            item = self._queue.popleft()
+            if isinstance(item, threading.Event):
+                barriers.append(item)
+            else:
+                calls.append(item)
+        if calls:
+            self._write(calls)
+        for barrier in barriers:
+            barrier.set()
+
+    def _write(self, calls: list[Call]) -> None:
+        connection = self._connection
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            rows = self._rows(calls)
+            connection.executemany(INSERT_ROW, rows)
+            connection.execute("COMMIT")
+            self.last_error = ""
+        except sqlite3.Error as error:
+            self.lost_rows += len(calls)
+            self.last_error = f"{type(error).__name__}: {error}"
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+
+    def _rows(self, calls: list[Call]) -> list[tuple[Any, ...]]:
+        """The rows of a group; its bodies go to one block first, so that a row can name it."""
+        if not self._bodies:
+            return [log_row(call, None, 0, 0, 0) for call in calls]
+        places: list[tuple[int, int, int]] = []
+        bodies: list[bytes] = []
+        at = 0
+        for call in calls:
+            asked = (call.sent_body or call.body)[:LOGGED_BODY_MAX_BYTES]
+            answered = (call.answer or self._assembled(call))[:LOGGED_BODY_MAX_BYTES]
+            places.append((at, len(asked), len(answered)))
+            bodies += (asked, answered)
+            at += len(asked) + len(answered)
+        raw = b"".join(bodies)
+        compressed = len(raw) > 512
+        stored = zlib.compress(raw, 1) if compressed else raw
+        block = self._connection.execute("INSERT INTO blocks (compressed, bodies) VALUES (?, ?)", (compressed, stored)).lastrowid
+        return [log_row(call, block, *place) for call, place in zip(calls, places, strict=True)]
+
+    @staticmethod
+    def _assembled(call: Call) -> bytes:
+        if call.transcript is None:
+            return b""
+        completion = call.transcript.completion()
+        if call.usage is not None:
+            completion["usage"] = write_openai_usage(call.usage)
+        return dump_json(completion)
+
+    # -- readers (any thread)
+
+    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        """Run one query of ours on the read-only connection."""
+        with self._reader_lock:
+            if self._reader is None:
+                self._reader = open_reader(self.path)
+            return self._reader.execute(sql, parameters).fetchall()
+
+
+INSERT_ROW: Final = f"INSERT INTO requests VALUES (NULL, {', '.join('?' * 37)})"
+LOG_FILTERS: Final[Mapping[str, str]] = {
+    "model": "(model = :model OR upstream_model = :model)",
+    "provider": "provider = :provider",
+    "key": "key_id = :key",
+    "status": "status BETWEEN :status_low AND :status_high",
+    "cache": "cache = :cache",
+    "session": "session = :session",
+    "since": "ts_ms >= :since",
+    "until": "ts_ms < :until",
+    "before": "seq < :before",
+}
+
+
+def log_filter(wanted: Mapping[str, str], now_ms: int) -> tuple[str, Json]:
+    """A WHERE clause and its parameters; InvalidRequest for a filter that is not known or not understood."""
+    clauses, parameters = ["1"], cast(Json, {})
+    for name, text in wanted.items():
+        if name not in LOG_FILTERS:
+            raise InvalidRequest(f"unknown filter {name!r}; known are {', '.join(LOG_FILTERS)}", param=name)
+        clauses.append(LOG_FILTERS[name])
+        if name == "status":
+            parameters["status_low"], parameters["status_high"] = parse_status_range(text)
+        elif name in ("since", "until"):
+            parameters[name] = parse_time(text, now_ms)
+        elif name == "before":
+            parameters[name] = int(text) if text.isdigit() else 0
+        else:
+            parameters[name] = text
+    return " AND ".join(clauses), parameters
+
+
+def parse_status_range(text: str) -> tuple[int, int]:
+    """`429`, or a class such as `5xx`, `error` (400 and up) or `ok` (below 400)."""
+    words = {"ok": (0, 399), "error": (400, 999)}
+    if text in words:
+        return words[text]
+    if re.fullmatch(r"[1-5]xx", text):
+        return int(text[0]) * 100, int(text[0]) * 100 + 99
+    if text.isdigit():
+        return int(text), int(text)
+    raise InvalidRequest(f"status {text!r} is not understood; use 429, 5xx, ok or error", param="status")
+
+
+def parse_time(text: str, now_ms: int) -> int:
+    """A moment as Unix milliseconds: `15m`, `24h`, `7d` ago, an ISO time (UTC unless it says), or Unix seconds."""
+    ago = re.fullmatch(r"(\d+)([smhdw])", text)
+    if ago:
+        return now_ms - int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[ago[2]] * 1000
+    if re.fullmatch(r"\d{9,11}(\.\d+)?", text):
+        return int(float(text) * 1000)
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(f"the time {text!r} is not understood; use 24h, 7d, or 2026-11-22T10:00") from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp() * 1000)
+
+
+def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[sqlite3.Row]:
+    where, parameters = log_filter(wanted, now_ms)
+    return store.read(f"SELECT * FROM requests WHERE {where} ORDER BY seq DESC LIMIT :limit", {**parameters, "limit": limit})
+
+
+def find_request(store: LogStore, request_id: str) -> Json | None:
+    """One row with its attempts and bodies; None where the id is unknown."""
+    rows = store.read("SELECT * FROM requests WHERE id = ?", (request_id,))
+    if not rows:
+        return None
+    row = rows[0]
+    asked, answered = read_bodies(store, row)
+    return {
+        **public_row(row),
+        "attempt_log": orjson.loads(row["attempt_log"]) if row["attempt_log"] else [],
+        "dropped": [name for name in row["dropped"].split(",") if name],
+        "usage": orjson.loads(row["usage"]) if row["usage"] else {},
+        "request": body_json(asked),
+        "response": body_json(answered),
+    }
+
+
+def read_bodies(store: LogStore, row: sqlite3.Row) -> tuple[bytes, bytes]:
+    block = store.read("SELECT compressed, bodies FROM blocks WHERE block = ?", (row["block"],))
+    if not block:
+        return b"", b""
+    raw: bytes = zlib.decompress(block[0]["bodies"]) if block[0]["compressed"] else block[0]["bodies"]
+    at, middle = row["request_at"], row["request_at"] + row["request_bytes"]
+    return raw[at:middle], raw[middle : middle + row["answer_bytes"]]
+
+
+def body_json(body: bytes) -> Any:
+    """A logged body for people: JSON where it is, text where not, null where none was kept."""
+    try:
+        return orjson.loads(body) if body else None
+    except orjson.JSONDecodeError:
+        return body.decode("utf-8", "replace")
+
+
+SPEND_BY: Final[Mapping[str, str]] = {
+    "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', ts_ms / 1000, 'unixepoch')", "tag": "tags",
+}  # fmt: skip
+
+
+def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
+    """Calls, tokens and cost by one dimension, dearest first; unpriced calls are counted beside, never as zero."""
+    rows = store.read(
+        f"SELECT {SPEND_BY[by]} AS name, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "
+        "SUM(output_tokens) AS output_tokens, SUM(cached_tokens) AS cached_tokens, SUM(cost_nanousd) AS cost_nanousd, "
+        "SUM(cost_nanousd IS NULL AND status < 400) AS unpriced FROM requests WHERE ts_ms >= ? GROUP BY name "
+        "ORDER BY cost_nanousd DESC, name",
+        (since_ms,),
+    )
+    return [
+        {**{key: row[key] or 0 for key in ("requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "unpriced")},
+         by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
+        for row in rows
+    ]  # fmt: skip
+
+
+# ===== Upstream =======================================================================================================
+# The only code that opens connections to providers for calls: a pool per origin over asyncio.Protocol, with aiohttp's C
+# response parser (strict framing). A provider's key travels only in the head that is built from that provider's own
+# base URL. TLS is always verified, redirects are never followed, compressed answers are not asked for. Deadlines are kept
+# by one ticking sweep over the calls under way, so that a call costs no timer of its own. uploads and odd
+# methods go through aiohttp's client instead, behind the same rules (see the passthrough handlers).
+
+
+class Sink(Protocol):
+    """What a connection tells about one exchange. `head` once, `data` any times, then `end` or `fail`, exactly one."""
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None: ...
+    def data(self, data: bytes) -> None: ...
+    def end(self) -> None: ...
+    def fail(self, error: UpstreamError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds: to connect, to the first byte, between two bytes, in all."""
+
+    connect_s: float
+    first_byte_s: float
+    idle_s: float
+    total_s: float
+
+
+@dataclass(slots=True)
+class Origin:
+    """One scheme, host and port, and its idle connections, the newest last."""
+
+    scheme: str
+    host: str
+    port: int
+    idle: list[UpstreamConnection] = field(default_factory=list)
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to a provider. Carries one exchange at a time and returns to its origin's pool between two."""
+
+    __slots__ = ("_loop", "_origin", "_parser", "_payload", "_upstream", "_reusable", "sink", "transport",
+                 "idle_since_s", "touched_s", "began_s", "answered", "reused", "deadlines")  # fmt: skip
+
+    def __init__(self, upstream: Upstream, origin: Origin) -> None:
+        self._loop = upstream.loop
+        self._upstream, self._origin = upstream, origin
+        self._parser: Any = None
+        self._payload: Any = None
+        self._reusable = False
+        self.sink: Sink | None = None
+        self.transport: asyncio.Transport | None = None
+        self.idle_since_s = self.touched_s = self.began_s = 0.0
+        self.answered = self.reused = False
+        self.deadlines = upstream.deadlines
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        with contextlib.suppress(OSError, AttributeError):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._parser = HttpResponseParser(
+            self, self._loop, 2**22, max_line_size=16_384, max_field_size=16_384, max_headers=256,  # type: ignore[arg-type]
+            payload_exception=aiohttp.ClientPayloadError, response_with_body=True, read_until_eof=True, auto_decompress=False,
+        )  # fmt: skip
+
+    def data_received(self, data: bytes) -> None:
+        sink = self.sink
+        if sink is None:  # a provider that speaks unasked cannot be trusted with the next request
+            self.abort()
+            return
+        self.touched_s = self._loop.time()
+        try:
+            messages, _, _ = self._parser.feed_data(data)
+        except HttpProcessingError as error:
+            self._fail(UpstreamError(f"the provider's answer is no valid HTTP: {type(error).__name__}", code="upstream_malformed"))
+            return
+        for message, payload in messages:
+            if message.code >= 200 and self._payload is None:
+                self.answered = True
+                self._payload, self._reusable = payload, not message.should_close
+                sink.head(message.code, message.headers)
+        payload = self._payload
+        if payload is None:
+            return
+        if payload.exception() is not None:
+            self._fail(UpstreamError("the provider's answer broke off", code="upstream_truncated"))
+            return
+        chunk = payload.read_nowait()
+        if chunk and self.sink is sink:
+            sink.data(chunk)
+        if payload.is_eof() and self.sink is sink:
+            self._finish()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.sink is None:
+            with contextlib.suppress(ValueError):
+                self._origin.idle.remove(self)
+        elif self._payload is not None and self._ended_by_close():
+            self._finish()
+        elif self._payload is not None:
+            self._fail(UpstreamError("the provider's answer broke off", code="upstream_truncated"))
+        else:
+            self._fail(UpstreamError("the provider closed the connection without an answer", code="upstream_disconnected"))
+        self.transport = self._parser = None
+
+    def pause_writing(self) -> None:  # a request body is written whole; its size is bounded by max_body_mb
+        pass
+
+    def resume_writing(self) -> None:
+        pass
+
+    # -- called by the parser's payload, which holds far more than one read, so that it never needs to pause
+
+    def pause_reading(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        pass
+
+    # -- one exchange
+
+    def begin(self, sink: Sink, request: bytes, now_s: float, reused: bool) -> None:
+        assert self.transport is not None
+        self.sink, self._payload, self.answered, self.reused = sink, None, False, reused
+        self.began_s = self.touched_s = now_s
+        self._upstream.watch(self)
+        self.transport.write(request)
+
+    def hold(self, paused: bool) -> None:
+        """Stop or go on reading: the client at the other end is slow, or has caught up."""
+        if self.transport is not None and not self.transport.is_closing():
+            if paused:
+                self.transport.pause_reading()
+            else:
+                self.touched_s = self._loop.time()
+                self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """End the exchange now, without telling the sink: the client is gone, or has enough."""
+        self.sink = None
+        self._upstream.unwatch(self)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def expired(self, now_s: float) -> str:
+        """Which deadline has passed, if one has."""
+        if not self.answered and now_s - self.began_s > self.deadlines.first_byte_s:
+            return "first byte"
+        if self.answered and now_s - self.touched_s > self.deadlines.idle_s:
+            return "next byte"
+        return "whole answer" if now_s - self.began_s > self.deadlines.total_s else ""
+
+    def time_out(self, which: str) -> None:
+        self._fail(UpstreamTimeout(f"the provider took too long for its {which}"))
+
+    def _ended_by_close(self) -> bool:
+        """Whether the end of the connection is the proper end of this answer (no length, not chunked)."""
+        try:
+            self._parser.feed_eof()
+        except Exception:  # noqa: BLE001 - the parser has several classes for the same thing: not whole
+            return False
+        return bool(self._payload.is_eof())
+
+    def _finish(self) -> None:
+        sink, self.sink, self._payload = self.sink, None, None
+        self._upstream.unwatch(self)
+        if self.transport is not None and not self.transport.is_closing():
+            if self._reusable:
+                self.idle_since_s = self._loop.time()
+                self.transport.resume_reading()
+                self._origin.idle.append(self)
+            else:
+                self.transport.close()
+        if sink is not None:
+            sink.end()
+
+    def _fail(self, error: UpstreamError) -> None:
+        sink = self.sink
+        self.abort()
+        if sink is not None:
+            sink.fail(error)
+
+
+class EchoExchange:
+    """The built-in provider's stand-in for a connection: answers from memory, after a delay where one is asked for."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sink: Sink, answer: EchoAnswer) -> None:
+        self._loop, self._sink = loop, sink
+        self._pieces = collections.deque(answer.pieces)
+        self._gap_s = answer.gap_s
+        self._paused = self._stopped = False
+        self._content_type = answer.content_type
+        self._handle: asyncio.Handle = loop.call_later(answer.delay_s, self._start) if answer.delay_s else loop.call_soon(self._start)
+
+    def _start(self) -> None:
+        self._sink.head(200, {"content-type": self._content_type})
+        self._step()
+
+    def _step(self) -> None:
+        while self._pieces and not (self._paused or self._stopped):
+            self._sink.data(self._pieces.popleft())
+            if self._gap_s and self._pieces:
+                self._handle = self._loop.call_later(self._gap_s, self._step)
+                return
+        if not self._pieces and not self._stopped:
+            self._stopped = True
+            self._sink.end()
+
+    def hold(self, paused: bool) -> None:
+        self._paused = paused
+        if not paused and not self._stopped:
+            self._handle = self._loop.call_soon(self._step)
+
+    def abort(self) -> None:
+        self._stopped = True
+        self._handle.cancel()
+
+
+class Upstream:
+    """Opens, keeps and watches connections to providers."""
+
+    IDLE_MAX_S: ClassVar[float] = 55.0
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, deadlines: Deadlines) -> None:
+        self.loop = loop
+        self.deadlines = deadlines
+        self._tick_s = max(0.02, min(0.5, min(deadlines.first_byte_s, deadlines.idle_s, deadlines.total_s) / 4))
+        self._tls: ssl.SSLContext | None = None
+        self._origins: dict[tuple[str, str, int], Origin] = {}
+        self._watched: set[UpstreamConnection] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def origin(self, base_url: str) -> Origin:
+        parts = urllib.parse.urlsplit(base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        key = (parts.scheme, parts.hostname or "", port)
+        return self._origins.setdefault(key, Origin(*key))
+
+    async def send(self, origin: Origin, request: bytes, sink: Sink) -> UpstreamConnection:
+        """Write one request, on a kept connection where a live one is at hand. UpstreamError where none can be opened."""
+        now_s = self.loop.time()
+        while origin.idle:
+            kept = origin.idle.pop()
+            if kept.transport is None or kept.transport.is_closing():
+                continue
+            if now_s - kept.idle_since_s > self.IDLE_MAX_S:
+                kept.transport.close()
+                continue
+            kept.begin(sink, request, now_s, reused=True)
+            return kept
+        connection = await self._connect(origin)
+        connection.begin(sink, request, self.loop.time(), reused=False)
+        return connection
+
+    async def _connect(self, origin: Origin) -> UpstreamConnection:
+        where = f"{origin.host}:{origin.port}"
+        try:
+            async with asyncio.timeout(self.deadlines.connect_s):
+                _, connection = await self.loop.create_connection(
+                    lambda: UpstreamConnection(self, origin), origin.host, origin.port,
+                    ssl=self._tls_context() if origin.scheme == "https" else None,
+                )  # fmt: skip
+        except TimeoutError:
+            raise UpstreamTimeout(f"connecting to {where} took longer than {self.deadlines.connect_s:g} s", code="upstream_connect_timeout") from None
+        except ssl.SSLError as error:
+            raise UpstreamError(f"{where} has no TLS that can be trusted: {error.reason or type(error).__name__}", code="upstream_tls") from error
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UpstreamError(f"{where} cannot be reached: {reason}", code="upstream_unreachable") from error
+        return connection
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def watch(self, connection: UpstreamConnection) -> None:
+        self._watched.add(connection)
+        if self._sweep is None:
+            self._sweep = self.loop.call_later(self._tick_s, self._check_deadlines)
+
+    def unwatch(self, connection: UpstreamConnection) -> None:
+        self._watched.discard(connection)
+
+    def _check_deadlines(self) -> None:
+        now_s = self.loop.time()
+        self._sweep = self.loop.call_later(self._tick_s, self._check_deadlines) if self._watched else None
+        for connection in [*self._watched]:
+            which = connection.expired(now_s)
+            if which:
+                connection.time_out(which)
+
+    async def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in [*self._watched]:
+            connection.abort()
+        for origin in self._origins.values():
+            for connection in origin.idle:
+                if connection.transport is not None:
+                    connection.transport.close()
+        await asyncio.sleep(0)
+
+
+# ===== Gateway ========================================================================================================
+# One object holds what a process needs, and `answer` is the life of a call. It takes and gives plain values and knows no
+# web framework: whatever carries a request in (the lane, or aiohttp) makes a `Call` and offers a `Client` to stream to.
+# Settlement is synchronous, so that no cancellation can come between an answer and its row.
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer: status, headers in order, body."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Client(Protocol):
+    """The other end of a streamed call. `begin_stream` once, `send` any times, then `end_stream`; `broken` closes the connection."""
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None: ...
+    def send(self, data: bytes) -> None: ...
+    def end_stream(self, broken: bool) -> None: ...
+    #: Set by a relay: called with True when the client reads too slowly, False when it has caught up.
+    throttle: Callable[[bool], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One request as it goes to a provider. `translation` is None where the client's own dialect passes through."""
+
+    origin: Origin
+    head: bytes
+    body: bytes
+    dialect: Dialect
+    translation: Translation | None
+    kind: str
+
+    def to_bytes(self) -> bytes:
+        return b"%b%d\r\n\r\n%b" % (self.head, len(self.body), self.body)
+
+
+class PlainAnswer:
+    """Gathers a provider's whole answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.done: asyncio.Future[None] = loop.create_future()
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def data(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > UPSTREAM_MAX_BODY_BYTES:
+            self.fail(UpstreamError("the provider's answer is too large", code="upstream_too_large"))
+        else:
+            self._parts.append(data)
+
+    def end(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: UpstreamError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    @property
+    def body(self) -> bytes:
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+class Relay:
+    """Carries one stream attempt from a provider's connection to the client, through a flow.
+
+    Before the first content everything is held back, so that a failure can be retried; then `commit` sends the headers.
+    """
+
+    def __init__(self, gateway: Gateway, call: Call, client: Client, flow: Flow, dialect: Dialect) -> None:
+        self._gateway, self._call, self._client, self._flow, self._dialect = gateway, call, client, flow, dialect
+        self.done: asyncio.Future[None] = gateway.loop.create_future()
+        self._held: list[bytes] = []
+        self._refused: PlainAnswer | None = None
+        self.sent_content = False
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        kind = headers.get("content-type", "")
+        if status >= 300:
+            self._refused = PlainAnswer(self._gateway.loop)
+            self._refused.head(status, headers)
+        elif kind and not kind.startswith(STREAM_TYPES):
+            self._end(UpstreamError(f"the provider answered `{kind[:60]}` instead of a stream", code="upstream_malformed"))
+        elif headers.get("content-encoding", "identity") != "identity":
+            self._end(UpstreamError("the provider sent a compressed stream unasked", code="upstream_malformed"))
+
+    def data(self, data: bytes) -> None:
+        if self._refused is not None:
+            self._refused.data(data)
+            return
+        if self.done.done():
+            return
+        try:
+            out = self._flow.feed(data)
+        except UpstreamError as error:
+            self._end(error)
+            return
+        if self.sent_content:
+            if out:
+                self._client.send(out)
+        elif self._flow.content_seen:
+            self._call.first_token_s = self._gateway.loop.time()
+            self.sent_content = True
+            self._gateway.commit(self._call, self._client)
+            self._client.send(b"".join([*self._held, out]))
+        elif out:
+            self._held.append(out)
+
+    def end(self) -> None:
+        if self._refused is not None:
+            self._refused.done.cancel()
+            self._end(read_refusal(self._dialect, self._refused))
+            return
+        if self.done.done():
+            return
+        try:
+            last = self._flow.close()
+            if not self._flow.complete:
+                raise UpstreamError("the provider's stream ended before its answer did", code="upstream_truncated")
+        except UpstreamError as error:
+            self._end(error)
+            return
+        if not self.sent_content:  # an answer may be empty, and still be whole
+            self.sent_content = True
+            self._gateway.commit(self._call, self._client)
+            last = b"".join([*self._held, last])
+        if last:
+            self._client.send(last)
+        self.done.set_result(None)
+
+    def fail(self, error: UpstreamError) -> None:
+        self._end(error)
+
+    def _end(self, error: UpstreamError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+STREAM_TYPES: Final = ("text/event-stream", "application/x-ndjson", "application/vnd.amazon.eventstream", "text/plain")
+
+
+def read_refusal(dialect: Dialect, answer: PlainAnswer) -> UpstreamError:
+    """A provider's error answer as an error of ours, with its Retry-After."""
+    if 300 <= answer.status < 400:
+        return UpstreamError(f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect")
+    error = dialect.read_error(answer.status, answer.body)
+    error.retry_after_s = error.retry_after_s or read_retry_after(answer.headers)
+    return error
+
+
+def read_retry_after(headers: Mapping[str, str], now_s: float | None = None) -> float | None:
+    """Seconds to wait: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date; at most an hour."""
+    with contextlib.suppress(ValueError, TypeError):
+        if "retry-after-ms" in headers:
+            return min(3600.0, max(0.0, float(headers["retry-after-ms"]) / 1000))
+        if "retry-after" in headers:
+            text = headers["retry-after"]
+            if text.replace(".", "", 1).isdigit():
+                return min(3600.0, float(text))
+            moment = email.utils.parsedate_to_datetime(text).timestamp()
+            return min(3600.0, max(0.0, moment - (time.time() if now_s is None else now_s)))
+    return None
+
+
+#: Headers of a provider's answer that a client gets to see.
+ANSWER_HEADERS: Final = ("x-request-id", "openai-processing-ms", "request-id", "cf-ray")
+LIMIT_HEADERS: Final = tuple(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
+
+
+class Gateway:
+    """Everything one process needs to answer calls; made by `open_gateway`."""
+
+    def __init__(
+        self, settings: Settings, router: Router, prices: PriceBook, store: LogStore, upstream: Upstream, admin_key: str,
+        clock: Callable[[], float] = time.time, randomness: random.Random | None = None,
+    ) -> None:  # fmt: skip
+        self.settings, self.router, self.prices, self.store, self.upstream = settings, router, prices, store, upstream
+        self.admin_key = admin_key
+        self.clock = clock
+        self.random = randomness or random.SystemRandom()
+        self.loop = upstream.loop
+        self.new_id = IdSource(lambda: int(clock() * 1000), self.random.getrandbits)
+        self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        self.draining = False
+        self.in_flight = 0
+        self.internal_errors = 0
+        self._key_turn: collections.Counter[str] = collections.Counter()
+        self._heads: dict[tuple[str, str, str, str], tuple[Origin, bytes]] = {}
+        self._models_at_s: dict[str, float] = {}
+        self._models: dict[str, list[Json]] = {}
+
+    # -- the life of a call
+
+    def begin(
+        self, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, client_ip: str, path_parameters: Mapping[str, str] | None = None
+    ) -> Call:
+        now = self.clock()
+        return Call(
+            self.new_id("req_"), int(now * 1000), self.loop.time(), endpoint, headers, body, client_ip, path_parameters=path_parameters or {}
+        )
+
+    async def answer(self, call: Call, client: Client) -> Reply | None:
+        """One client call from start to end; None when it was streamed through `client`."""
+        self.in_flight += 1
+        try:
+            self.admit(call)
+            self.read(call)
+            if call.stream:
+                return await self.stream(call, client)
+            return await self.complete(call)
+        except GatewayError as error:
+            return self.refuse(call, error)
+        except asyncio.CancelledError:
+            call.status, call.error = ClientGone.status, ClientGone.code
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever went wrong, the client gets an answer and the log a row
+            return self.refuse(call, self.internal_error(error))
+        finally:
+            self.in_flight -= 1
+            self.settle(call)
+
+    def admit(self, call: Call) -> None:
+        """Keys and limits; raises a GatewayError for a call that may not go on."""
+        if self.draining:
+            raise Draining("Stockyard is shutting down; send the request again in a moment", retry_after_s=1)
+        if self.store.is_full:
+            raise StorageUnavailable("the request log cannot keep up; send the request again in a moment", retry_after_s=1)
+        call.session = clean_header(call.headers.get("x-stockyard-session", ""))
+        call.tags = clean_header(call.headers.get("x-stockyard-tags", ""))
+
+    def read(self, call: Call) -> None:
+        """The body as JSON, strictly, and what routing needs of it."""
+        try:
+            request = parse_json_object(call.body)
+        except ValueError as error:
+            raise InvalidRequest(f"the body is no JSON that Stockyard can pass on: {error}") from error
+        call.request = request
+        model = call.path_parameters.get("model") or request.get("model")
+        if not isinstance(model, str) or not model:
+            raise InvalidRequest("`model` must be a string that names a model, see GET /v1/models", param="model")
+        call.model = model
+        stream = request.get("stream")
+        if stream is not None and not isinstance(stream, bool):
+            raise InvalidRequest("`stream` must be true or false", param="stream")
+        call.stream = bool(stream) and call.endpoint.streams
+        if call.endpoint.kind == "chat":
+            call.canonical = DIALECTS[call.endpoint.dialect].parse(request, call.path_parameters)
+
+    async def complete(self, call: Call) -> Reply:
+        """A plain call: the first attempt that succeeds."""
+        return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+
+    async def stream(self, call: Call, client: Client) -> Reply | None:
+        """A streamed call: the first attempt that reaches its first content decides; after that nothing is retried."""
+        streamed = StreamedCall(self, call, client)
+        try:
+            await self.first_success(call, streamed.attempt, may_retry=lambda: not streamed.sent_content)
+            call.status = call.status or 200
+            client.end_stream(broken=False)
+        except GatewayError as error:
+            if not streamed.started:
+                raise
+            call.status, call.error = error.status, error.code
+            client.send(streamed.renderer().fail(error, call.id))
+            client.end_stream(broken=True)
+        finally:
+            streamed.close()
+        return None
+
+    async def first_success(self, call: Call, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool]) -> T:
+        """Try each target in order, the same one again after a failure that may pass."""
+        tries = [target for target in await self.route(call) for _ in range(1 + self.settings.retries)]
+        for number, target in enumerate(tries, 1):
+            try:
+                return await self.attempted(call, target, attempt)
+            except UpstreamError as error:
+                if not error.retryable or number == len(tries) or not may_retry():
+                    raise
+                await asyncio.sleep(self.random.uniform(0, 0.2 * 2 ** min(number, 5)))
+        raise UnknownModel(f"no target is configured for `{call.model}`", param="model")
+
+    async def attempted(self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]]) -> T:
+        """One attempt, with its line in the log."""
+        began_s = self.loop.time()
+        line = Attempt(target.provider.id, target.model, round((began_s - call.started_s) * 1000, 3))
+        call.attempts.append(line)
+        call.provider, call.upstream_model = target.provider.id, target.model
+        try:
+            result = await attempt(call, target)
+            line.status = 200
+            return result
+        except GatewayError as error:
+            line.status, line.error = error.status, error.code
+            raise
+        finally:
+            ended_s = self.loop.time()
+            call.upstream_s += ended_s - began_s
+            line.ended_ms = round((ended_s - call.started_s) * 1000, 3)
+
+    async def attempt_plain(self, call: Call, target: Target) -> Reply:
+        outgoing = self.prepare(call, target)
+        answer = await self.fetch(target, outgoing)
+        if answer.status >= 300:
+            raise read_refusal(outgoing.dialect, answer)
+        body = self.read_answer(call, target, outgoing, answer)
+        call.status, call.answer = answer.status, body
+        kind = answer.headers.get("content-type", "application/json") if outgoing.translation is None else "application/json"
+        headers = [("content-type", kind), *self.answer_headers(call)]
+        headers += [(name, answer.headers[name]) for name in ANSWER_HEADERS if name in answer.headers]
+        return Reply(answer.status, headers, body)
+
+    async def fetch(self, target: Target, outgoing: Outgoing) -> PlainAnswer:
+        """Send one request and gather the whole answer; the provider is cut off when the caller is cancelled."""
+        answer = PlainAnswer(self.loop)
+        exchange = await self.exchange(target, outgoing, answer)
+        try:
+            await answer.done
+        finally:
+            if not answer.done.done() or answer.done.cancelled():
+                exchange.abort()
+        return answer
+
+    async def exchange(self, target: Target, outgoing: Outgoing, sink: Sink) -> UpstreamConnection | EchoExchange:
+        if target.provider.base_url.startswith("builtin:"):
+            return EchoExchange(self.loop, sink, echo(outgoing.kind, outgoing.body))
+        return await self.upstream.send(outgoing.origin, outgoing.to_bytes(), sink)
+
+    def read_answer(self, call: Call, target: Target, outgoing: Outgoing, answer: PlainAnswer) -> bytes:
+        """Learn usage and cost from a plain answer, and give the body for the client."""
+        body = plain_body(answer)
+        if call.endpoint.kind in BINARY_KINDS and not answer.headers.get("content-type", "").startswith("application/json"):
+            return body
+        try:
+            document = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise UpstreamError("the provider answered 200 with something that is no JSON", code="upstream_malformed") from None
+        if not isinstance(document, dict):
+            raise UpstreamError("the provider's answer is no JSON object", code="upstream_malformed")
+        if outgoing.translation is None:
+            if document.get("error") and "choices" not in document:
+                refuse_error_event(document, outgoing.dialect)
+            self.learn(call, target, read_usage(outgoing.dialect, document, target.provider.row), finish_reason_of(document))
+            return body
+        completion = outgoing.dialect.decode(document, outgoing.translation)
+        usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
+        self.learn(call, target, usage, finish_reason_of(completion))
+        call.dropped = outgoing.translation.dropped
+        return dump_json(DIALECTS[call.endpoint.dialect].render(completion, call.request))
+
+    def learn(self, call: Call, target: Target, usage: Usage | None, finish_reason: str) -> None:
+        call.finish_reason = finish_reason
+        if usage is not None:
+            call.usage = usage
+            self.price(call, target, usage)
+
+    def price(self, call: Call, target: Target, usage: Usage) -> int | None:
+        """Charge a usage to the call; None, never zero, where the price is unknown."""
+        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000)
+        if price is None:
+            return None
+        call.price_id, call.cost_nanousd = price.id, price.cost(usage)
+        return call.cost_nanousd
+
+    def refuse(self, call: Call, error: GatewayError) -> Reply:
+        """An error as the client's dialect says it."""
+        status, body = DIALECTS[call.endpoint.dialect].render_error(error, call.id)
+        call.status, call.error = status, error.code
+        call.answer = dump_json(body)
+        headers = [("content-type", "application/json"), *self.answer_headers(call)]
+        if error.retry_after_s is not None:
+            headers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
+        elif status in (429, 503):
+            headers.append(("retry-after", "1"))
+        if isinstance(error, UpstreamError):  # the official SDKs would otherwise multiply the tries made here
+            headers.append(("x-should-retry", "false"))
+        return Reply(status, headers, call.answer)
+
+    def turn_away(self, call: Call, error: GatewayError) -> Reply:
+        """Refuse a call whose body was never read, with its row."""
+        reply = self.refuse(call, error)
+        self.settle(call)
+        return reply
+
+    def internal_error(self, error: Exception) -> GatewayError:
+        self.internal_errors += 1
+        print_error(f"internal error: {type(error).__name__}", error)
+        return GatewayError("Stockyard met an error of its own; its log has the details under this request id")
+
+    def settle(self, call: Call) -> None:
+        """Close the call: exactly one row, however it ended."""
+        call.ended_s = self.loop.time()
+        call.status = call.status or 500
+        self.store.put(call)
+
+    # -- requests out
+
+    async def route(self, call: Call) -> list[Target]:
+        forced = call.headers.get("x-stockyard-provider", "")
+        try:
+            return self.router.targets(call.model, forced)
+        except UnknownModel:
+            if forced or not await self.refresh_models():
+                raise
+            return self.router.targets(call.model, forced)
+
+    def prepare(self, call: Call, target: Target) -> Outgoing:
+        """One attempt's request: the client's bytes where they may pass, else the translated ones."""
+        row = target.provider.row
+        dialect = DIALECTS[row.dialect]
+        kind = call.endpoint.kind
+        translation = None
+        if kind == "chat" and (dialect.name != call.endpoint.dialect or row.rewrites_answers):
+            translation = self.translation(call, target)
+            body = dump_json(dialect.encode(call.canonical or {}, translation))
+            call.dropped = translation.dropped
+        else:
+            body = self.passing_body(call, target, dialect)
+        path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
+        origin, head = self.request_head(target.provider, path, call)
+        call.sent_body = body if body is not call.body else b""
+        return Outgoing(origin, head, body, dialect, translation, kind)
+
+    def translation(self, call: Call, target: Target) -> Translation:
+        strict = call.headers.get("x-stockyard-strict", "").lower() in ("1", "true", "on")
+        return Translation(target.model, target.provider.row, call.stream, int(self.clock()), self.new_id, strict)
+
+    def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
+        """The client's own bytes, changed only where the provider's row or the model name demands it."""
+        request, body, row = call.request, call.body, target.provider.row
+        if dialect.name == "openai" and (not row.touched.isdisjoint(request) or target.model in row.aliases):
+            translation = self.translation(call, target)
+            body = dump_json(DIALECTS["openai"].encode({**request, "model": target.model}, translation))
+            call.dropped = translation.dropped
+            return body
+        if "model" in request and request["model"] != target.model:
+            body = splice_string(body, request, "model", target.model)
+            request = {**request, "model": target.model} if call.stream else request
+        if call.stream and dialect.name == "openai" and row.stream_usage == "stream_options":
+            options = request.get("stream_options")
+            if not options:
+                body = splice_member(body, request, "stream_options", {"include_usage": True})
+            elif not options.get("include_usage"):
+                body = dump_json({**request, "stream_options": {**options, "include_usage": True}})
+        return body
+
+    def request_head(self, provider: ConfiguredProvider, path: str, call: Call) -> tuple[Origin, bytes]:
+        """The head of a request up to its length. A key is written only into heads for its own provider's origin."""
+        key = self.next_key(provider)
+        memo = (provider.id, path, key, call.endpoint.dialect)
+        found = self._heads.get(memo)
+        if found is None:
+            found = self._heads[memo] = (self.upstream.origin(provider.base_url), build_head(provider, path, key))
+            if len(self._heads) > 4096:
+                self._heads = {memo: found}
+        extra = [f"{name}: {value}\r\n" for name in DIALECTS[provider.row.dialect].forwarded_headers if (value := call.headers.get(name))]
+        return (found[0], "".join(extra).encode("latin-1", "ignore").join([found[1][:-16], b"content-length: "])) if extra else found
+
+    def next_key(self, provider: ConfiguredProvider) -> str:
+        """The provider's keys in turn."""
+        if len(provider.keys) < 2:
+            return provider.keys[0] if provider.keys else ""
+        self._key_turn[provider.id] += 1
+        return provider.keys[self._key_turn[provider.id] % len(provider.keys)]
+
+    # -- answers
+
+    def answer_headers(self, call: Call) -> list[tuple[str, str]]:
+        headers = [
+            ("cache-control", "private, no-store"),
+            ("vary", "Authorization"),
+            ("x-stockyard-request-id", call.id),
+            ("x-stockyard-provider", call.provider),
+            ("x-stockyard-model", header_value(call.upstream_model or call.model)),
+            ("x-stockyard-cache", call.cache),
+            ("x-stockyard-attempts", str(len(call.attempts))),
+        ]
+        if call.cost_nanousd is not None and not call.stream:
+            headers.append(("x-stockyard-cost-usd", format_usd(call.cost_nanousd)))
+        if call.dropped:
+            headers.append(("x-stockyard-dropped", header_value(",".join(call.dropped))))
+        return headers
+
+    def commit(self, call: Call, client: Client) -> None:
+        """Send a stream's headers, once; from here on failures are events of the stream."""
+        if call.status == 0:
+            call.status = 200
+            client.begin_stream([("content-type", DIALECTS[call.endpoint.dialect].stream_type), *self.answer_headers(call)])
+
+    # -- models
+
+    async def refresh_models(self) -> bool:
+        """Ask the providers whose lists are old for their models; True when anything was learned."""
+        now_s = self.loop.time()
+        stale = [
+            provider for provider in self.router.providers.values()
+            if "models" in provider.row.offers and now_s - self._models_at_s.get(provider.id, -1e9) > self.settings.models_ttl
+        ]  # fmt: skip
+        for provider in stale:
+            self._models_at_s[provider.id] = now_s
+        return any(await asyncio.gather(*(self.refresh_provider(provider) for provider in stale)))
+
+    async def refresh_provider(self, provider: ConfiguredProvider) -> bool:
+        try:
+            rows = await self.list_models(provider)
+        except GatewayError:
+            return False  # its models stay reachable by prefix and as provider/model; doctor and check tell why
+        self._models[provider.id] = rows
+        self.router.learn(provider.id, [row["id"] for row in rows])
+        return True
+
+    async def list_models(self, provider: ConfiguredProvider) -> list[Json]:
+        """A provider's own list, as rows with an `id`. GatewayError where it cannot be had."""
+        if provider.base_url.startswith("builtin:"):
+            return [{"id": "echo", "object": "model", "created": 0, "owned_by": "stockyard"}]
+        dialect = DIALECTS[provider.row.dialect]
+        head = build_head(provider, provider.row.path("models", ""), self.next_key(provider), method="GET")
+        outgoing = Outgoing(self.upstream.origin(provider.base_url), head, b"", dialect, None, "models")
+        answer = await self.fetch(Target(provider, ""), outgoing)
+        if answer.status >= 300:
+            raise read_refusal(dialect, answer)
+        try:
+            return dialect.read_models(orjson.loads(plain_body(answer)))
+        except (orjson.JSONDecodeError, AttributeError, TypeError, KeyError):
+            raise UpstreamError("the provider's list of models cannot be read", code="upstream_malformed") from None
+
+    async def models(self) -> list[Json]:
+        """The merged list: every configured provider's models, named so that they route back to it."""
+        await self.refresh_models()
+        merged: dict[str, Json] = {}
+        for provider_id, rows in self._models.items():
+            for row in rows:
+                public = self.public_model(provider_id, row)
+                merged.setdefault(public["id"], public)
+        return list(merged.values())
+
+    def public_model(self, provider_id: str, row: Json) -> Json:
+        bare = str(row["id"])
+        try:
+            routed = self.router.targets(bare)[0].provider.id == provider_id
+        except UnknownModel:
+            routed = False
+        name = bare if routed else f"{provider_id}/{bare}"
+        price = self.prices.find(provider_id, bare, self.clock())
+        created = row.get("created")
+        public = {"id": name, "object": "model", "created": created if isinstance(created, int) else 0, "owned_by": row.get("owned_by") or provider_id}
+        return {**public, "provider": provider_id, "price": price.per_million_usd() if price is not None else None}
+
+
+class StreamedCall:
+    """The attempts of one streamed call, and what they share: the client, its heartbeat, what was sent."""
+
+    def __init__(self, gateway: Gateway, call: Call, client: Client) -> None:
+        self._gateway, self._call, self._client = gateway, call, client
+        self._dialect = DIALECTS[call.endpoint.dialect]
+        self._written_s = gateway.loop.time()
+        self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
+        self._relay: Relay | None = None
+
+    @property
+    def sent_content(self) -> bool:
+        return self._relay is not None and self._relay.sent_content
+
+    @property
+    def started(self) -> bool:
+        return self._call.status != 0
+
+    def renderer(self) -> Renderer:
+        return self._dialect.renderer(self._call.request, self._gateway.new_id, int(self._gateway.clock()))
+
+    async def attempt(self, call: Call, target: Target) -> None:
+        gateway = self._gateway
+        outgoing = gateway.prepare(call, target)
+        call.transcript = Transcript()
+        flow = self._flow(call, target, outgoing)
+        relay = self._relay = Relay(gateway, call, self._client, flow, outgoing.dialect)
+        exchange = await gateway.exchange(target, outgoing, relay)
+        self._client.throttle = exchange.hold
+        try:
+            await relay.done
+        finally:
+            self._client.throttle = None
+            if not relay.done.done() or relay.done.cancelled() or relay.done.exception():
+                exchange.abort()
+            self._learn(call, target, flow)
+
+    def _flow(self, call: Call, target: Target, outgoing: Outgoing) -> Flow:
+        cost_of = functools.partial(self._gateway.price, call, target)
+        assert call.transcript is not None
+        if outgoing.translation is not None:
+            decoder = outgoing.dialect.decoder(outgoing.translation)
+            return TranslatingFlow(decoder, self.renderer(), call.transcript, cost_of)
+        if isinstance(outgoing.dialect, OpenAiChat):
+            asked = bool((call.request.get("stream_options") or {}).get("include_usage"))
+            return OpenAiFlow(outgoing.dialect, target.provider.row, asked, call.transcript, cost_of)
+        return NativeFlow(outgoing.dialect.decoder(self._gateway.translation(call, target)), call.transcript, cost_of)
+
+    def _learn(self, call: Call, target: Target, flow: Flow) -> None:
+        """Usage and finish for the log; estimated from the text where the stream ended without telling."""
+        usage = flow.usage
+        if usage is None and flow.content_seen:
+            usage = Usage(input_tokens=(len(call.body) + 3) // 4, output_tokens=flow.transcript.output_tokens())
+            call.usage_estimated = True
+        self._gateway.learn(call, target, usage, flow.finish_reason)
+
+    def _heartbeat(self) -> None:
+        """Keep an idle connection alive; this commits to a stream, but nothing of an answer was said yet."""
+        self._gateway.commit(self._call, self._client)
+        self._client.send(self._dialect.heartbeat)
+        self._beat = self._gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
+
+    def close(self) -> None:
+        self._beat.cancel()
+
+
+BINARY_KINDS: Final = frozenset({"speech", "transcriptions", "translations"})
+
+
+def plain_body(answer: PlainAnswer) -> bytes:
+    """The bytes of an answer; compression was not asked for, but some servers insist. Bounded against bombs."""
+    coding = answer.headers.get("content-encoding", "identity").strip().lower()
+    if coding in ("identity", ""):
+        return answer.body
+    if coding not in ("gzip", "deflate"):
+        raise UpstreamError(f"the provider answered in `{coding[:20]}`, which was not asked for", code="upstream_malformed")
+    try:
+        unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+        body = unpacker.decompress(answer.body, UPSTREAM_MAX_BODY_BYTES)
+    except zlib.error:
+        raise UpstreamError("the provider's compressed answer cannot be read", code="upstream_malformed") from None
+    if unpacker.unconsumed_tail:
+        raise UpstreamError("the provider's answer is too large", code="upstream_too_large")
+    return body
+
+
+def read_usage(dialect: Dialect, document: Json, row: Provider) -> Usage | None:
+    return dialect.read_usage_for(document, row) if isinstance(dialect, OpenAiChat) else dialect.read_usage(document)
+
+
+def finish_reason_of(document: Json) -> str:
+    choices = document.get("choices")
+    return str(choices[0].get("finish_reason") or "") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else ""
+
+
+def build_head(provider: ConfiguredProvider, path: str, key: str, method: str = "POST") -> bytes:
+    """A request's head up to `content-length: `, bound to the provider's origin.
+
+    Provider keys and paths are checked when they are configured or encoded; a control character here would be ours.
+    """
+    parts = urllib.parse.urlsplit(provider.base_url)
+    row = provider.row
+    fixed = {**DIALECTS[row.dialect].fixed_headers, **provider.headers}
+    lines = [f"{method} {parts.path}{path} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
+    if key:
+        lines.append(f"{row.auth_header}: {row.auth_prefix}{key}")
+    lines += [f"{name}: {value}" for name, value in fixed.items()]
+    lines += [f"user-agent: stockyard/{__version__}", "accept: application/json, text/event-stream", "accept-encoding: identity"]
+    lines += ["content-type: application/json"] if method == "POST" else []
+    head = "\r\n".join(lines)
+    if any(ord(letter) < 32 for line in lines for letter in line):
+        raise UpstreamError("a header for the provider holds a control character; check its key", code="upstream_misconfigured")
+    return f"{head}\r\ncontent-length: ".encode("latin-1", "replace")
+
+
+def clean_header(value: str, limit: int = 200) -> str:
+    """A client's header value for the log: printable, bounded."""
+    return "".join(letter for letter in value[:limit] if letter.isprintable()) if value else ""
+
+
+def header_value(text: str) -> str:
+    """A value that is safe in a response header: visible ASCII, bounded."""
+    return text if text.isascii() and text.isprintable() and len(text) < 200 else text[:200].encode("ascii", "replace").decode().translate(_NO_CONTROLS)
+
+
+_NO_CONTROLS: Final = {code: "?" for code in [*range(32), 127]}
+
+
+def print_error(message: str, error: BaseException | None = None) -> None:
+    """One line on stderr; the traceback's place, never its values, which may hold a client's text."""
+    place = ""
+    if error is not None and error.__traceback__ is not None:
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        place = " at " + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    print(f"stockyard: {message}{place}", file=sys.stderr, flush=True)
+
+
+# ===== Lane ===========================================================================================================
+# The short way in for the hot endpoints. A subclass of aiohttp's own connection handler, on the same listener: aiohttp's
+# C parser alone decides framing; a whole, plain, hot request is answered here with one task and one write; everything
+# else goes on to aiohttp untouched. Both ways end in `Gateway.answer`, so they cannot differ in what they do.
+# The lane keeps order: while it answers, what else arrives on the connection waits, and past a small cap is not read.
+
+LANE_MAX_WAITING: Final = 8
+STATUS_LINES: Final = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus if status.value >= 200
+}  # fmt: skip
+
+
+def hot_endpoint(message: Any) -> Endpoint | None:
+    """The endpoint of a request that the lane may take: hot path, known length, nothing odd about it."""
+    endpoint = HOT_ENDPOINTS.get(message.path)
+    if endpoint is None or message.method != "POST" or message.chunked or message.upgrade or message.compression:
+        return None
+    headers = message.headers
+    if message.version != aiohttp.HttpVersion11 or "expect" in headers or "content-encoding" in headers:
+        return None
+    return endpoint
+
+
+class Lane(RequestHandler):
+    """One client connection. `gateway` and `guard` are set on the class that `open_server` makes for a gateway."""
+
+    __slots__ = ("_call", "_waiting", "_awaited", "_task", "_body_timer", "_keep", "throttle", "_handed", "_sent_head")
+
+    gateway: ClassVar[Gateway]
+    guard: ClassVar[RequestGuard]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._call: Call | None = None
+        self._waiting: collections.deque[tuple[Any, Any]] = collections.deque()
+        self._awaited: tuple[Any, Any, Endpoint] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._keep = True
+        self._handed = False
+        self._sent_head = False
+        self.throttle: Callable[[bool], None] | None = None
+
+    # -- what arrives
+
+    def data_received(self, data: bytes) -> None:
+        if self._payload_parser is not None or self._upgraded:
+            super().data_received(data)
+            return
+        if self._force_close or self._close:
+            return
+        try:
+            messages, upgraded, tail = self._parser.feed_data(data)  # type: ignore[union-attr]
+        except HttpProcessingError as error:
+            messages, upgraded, tail = [(ErrorMessage(status=400, exc=error, message=error.message), EMPTY_PAYLOAD)], False, b""
+        for message, payload in messages:
+            self._request_count += 1
+            if self._awaited is not None or self._task is not None:
+                self._waiting.append((message, payload))
+            else:
+                self._sort(message, payload)
+        if upgraded:
+            self._upgraded = upgraded
+            self._message_tail = tail
+        if self._awaited is not None and self._task is None:
+            self._try_begin()
+        if len(self._waiting) >= LANE_MAX_WAITING and not self._buffer_paused:
+            self._pause_reading_for_buffer()
+
+    def _sort(self, message: Any, payload: Any) -> None:
+        """Take a request into the lane, or hand it to aiohttp."""
+        endpoint = None if isinstance(message, ErrorMessage) or self._is_aiohttp_busy() else hot_endpoint(message)
+        if endpoint is None:
+            self._hand_over(message, payload)
+        else:
+            self._parser.message_consumed()  # type: ignore[union-attr]
+            self._awaited = (message, payload, endpoint)
+
+    def _is_aiohttp_busy(self) -> bool:
+        return self._handed and not (self._waiter is not None and not self._waiter.done() and not self._messages)
+
+    def _hand_over(self, message: Any, payload: Any) -> None:
+        """What aiohttp's own `data_received` does with a message."""
+        self._handed = True
+        self._messages.append((message, payload))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if not self._buffer_paused and len(self._messages) >= self._max_msg_queue_size:
+            self._pause_reading_for_buffer()
+
+    def _try_begin(self) -> None:
+        """Begin the awaited call once its body is whole; a body that is late or too large is refused."""
+        assert self._awaited is not None
+        message, payload, endpoint = self._awaited
+        limit = self.gateway.max_body_bytes
+        if payload.total_bytes > limit or int(message.headers.get("content-length", 0)) > limit:
+            self._awaited = None
+            self._begin(message, b"", endpoint, too_large=True)
+        elif payload.is_eof():
+            self._awaited = None  # first: reading may call back into data_received
+            self._begin(message, payload.read_nowait() if payload.total_bytes else b"", endpoint)
+        elif self._body_timer is None:
+            payload.set_read_chunk_size(limit)  # else the parser would stop reading before the body is whole
+            self._body_timer = self._loop.call_later(self.gateway.settings.body_timeout, self._body_is_late)
+
+    def _begin(self, message: Any, body: bytes, endpoint: Endpoint, too_large: bool = False) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        self._keep = not message.should_close and not too_large
+        self._sent_head = False
+        call = self._call = self.gateway.begin(endpoint, message.headers, body, self._client_ip())
+        self._task = self._loop.create_task(self._serve(call, too_large))
+
+    def _client_ip(self) -> str:
+        peer = self.peername
+        return str(peer[0]) if isinstance(peer, tuple) else ""
+
+    def _body_is_late(self) -> None:
+        self._body_timer = None
+        if self._awaited is not None:
+            self._awaited = None
+            self._write_plain(Reply(408, [("content-type", "application/json")], LATE_BODY), keep=False)
+
+    # -- the call
+
+    async def _serve(self, call: Call, too_large: bool) -> None:
+        try:
+            refusal = too_large_error(self.gateway) if too_large else self.guard.check(call.headers)
+            reply = self.gateway.turn_away(call, refusal) if refusal else await self.gateway.answer(call, self)
+            if reply is not None:
+                self._write_plain(reply, self._keep)
+        finally:
+            self._task = self._call = None
+        self._next()
+
+    def _write_plain(self, reply: Reply, keep: bool) -> None:
+        if self.transport is None:
+            return
+        lines = [f"{name}: {value}\r\n" for name, value in reply.headers]
+        end = "" if keep else "connection: close\r\n"
+        head = f"{STATUS_LINES.get(reply.status) or f'HTTP/1.1 {reply.status} Error'}{''.join(lines)}{end}content-length: {len(reply.body)}\r\ndate: {rfc822_formatted_time()}\r\n\r\n"
+        self.transport.write(head.encode("latin-1", "replace") + reply.body)
+        if not keep:
+            self.close_now()
+
+    def _next(self) -> None:
+        """Go on with what waited behind the call."""
+        if self.transport is None:
+            return
+        if not self._keep or self._force_close or self.gateway.draining:
+            self.close_now()
+            return
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        while self._waiting and self._awaited is None:
+            self._sort(*self._waiting.popleft())
+        if self._awaited is not None:
+            self._try_begin()
+        if self._buffer_paused and len(self._waiting) <= LANE_MAX_WAITING // 2:
+            self._resume_reading_if_drained()
+
+    def close_now(self) -> None:
+        """Close once everything written is sent, and let aiohttp's idle task end."""
+        self.close()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _process_keepalive(self) -> None:
+        if self._task is not None:  # aiohttp's timer means idle connections; this one is at work
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        super()._process_keepalive()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        super().connection_lost(exc)
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """aiohttp's part of a stop; the gateway has drained the calls under way before."""
+        if self._task is not None:
+            self._task.cancel()
+        await super().shutdown(timeout)
+
+    # -- Client: a streamed answer
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None:
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        end = "" if self._keep else "connection: close\r\n"
+        head = f"HTTP/1.1 200 OK\r\n{lines}{end}transfer-encoding: chunked\r\ndate: {rfc822_formatted_time()}\r\n\r\n"
+        self._sent_head = True
+        if self.transport is not None:
+            self.transport.write(head.encode("latin-1", "replace"))
+
+    def send(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def end_stream(self, broken: bool) -> None:
+        if self.transport is not None:
+            self.transport.write(b"0\r\n\r\n")
+            if broken:
+                self._keep = False
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.throttle is not None:
+            self.throttle(True)
+            self._body_timer = self._loop.call_later(self.gateway.settings.idle_timeout, self._reader_is_stuck)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        if self.throttle is not None:
+            self.throttle(False)
+
+    def _reader_is_stuck(self) -> None:
+        """A client that reads nothing for so long is gone; its provider is cut off with it."""
+        if self.transport is not None:
+            self.transport.abort()
+
+
+# ===== Server =========================================================================================================
+# The listener and everything that is not hot. ROUTES says for each path who may call it; one boundary turns every
+# failure into the error body of the client's dialect. Handlers take aiohttp requests and stay short; what they do lies
+# in the gateway and the store.
+
+
+class RequestGuard:
+    """Host and Origin checks for every route: they stop DNS rebinding and cross-site requests.
+
+    IP addresses and localhost names cannot be rebound; any other name must be declared with `hosts`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        declared = {name.strip().lower() for name in settings.hosts.split(",") if name.strip()}
+        self._names = {"localhost", settings.host.lower(), *declared}
+        self._good: set[str] = set()
+
+    def check(self, headers: Mapping[str, str]) -> GatewayError | None:
+        host = headers.get("host", "")
+        if host not in self._good:
+            if not self._is_ours(host):
+                return Forbidden(f"the host name {clean_header(host, 80)!r} is not served here; declare it with STOCKYARD_HOSTS", code="unknown_host")
+            if len(self._good) < 1000:
+                self._good.add(host)
+        origin = headers.get("origin")
+        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+            return Forbidden("requests from other origins are refused; call Stockyard from your server", code="cross_origin")
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host.strip().lower()).strip("[]").rstrip(".")
+        if name in self._names or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint("chat", "/v1/chat/completions", streams=True),
+        Endpoint("completions", "/v1/completions", streams=True),
+        Endpoint("embeddings", "/v1/embeddings"),
+    )
+}
+#: Client endpoints whose body is JSON and passes through by model name.
+JSON_ENDPOINTS: Final = (
+    Endpoint("moderations", "/v1/moderations"),
+    Endpoint("images", "/v1/images/generations"),
+    Endpoint("speech", "/v1/audio/speech"),
+    Endpoint("rerank", "/v1/rerank"),
+)
+#: Those whose body is an upload: it is streamed, and the model is found in its first part.
+UPLOAD_ENDPOINTS: Final = (
+    Endpoint("transcriptions", "/v1/audio/transcriptions", upload=True),
+    Endpoint("translations", "/v1/audio/translations", upload=True),
+    Endpoint("image_edits", "/v1/images/edits", upload=True),
+)
+PROXY_ENDPOINT: Final = Endpoint("passthrough", "/proxy", upload=True)
+GATEWAY_KEY: Final = web.AppKey("gateway", Gateway)
+GUARD_KEY: Final = web.AppKey("guard", RequestGuard)
+UPLOADS_KEY: Final = web.AppKey("uploads", aiohttp.ClientSession)
+ALL_METHODS: Final = "GET POST PUT PATCH DELETE"
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRow:
+    """A path, the methods it takes, who may call it (`anyone`, `client`, `admin`), and whether it can cost money."""
+
+    methods: str
+    path: str
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    role: str
+    spends: bool = False
+    endpoint: Endpoint | None = None
+
+
+class WebClient:
+    """A streamed answer on aiohttp's side: the gateway pushes, the handler writes in its own pace."""
+
+    def __init__(self) -> None:
+        self.throttle: Callable[[bool], None] | None = None
+        self.headers: list[tuple[str, str]] | None = None
+        self.broken = False
+        self._pieces: collections.deque[bytes] = collections.deque()
+        self._size = 0
+        self._more = asyncio.Event()
+        self._ended = False
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None:
+        self.headers = headers
+        self._more.set()
+
+    def send(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > 262_144 and self.throttle is not None:
+            self.throttle(True)
+        self._more.set()
+
+    def end_stream(self, broken: bool) -> None:
+        self.broken = broken
+        self.end()
+
+    def end(self) -> None:
+        self._ended = True
+        self._more.set()
+
+    async def started(self) -> None:
+        while self.headers is None and not self._ended:
+            await self._more.wait()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while True:
+            while self._pieces:
+                piece = self._pieces.popleft()
+                self._size -= len(piece)
+                yield piece
+                if self._size < 65_536 and self.throttle is not None:
+                    self.throttle(False)
+            if self._ended:
+                return
+            self._more.clear()
+            await self._more.wait()
+
+
+def too_large_error(gateway: Gateway) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {gateway.settings.max_body_mb:g} MB; raise STOCKYARD_MAX_BODY_MB where that is meant")
+
+
+LATE_BODY: Final = dump_json({"error": {"message": "the request's body did not arrive in time", "type": "invalid_request_error", "param": None, "code": "request_timeout"}})
+
+
+async def read_body(request: web.Request, gateway: Gateway) -> bytes:
+    """A request's whole body within its size and its time; GatewayError otherwise."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise GatewayError("compressed request bodies are not taken; send it plain", status=415, type="invalid_request_error", code="unsupported_encoding")
+    if (request.content_length or 0) > gateway.max_body_bytes:
+        raise too_large_error(gateway)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(gateway.settings.body_timeout):
+            async for piece in request.content.iter_any():
+                body += piece
+                if len(body) > gateway.max_body_bytes:
+                    raise too_large_error(gateway)
+    except TimeoutError:
+        raise GatewayError("the request's body did not arrive in time", status=408, type="invalid_request_error", code="request_timeout") from None
+    return bytes(body)
+
+
+def client_ip(request: web.Request) -> str:
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    return str(peer[0]) if isinstance(peer, tuple) else ""
+
+
+async def answer_call(request: web.Request) -> web.StreamResponse:
+    """A model call that did not fit the lane, or is not hot: the same pipeline, aiohttp's writer."""
+    gateway = request.app[GATEWAY_KEY]
+    endpoint = request.match_info.route.resource.endpoint  # type: ignore[union-attr]
+    call = gateway.begin(endpoint, request.headers, b"", client_ip(request), dict(request.match_info))
+    try:
+        call.body = await read_body(request, gateway)
+    except GatewayError as error:
+        response = to_response(gateway.turn_away(call, error))
+        response.force_close()
+        return response
+    return await run_call(request, gateway, call)
+
+
+async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.StreamResponse:
+    client = WebClient()
+    task = asyncio.create_task(gateway.answer(call, client))
+    task.add_done_callback(lambda _: client.end())
+    try:
+        await client.started()
+        if client.headers is None:
+            reply = await task
+            assert reply is not None
+            return to_response(reply)
+        response = web.StreamResponse(headers=dict(client.headers))
+        await response.prepare(request)
+        async for piece in client.pieces():
+            await response.write(piece)
+        await task
+        if client.broken:
+            response.force_close()
+        await response.write_eof()
+        return response
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def to_response(reply: Reply) -> web.Response:
+    return web.Response(status=reply.status, body=reply.body, headers=dict(reply.headers))
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    headers = {"cache-control": "private, no-store", "vary": "Authorization"}
+    return web.Response(status=status, body=dump_json(value), content_type="application/json", headers=headers)
+
+
+# ----- Passthrough ----------------------------------------------------------------------------------------------------
+# Uploads, files and /proxy: bodies go through in both directions without being held; usage is read where it shows.
+
+PROXY_HEADERS: Final = frozenset({"accept", "content-type", "idempotency-key", "prefer", "range", "http-referer", "x-title", "openai-beta"})
+PROXY_HEADER_PREFIXES: Final = ("anthropic-", "x-goog-api-client", "x-amzn-bedrock-")
+PROXY_ANSWER_HEADERS: Final = frozenset({"content-type", "content-disposition", "content-range", "x-request-id", "request-id", "retry-after"})
+WATCHED_ANSWER_BYTES: Final = 4 * 1024 * 1024
+MODEL_PART: Final = re.compile(rb'name="model"[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,300})\r\n')
+
+
+async def pass_upload(request: web.Request) -> web.StreamResponse:
+    """An upload that names its model in a form part before the file: routed by it, streamed on."""
+    gateway = request.app[GATEWAY_KEY]
+    call = gateway.begin(request.match_info.route.resource.endpoint, request.headers, b"", client_ip(request))  # type: ignore[union-attr]
+
+    async def work() -> web.StreamResponse:
+        gateway.admit(call)
+        head = bytearray()
+        while not (found := MODEL_PART.search(head)) and len(head) < 262_144 and (piece := await request.content.readany()):
+            head += piece
+        if found is None:
+            raise InvalidRequest("the form has no `model` part before its file; put `model` first, or use /proxy/{provider}/…", param="model")
+        call.model = found[1].decode("utf-8", "replace")
+        target = (await gateway.route(call))[0]
+        changed = target.model.encode()
+        grown = len(changed) - len(found[1])
+        whole = bytes(head[: found.start(1)]) + changed + bytes(head[found.end(1) :])
+        path = target.provider.row.path(call.endpoint.kind, target.model)
+        return await forward(request, gateway, call, target, path, whole, grown)
+
+    return await logged(gateway, call, work)
+
+
+async def pass_files(request: web.Request) -> web.StreamResponse:
+    """Files and batches: they name no model, so the provider is the forced one, or the only one that offers them."""
+    kind = request.path.split("/")[2]
+    gateway = request.app[GATEWAY_KEY]
+    call = gateway.begin(Endpoint(kind, f"/v1/{kind}", upload=True), request.headers, b"", client_ip(request))
+
+    async def work() -> web.StreamResponse:
+        gateway.admit(call)
+        provider = files_provider(gateway, request.headers.get("x-stockyard-provider", ""), kind)
+        rest = request.rel_url.raw_path.removeprefix(f"/v1/{kind}")
+        return await forward(request, gateway, call, Target(provider, ""), provider.row.path(kind, "") + safe_path(rest))
+
+    return await logged(gateway, call, work)
+
+
+def files_provider(gateway: Gateway, forced: str, kind: str) -> ConfiguredProvider:
+    able = [provider for provider in gateway.router.providers.values() if kind in provider.row.offers]
+    if forced:
+        able = [provider for provider in able if provider.id == forced.lower()]
+    if len(able) != 1:
+        names = ", ".join(provider.id for provider in able) or "none is configured"
+        raise InvalidRequest(f"{kind} name no model: say whose with the header x-stockyard-provider (able: {names})")
+    return able[0]
+
+
+async def pass_proxy(request: web.Request) -> web.StreamResponse:
+    """`/proxy/{provider}/{path}`: the provider's own interface, authenticated, admitted, logged, and priced where it shows."""
+    gateway = request.app[GATEWAY_KEY]
+    name = request.match_info["provider"]
+    call = gateway.begin(PROXY_ENDPOINT, request.headers, b"", client_ip(request))
+
+    async def work() -> web.StreamResponse:
+        gateway.admit(call)
+        provider = gateway.router.providers.get(name)
+        if provider is None or provider.base_url.startswith("builtin:"):
+            known = PROVIDERS_BY_ID.get(name)
+            hint = f"set {enabling_variable(known)}" if known and known.key_env else f"known are {', '.join(PROVIDERS_BY_ID)}"
+            raise NotFound(f"the provider {clean_header(name, 40)!r} is not configured; {hint}", code="unknown_provider")
+        path = safe_path(request.rel_url.raw_path.removeprefix(f"/proxy/{name}"))
+        version = re.match(r"/v\d+[a-z0-9]*(?=/|$)", path)
+        if version and provider.base_url.endswith(version[0]):
+            path = path[len(version[0]) :]
+        return await forward(request, gateway, call, Target(provider, ""), path)
+
+    return await logged(gateway, call, work)
+
+
+def safe_path(path: str) -> str:
+    """A path below a provider's base URL that stays below it; InvalidRequest for anything that could climb out."""
+    decoded = urllib.parse.unquote(urllib.parse.unquote(path))
+    if any(part in ("..", ".") for part in re.split(r"[/\\]", decoded)) or "\\" in decoded or "//" in path or not decoded.isprintable():
+        raise InvalidRequest("the path holds `..`, `//` or control characters")
+    return path
+
+
+async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Run one passthrough call inside the same boundary as `Gateway.answer`: one row, one error body."""
+    gateway.in_flight += 1
+    try:
+        return await work()
+    except GatewayError as error:
+        response = to_response(gateway.refuse(call, error))
+        response.force_close()
+        return response
+    except asyncio.CancelledError:
+        call.status, call.error = ClientGone.status, ClientGone.code
+        raise
+    except (ConnectionResetError, aiohttp.ClientConnectionResetError):
+        call.status, call.error = ClientGone.status, ClientGone.code
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary
+        return to_response(gateway.refuse(call, gateway.internal_error(error)))
+    finally:
+        gateway.in_flight -= 1
+        gateway.settle(call)
+
+
+async def forward(
+    request: web.Request, gateway: Gateway, call: Call, target: Target, path: str, read_ahead: bytes = b"", grown: int = 0
+) -> web.StreamResponse:
+    """Send the client's request on as it streams in, and the answer back as it streams out."""
+    provider, settings = target.provider, gateway.settings
+    call.provider, call.upstream_model = provider.id, target.model
+    url = yarl.URL(provider.base_url + path + forwarded_query(request, "?" in path), encoded=True)
+    headers = {**DIALECTS[provider.row.dialect].fixed_headers, **provider.headers, "accept-encoding": "identity", "user-agent": f"stockyard/{__version__}"}
+    headers |= {
+        name.lower(): value for name, value in request.headers.items()
+        if name.lower() in PROXY_HEADERS or name.lower().startswith(PROXY_HEADER_PREFIXES)
+    }  # fmt: skip
+    key = gateway.next_key(provider)
+    if key:
+        headers[provider.row.auth_header] = provider.row.auth_prefix + key
+    body = upload_body(request, read_ahead) if request.can_read_body or read_ahead else None
+    if request.content_length is not None and body is not None:
+        headers["content-length"] = str(request.content_length + grown)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout)
+    line = Attempt(provider.id, target.model, round((gateway.loop.time() - call.started_s) * 1000, 3))
+    call.attempts.append(line)
+    began_s = gateway.loop.time()
+    try:
+        async with request.app[UPLOADS_KEY].request(
+            request.method, url, headers=headers, data=body, timeout=timeout, allow_redirects=False, auto_decompress=False
+        ) as answer:
+            line.status = answer.status
+            return await pass_answer(request, gateway, call, target, answer)
+    except TimeoutError:
+        raise UpstreamTimeout("the provider took too long") from None
+    except aiohttp.ClientConnectorError as error:
+        raise UpstreamError(f"{provider.row.name} cannot be reached: {error.strerror or 'connection failed'}", code="upstream_unreachable") from error
+    except aiohttp.ClientError as error:
+        raise UpstreamError(f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected") from error
+    finally:
+        call.upstream_s += gateway.loop.time() - began_s
+
+
+def forwarded_query(request: web.Request, joined: bool) -> str:
+    """The client's query without its `key`, which is a secret of some dialects."""
+    pairs = [pair for pair in request.rel_url.raw_query_string.split("&") if pair and not pair.lower().startswith("key=")]
+    return ("&" if joined else "?") + "&".join(pairs) if pairs else ""
+
+
+async def upload_body(request: web.Request, read_ahead: bytes) -> AsyncIterator[bytes]:
+    if read_ahead:
+        yield read_ahead
+    async for piece in request.content.iter_any():
+        yield piece
+
+
+async def pass_answer(
+    request: web.Request, gateway: Gateway, call: Call, target: Target, answer: aiohttp.ClientResponse
+) -> web.StreamResponse:
+    if 300 <= answer.status < 400:
+        raise UpstreamError(f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect")
+    call.status = answer.status
+    call.error = f"upstream_{answer.status}" if answer.status >= 400 else ""
+    headers = {name.lower(): value for name, value in answer.headers.items() if name.lower() in PROXY_ANSWER_HEADERS}
+    if answer.headers.get("content-encoding"):
+        headers["content-encoding"] = answer.headers["content-encoding"]
+    response = web.StreamResponse(status=answer.status, headers={**headers, **dict(gateway.answer_headers(call))})
+    if answer.content_length is not None and answer.status not in (204, 304):
+        response.content_length = answer.content_length
+    await response.prepare(request)
+    watched = bytearray()
+    async for piece in answer.content.iter_any():
+        if len(watched) < WATCHED_ANSWER_BYTES:
+            watched += piece
+        await response.write(piece)
+    watch_answer(gateway, call, target, answer.content_type, bytes(watched))
+    await response.write_eof()
+    return response
+
+
+def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str, body: bytes) -> None:
+    """Read usage from a passed answer where its dialect shows it: JSON, or the events of a stream."""
+    dialect = DIALECTS[target.provider.row.dialect]
+    call.answer = body[:LOGGED_BODY_MAX_BYTES] if content_type.startswith(("application/json", "text/")) else b""
+    usage, model, finish = None, target.model, ""
+    try:
+        if content_type == "application/json":
+            document = orjson.loads(body)
+            if isinstance(document, dict):
+                usage, finish = read_usage(dialect, document, target.provider.row), finish_reason_of(document)
+                model = document.get("model") or model
+        elif content_type == "text/event-stream":
+            decoder = dialect.decoder(gateway.translation(call, target))
+            for chunk in [*decoder.feed(body), *decoder.close()]:
+                model = chunk.get("model") or model
+                usage = read_openai_usage(chunk["usage"]) if chunk.get("usage") else usage
+    except (orjson.JSONDecodeError, GatewayError, AttributeError, TypeError, KeyError):
+        return  # not a shape of this dialect: passed on all the same, logged without usage
+    call.model = call.model or str(model or "")
+    gateway.learn(call, dataclasses.replace(target, model=str(model or "")), usage, finish)
+
+
+# ----- Handlers -------------------------------------------------------------------------------------------------------
+
+
+async def get_health(request: web.Request) -> web.Response:
+    return json_response({"status": "ok", "version": __version__})
+
+
+async def get_ready(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    trouble = "shutting down" if gateway.draining else gateway.store.last_error
+    return json_response({"status": trouble or "ready"}, status=503 if trouble else 200)
+
+
+async def get_models(request: web.Request) -> web.Response:
+    return json_response({"object": "list", "data": await request.app[GATEWAY_KEY].models()})
+
+
+async def get_model(request: web.Request) -> web.Response:
+    gateway, name = request.app[GATEWAY_KEY], request.match_info["id"]
+    for row in await gateway.models():
+        if name in (row["id"], f"{row['provider']}/{row['id']}"):
+            return json_response({**row, "id": name})
+    target = gateway.router.targets(name)[0]  # known by prefix though not listed; else UnknownModel
+    return json_response(gateway.public_model(target.provider.id, {"id": target.model}) | {"id": name})
+
+
+async def get_requests(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    wanted = {name: value for name, value in request.query.items() if name not in ("limit", "cursor")}
+    if request.query.get("cursor"):
+        wanted["before"] = request.query["cursor"]
+    limit = page_size(request.query.get("limit", "50"))
+    await gateway.store.flush()
+    rows = await asyncio.to_thread(find_requests, gateway.store, wanted, limit + 1, int(gateway.clock() * 1000))
+    more = str(rows[limit - 1]["seq"]) if len(rows) > limit else None
+    return json_response({"data": [public_row(row) for row in rows[:limit]], "next": more})
+
+
+def page_size(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise InvalidRequest("`limit` must be a whole number from 1 to 1000", param="limit")
+    return int(text)
+
+
+async def get_request(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    await gateway.store.flush()
+    found = await asyncio.to_thread(find_request, gateway.store, request.match_info["id"])
+    if found is None:
+        raise NotFound("no request has this id; it may have been older than the log keeps")
+    return json_response(found)
+
+
+async def get_spend(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    by = request.query.get("by", "model")
+    if by not in SPEND_BY:
+        raise InvalidRequest(f"`by` must be one of {', '.join(SPEND_BY)}", param="by")
+    since = parse_time(request.query["since"], int(gateway.clock() * 1000)) if "since" in request.query else 0
+    await gateway.store.flush()
+    return json_response({"data": await asyncio.to_thread(find_spend, gateway.store, by, since), "next": None})
+
+
+async def get_providers(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    return json_response({"data": [provider_view(provider) for provider in gateway.router.providers.values()], "next": None})
+
+
+def provider_view(provider: ConfiguredProvider) -> Json:
+    """A configured provider for people; its keys masked."""
+    return {
+        "id": provider.id, "name": provider.row.name, "base_url": provider.base_url, "dialect": provider.row.dialect,
+        "keys": [mask_secret(key) for key in provider.keys], "source": provider.source, "offers": sorted(provider.row.offers),
+    }  # fmt: skip
+
+
+def mask_secret(secret: str) -> str:
+    return f"{secret[:3]}…{secret[-2:]}" if len(secret) >= 16 else "…"
+
+
+async def check_provider(request: web.Request) -> web.Response:
+    gateway, name = request.app[GATEWAY_KEY], request.match_info["name"]
+    provider = gateway.router.providers.get(name)
+    if provider is None:
+        raise NotFound(f"the provider {clean_header(name, 40)!r} is not configured")
+    return json_response(await probe_provider(gateway, provider))
+
+
+async def probe_provider(gateway: Gateway, provider: ConfiguredProvider) -> Json:
+    """One models-list call, timed: does the provider answer, and does it take our key?"""
+    began_s = gateway.loop.time()
+    try:
+        rows = await gateway.list_models(provider)
+    except GatewayError as error:
+        return {"id": provider.id, "ok": False, "error": error.message, "code": error.code}
+    return {"id": provider.id, "ok": True, "models": len(rows), "ms": round((gateway.loop.time() - began_s) * 1000, 1)}
+
+
+async def get_route(request: web.Request) -> web.Response:
+    gateway, model = request.app[GATEWAY_KEY], request.query.get("model", "")
+    if not model:
+        raise InvalidRequest("say which name with ?model=", param="model")
+    targets = gateway.router.targets(model, request.query.get("provider", ""))
+    return json_response({"model": model, "targets": [target_view(gateway, target) for target in targets]})
+
+
+def target_view(gateway: Gateway, target: Target) -> Json:
+    price = gateway.prices.find(target.provider.id, target.model, gateway.clock())
+    return {
+        "provider": target.provider.id, "upstream_model": target.model, "via": target.via, "base_url": target.provider.base_url,
+        "dialect": target.provider.row.dialect, "price": price.per_million_usd() if price is not None else None,
+    }  # fmt: skip
+
+
+async def get_config(request: web.Request) -> web.Response:
+    return json_response({"data": config_view(request.app[GATEWAY_KEY].settings)})
+
+
+def config_view(settings: Settings) -> list[Json]:
+    """Every setting with its value and where that came from; secrets masked."""
+    return [
+        {"name": row.name, "value": mask_secret(str(getattr(settings, row.name))) if row.name in SECRET_SETTINGS else getattr(settings, row.name),
+         "source": settings.sources.get(row.name, "default"), "help": row.metadata["help"]}
+        for row in SETTING_ROWS
+    ]  # fmt: skip
+
+
+ROUTES: Final[tuple[RouteRow, ...]] = (
+    *(RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint) for endpoint in HOT_ENDPOINTS.values()),
+    *(RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint) for endpoint in JSON_ENDPOINTS),
+    *(RouteRow("POST", endpoint.path, pass_upload, "client", spends=True, endpoint=endpoint) for endpoint in UPLOAD_ENDPOINTS),
+    RouteRow("GET POST DELETE", "/v1/files{rest:(/.*)?}", pass_files, "client", spends=True),
+    RouteRow("GET POST DELETE", "/v1/batches{rest:(/.*)?}", pass_files, "client", spends=True),
+    RouteRow(ALL_METHODS, "/proxy/{provider}/{path:.*}", pass_proxy, "client", spends=True),
+    RouteRow("GET", "/v1/models", get_models, "client"),
+    RouteRow("GET", "/v1/models/{id:.+}", get_model, "client"),
+    RouteRow("GET", "/health", get_health, "anyone"),
+    RouteRow("GET", "/ready", get_ready, "anyone"),
+    RouteRow("GET", "/api/requests", get_requests, "admin"),
+    RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
+    RouteRow("GET", "/api/spend", get_spend, "admin"),
+    RouteRow("GET", "/api/providers", get_providers, "admin"),
+    RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
+    RouteRow("GET", "/api/models", get_models, "admin"),
+    RouteRow("GET", "/api/route", get_route, "admin"),
+    RouteRow("GET", "/api/config", get_config, "admin"),
+)
+
+
+@web.middleware
+async def boundary(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Host and Origin first, then the route's role, then the handler; every failure becomes one error body."""
+    gateway = request.app[GATEWAY_KEY]
+    row = request.match_info.route.name and ROUTES_BY_NAME.get(request.match_info.route.name)
+    try:
+        refusal = request.app[GUARD_KEY].check(request.headers) or odd_request(request)
+        if refusal is not None:
+            raise refusal
+        if row and row.role == "admin":
+            require_admin(request, gateway)
+        return await handler(request)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        failure: GatewayError = GatewayError(f"this path takes {allowed}", status=405, type="invalid_request_error", code="method_not_allowed")
+    except web.HTTPException as error:
+        where = clean_header(request.path, 100)
+        failure = NotFound(f"nothing is served at {request.method} {where}; {SEE_README}") if error.status == 404 else GatewayError(
+            error.reason, status=error.status, type="invalid_request_error", code="bad_request"
+        )  # fmt: skip
+    except GatewayError as error:
+        failure = error
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary
+        failure = gateway.internal_error(error)
+    status, body = dialect_of_path(request.path).render_error(failure, gateway.new_id("req_"))
+    response = json_response(body, status)
+    if failure.retry_after_s is not None:
+        response.headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
+    if status in (400, 413):
+        response.force_close()
+    return response
+
+
+def dialect_of_path(path: str) -> Dialect:
+    return DIALECTS["openai"]
+
+
+def odd_request(request: web.Request) -> GatewayError | None:
+    """Requests that two servers in a row may read differently."""
+    if request.version not in (aiohttp.HttpVersion10, aiohttp.HttpVersion11):
+        return InvalidRequest("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if "upgrade" in request.headers and "upgrade" in request.headers.get("connection", "").lower():
+        return InvalidRequest("this server upgrades no connections")
+    if not request.raw_path.startswith("/"):
+        return InvalidRequest("the request line must hold a path, not a whole URL")
+    return None
+
+
+def require_admin(request: web.Request, gateway: Gateway) -> None:
+    """The admin key as a bearer token; compared in constant time, with one message for every failure."""
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+    mine = hashlib.sha256(gateway.admin_key.encode()).digest()
+    if not hmac.compare_digest(hashlib.sha256(given).digest(), mine):
+        raise Unauthenticated("this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory")
+
+
+ROUTES_BY_NAME: Final[Mapping[str, RouteRow]] = {f"route{number}": row for number, row in enumerate(ROUTES)}
+
+
+def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
+    app = web.Application(middlewares=[boundary], client_max_size=0)
+    app[GATEWAY_KEY], app[GUARD_KEY] = gateway, guard
+    for name, row in ROUTES_BY_NAME.items():
+        resource = app.router.add_resource(row.path, name=name)
+        resource.endpoint = row.endpoint  # type: ignore[attr-defined]
+        for method in row.methods.split():
+            resource.add_route(method, row.handler)
+
+    async def uploads(app: web.Application) -> AsyncIterator[None]:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        async with aiohttp.ClientSession(connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()) as session:
+            app[UPLOADS_KEY] = session
+            yield
+
+    app.cleanup_ctx.append(uploads)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve on a bound socket until the block ends; then finish what is under way, to a deadline."""
+    guard = RequestGuard(gateway.settings)
+    runner = web.AppRunner(make_app(gateway, guard), access_log=None, keepalive_timeout=75.0, handler_cancellation=True, auto_decompress=False)
+    await runner.setup()
+    lane = cast(type[Lane], type("GatewayLane", (Lane,), {"gateway": gateway, "guard": guard, "__slots__": ()}))
+    manager = runner.server
+    assert manager is not None
+    options = manager._kwargs  # noqa: SLF001 - the one way to give aiohttp's own handler class a subclass
+    server = await gateway.loop.create_server(lambda: lane(manager, loop=gateway.loop, **options), sock=listener, backlog=1024)
+    try:
+        yield
+    finally:
+        gateway.draining = True
+        server.close()
+        await drain(gateway, gateway.settings.drain_timeout)
+        await runner.shutdown()
+        await manager.shutdown(1.0)
+        await runner.cleanup()
+
+
+async def drain(gateway: Gateway, timeout_s: float) -> None:
+    """Wait until no call is under way, at most `timeout_s`."""
+    deadline_s = gateway.loop.time() + timeout_s
+    while gateway.in_flight and gateway.loop.time() < deadline_s:
+        await asyncio.sleep(0.02)
+
+
+# ===== Process ========================================================================================================
+# What a process is made of and how it lives: the lock on its data directory, the listener, signals, and the assembly of
+# a Gateway from settings. One instance a data directory: two counters of one budget would both be wrong.
+
+ASSETS: Final = "stockyard_assets"
+
+
+def read_asset(name: str) -> bytes:
+    """A file shipped beside the module: in a checkout, after `pip install`, and in the packed executable alike."""
+    return (Path(__file__).resolve().parent / ASSETS / name).read_bytes()
+
+
+class DirectoryLock:
+    """Holds a data directory for this process; StoreError names the holder otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path / "lock", "a+", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115 - held while we live
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise StoreError(f"{path} is in use by {holder}; stop it, or set STOCKYARD_DATA_DIR to another directory") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def load_admin_key(settings: Settings) -> str:
+    """The admin key of the settings, else of admin.key, made on first use (0600)."""
+    if settings.admin_key:
+        return settings.admin_key
+    path = settings.data_path / "admin.key"
+    if not path.exists():
+        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(f"sy-admin-{secrets.token_urlsafe(32)}\n")
+    return path.read_text().strip()
+
+
+def configured_providers(variables: Mapping[str, str]) -> dict[str, ConfiguredProvider]:
+    """All providers that the variables turn on; SettingsError for a bad URL or key."""
+    found: dict[str, ConfiguredProvider] = {}
+    for row in PROVIDERS:
+        try:
+            provider = configure_provider(row, variables)
+        except ValueError as error:
+            raise SettingsError(f"{row.base_variables[0]}: {error}") from None
+        if provider is None:
+            continue
+        if any(not key.isascii() or not key.isprintable() or " " in key for key in provider.keys):
+            raise SettingsError(f"{provider.source}: the key holds spaces or characters that no header can carry")
+        found[row.id] = provider
+    return found
+
+
+def load_prices(settings: Settings) -> PriceBook:
+    book = PriceBook.load(read_asset("prices.json"))
+    overrides = settings.tables.get("prices", [])
+    try:
+        return book.with_overrides(overrides) if overrides else book
+    except InvalidPrices as error:
+        raise SettingsError(f"[[prices]]: {error}") from None
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Gateway]:
+    """Everything a process needs to answer calls, closed in order at the end. SettingsError, StoreError."""
+    providers = configured_providers(provider_variables(settings, environment))
+    prices = load_prices(settings)
+    prepare_data_dir(settings.data_path)
+    lock = DirectoryLock(settings.data_path)
+    try:
+        store = LogStore(settings.data_path / "stockyard.db", bodies=settings.log_bodies != "none", full_sync=settings.durability == "full")
+    except BaseException:
+        lock.release()
+        raise
+    deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout)
+    upstream = Upstream(asyncio.get_running_loop(), deadlines)
+    try:
+        yield Gateway(settings, Router(providers, prices), prices, store, upstream, load_admin_key(settings))
+    finally:
+        await upstream.close()
+        await asyncio.to_thread(store.close)
+        lock.release()
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket; SettingsError where the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another with --port") from None
+    listener.setblocking(False)
+    return listener
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system allows: every stream holds two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1_048_576), hard))
+
+
+def harden_process() -> None:
+    """No core dumps, which would hold provider keys; files private by default; short GIL slices for the loop."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    sys.setswitchinterval(0.0005)
+    raise_file_limit()
+
+
+async def serve(settings: Settings, environment: Mapping[str, str], ready: Callable[[Gateway, str], Awaitable[None]]) -> None:
+    """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once."""
+    listener = bind(settings)
+    try:
+        async with open_gateway(settings, environment) as gateway, open_server(gateway, listener):
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def on_signal() -> None:
+                if stop.is_set():
+                    os._exit(1)
+                stop.set()
+
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            await ready(gateway, f"http://{shown}:{port}")
+            await stop.wait()
+    finally:
+        listener.close()
+
+
+def run_loop(main: Awaitable[None]) -> None:
+    """Run on uvloop where it imports, else on asyncio's own loop."""
+    factory = None
+    if importlib.util.find_spec("uvloop") is not None and not os.environ.get("PYTHONASYNCIODEBUG"):
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(cast(Any, main))
+
+
+# ===== Command line ===================================================================================================
+# One function a verb, each short: parse, do, print. `main` stands last and reads as the program's summary.
+
+PROGRAM: Final = "stockyard"
+EXAMPLE_TOML: Final = """\
+# stockyard.toml: read from ./, else from the data directory, else from STOCKYARD_CONFIG.
+# Flags and environment variables win over this file. Every setting of `stockyard config check` may stand here.
+
+# port = 4200
+# cache = "deterministic"
+
+# [providers.openai]                  # instead of OPENAI_API_KEY and OPENAI_BASE_URL
+# api_key = "sk-..."
+# base_url = "https://api.openai.com/v1"
+
+# [[prices]]                          # your own price of a model, USD per million tokens
+# model = "my-model"
+# provider = "openai_compatible"
+# input = 0.10
+# output = 0.40
+"""
+
+
+def curl_example(url: str, model: str) -> str:
+    body = '{"model": "%s", "messages": [{"role": "user", "content": "Hello, Stockyard!"}]}' % model
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def example_model(gateway: Gateway) -> str:
+    """A model that a first try is likely to reach."""
+    usual = {"openai": "gpt-4o-mini", "anthropic": "claude-haiku-4-5", "gemini": "gemini-2.5-flash", "groq": "groq/llama-3.3-70b-versatile"}
+    return next((usual[name] for name in gateway.router.providers if name in usual), "echo")
+
+
+async def print_banner(gateway: Gateway, url: str) -> None:
+    """The first screen: one line a provider, where to look, and a line to paste."""
+    print(f"Stockyard {__version__} on {url}, data in {gateway.settings.data_path}")
+    real = [provider for provider in gateway.router.providers.values() if not provider.base_url.startswith("builtin:")]
+    for provider in real:
+        count = f", {len(provider.keys)} keys" if len(provider.keys) > 1 else ""
+        print(f"  {provider.id:18} {provider.base_url}  (from {provider.source}{count})")
+    if not real:
+        print("  No provider key is set. Set one and start again, for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY,")
+        print("  GROQ_API_KEY or OLLAMA_HOST; `stockyard providers` lists all. Until then the built-in model `echo` answers:")
+    print(f"\n  {curl_example(url, example_model(gateway))}\n", flush=True)
+    if has_wal_bug(sqlite3.sqlite_version_info):
+        print_error(f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); Stockyard keeps one writer, let no other program write to stockyard.db")
+
+
+def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> tuple[str, str]:
+    """The text and path of stockyard.toml: ./, the data directory, STOCKYARD_CONFIG; empty where there is none."""
+    data_dir = flags.get("data_dir") or environment.get("STOCKYARD_DATA_DIR") or "~/.stockyard"
+    places = [Path("stockyard.toml"), Path(data_dir).expanduser() / "stockyard.toml"]
+    named = flags.get("config") or environment.get("STOCKYARD_CONFIG")
+    if named:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise SettingsError(f"STOCKYARD_CONFIG: there is no file {path}")
+        places = [path] if flags.get("config") else [*places, path]
+    for path in places:
+        with contextlib.suppress(PermissionError):
+            if path.is_file():
+                return path.read_text(encoding="utf-8"), str(path)
+    return "", ""
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
+    flags = {name: value for name, value in vars(options).items() if value is not None}
+    toml, path = find_config(os.environ, flags)
+    return read_settings(flags, os.environ, toml, path)
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    harden_process()
+    run_loop(serve(settings, os.environ, print_banner))
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """The proxy on an empty temporary data directory, one completion through it, then it keeps serving."""
+    harden_process()
+    with tempfile.TemporaryDirectory(prefix="stockyard-demo-") as directory:
+        options.data_dir = directory
+        settings = load_settings(options)
+        environment = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_TOKEN"))}
+
+        async def show(gateway: Gateway, url: str) -> None:
+            print(f"Stockyard {__version__} demo on {url}, with the built-in echo provider and an empty database in {directory}")
+            print(f"\n$ {curl_example(url, 'echo')}")
+            print(await ask_once(url), flush=True)
+            await gateway.store.flush()
+            [row] = await asyncio.to_thread(find_requests, gateway.store, {}, 1, 0)
+            print(f"\nLogged as {row['id']}: {row['status']} in {row['latency_ms']:.2f} ms, {row['input_tokens']} + {row['output_tokens']} tokens, cost $0.")
+            print("It keeps serving; press Ctrl-C to stop. For a real provider, set its key and run `stockyard`.", flush=True)
+            if options.once:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run_loop(serve(settings, environment, show))
+    return 0
+
+
+async def ask_once(url: str) -> str:
+    body = {"model": "echo", "messages": [{"role": "user", "content": "Hello, Stockyard!"}]}
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=body) as answer:
+        return await answer.text()
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Check what a working proxy needs; exit status 1 on a fault."""
+    checks: list[Json] = []
+
+    def note(name: str, ok: bool | None, detail: str) -> None:
+        checks.append({"check": name, "ok": ok is not False, "warning": ok is None, "detail": detail})
+
+    note("python", sys.version_info >= (3, 11), sys.version.split()[0])
+    note("sqlite", None if has_wal_bug(sqlite3.sqlite_version_info) else True, sqlite3.sqlite_version)
+    note("aiohttp", tuple(map(int, aiohttp.__version__.split(".")[:3])) >= (3, 14, 5), f"{aiohttp.__version__} (3.14.5 or later)")
+    note("http parser in C", "_http_parser" in HttpRequestParser.__module__, HttpRequestParser.__module__)
+    note("uvloop", True, "used" if importlib.util.find_spec("uvloop") else "not installed, asyncio's own loop is used")
+    try:
+        settings = load_settings(options)
+        note("settings", True, "understood")
+        prepare_data_dir(settings.data_path)
+        free_mb = shutil.disk_usage(settings.data_path).free // 1_000_000
+        note("data directory", None if free_mb < 2 * settings.log_mb else True, f"{settings.data_path}, {free_mb} MB free")
+        providers = configured_providers(provider_variables(settings, os.environ))
+        asyncio.run(check_providers_now(settings, providers, note))
+    except (SettingsError, StoreError) as error:
+        note("settings", False, str(error))
+    failed = not all(check["ok"] for check in checks)
+    if options.json:
+        print(dump_json({"ok": not failed, "checks": checks}).decode())
+    else:
+        for check in checks:
+            mark = "FAIL" if not check["ok"] else "warn" if check["warning"] else "ok"
+            print(f"{mark:5} {check['check']:24} {check['detail']}")
+    return 1 if failed else 0
+
+
+async def check_providers_now(settings: Settings, providers: Mapping[str, ConfiguredProvider], note: Callable[[str, bool | None, str], None]) -> None:
+    deadlines = Deadlines(settings.connect_timeout, min(20, settings.first_byte_timeout), 20, 30)
+    upstream = Upstream(asyncio.get_running_loop(), deadlines)
+    with tempfile.TemporaryDirectory() as directory:
+        store = LogStore(Path(directory) / "doctor.db")
+        prices = load_prices(settings)
+        gateway = Gateway(settings, Router(providers, prices), prices, store, upstream, "doctor")
+        for provider in providers.values():
+            result = await probe_provider(gateway, provider)
+            detail = f"{result['models']} models in {result['ms']} ms" if result["ok"] else f"{result['code']}: {result['error']}"
+            note(provider.id, result["ok"], detail)
+        await upstream.close()
+        store.close()
+
+
+def run_providers(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    configured = configured_providers(provider_variables(settings, os.environ))
+    rows = [
+        {"id": row.id, "name": row.name, "configured": row.id in configured, "set": enabling_variable(row), "retired": row.retired,
+         "base_url": configured[row.id].base_url if row.id in configured else row.base_url}
+        for row in PROVIDERS
+    ]  # fmt: skip
+    return print_rows(rows, options, lambda row: f"{'*' if row['configured'] else ' '} {row['id']:18} {row['retired'] or row['set']:44} {row['base_url']}")
+
+
+def run_models(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    providers = configured_providers(provider_variables(settings, os.environ))
+
+    async def collect() -> list[Json]:
+        deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout)
+        upstream = Upstream(asyncio.get_running_loop(), deadlines)
+        with tempfile.TemporaryDirectory() as directory:
+            store, prices = LogStore(Path(directory) / "models.db"), load_prices(settings)
+            rows = await Gateway(settings, Router(providers, prices), prices, store, upstream, "models").models()
+            await upstream.close()
+            store.close()
+        return rows
+
+    def line(row: Json) -> str:
+        price = row["price"]
+        shown = f"${price.get('input', '0')} in, ${price.get('output', '0')} out per million" if price else "unpriced"
+        return f"{row['id']:48} {row['provider']:18} {shown}"
+
+    return print_rows(asyncio.run(collect()), options, line)
+
+
+def run_route(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    router = Router(configured_providers(provider_variables(settings, os.environ)), load_prices(settings))
+    try:
+        targets = router.targets(options.model)
+    except GatewayError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    rows = [{"provider": t.provider.id, "upstream_model": t.model, "via": t.via, "base_url": t.provider.base_url} for t in targets]
+    return print_rows(rows, options, lambda row: f"{options.model} -> {row['provider']} as {row['upstream_model']} (by {row['via']}), {row['base_url']}")
+
+
+def print_rows(rows: Sequence[Json], options: argparse.Namespace, line: Callable[[Json], str]) -> int:
+    """Rows as lines for people, or as one JSON array with --json."""
+    if getattr(options, "json", False):
+        print(dump_json(rows).decode())
+    else:
+        for row in rows:
+            print(line(row))
+    return 0
+
+
+class LogReader:
+    """The log of a data directory, read beside a running proxy; shaped as the store's readers expect."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise StoreError(f"there is no log at {path}; start Stockyard once, or set STOCKYARD_DATA_DIR")
+        self._connection = open_reader(path)
+
+    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        return self._connection.execute(sql, parameters).fetchall()
+
+
+def open_log(options: argparse.Namespace) -> LogStore:
+    return cast(LogStore, LogReader(load_settings(options).data_path / "stockyard.db"))
+
+
+def log_line(row: Json) -> str:
+    cost = "unpriced" if row["cost_usd"] is None else f"${row['cost_usd']:.6f}"
+    tokens = f"{row['input_tokens'] or 0:>6}+{row['output_tokens'] or 0:<6}"
+    mark = row["error"] or row["finish_reason"]
+    return f"{row['ts']}  {row['id']}  {row['status']}  {row['model'][:28]:28} {row['provider'][:12]:12} {row['latency_ms']:>9.1f} ms {tokens} {cost:>11} {mark}"
+
+
+def run_logs(options: argparse.Namespace) -> int:
+    store = open_log(options)
+    names = ("model", "key", "status", "since", "provider", "session")
+    wanted = {name: value for name in names if (value := getattr(options, name, None))}
+    rows = [*reversed(find_requests(store, wanted, options.limit, int(time.time() * 1000)))]
+    print_log(rows, options, header=True)
+    last = rows[-1]["seq"] if rows else 0
+    while options.follow:
+        time.sleep(0.5)
+        fresh = [row for row in reversed(find_requests(store, wanted, 1000, int(time.time() * 1000))) if row["seq"] > last]
+        print_log(fresh, options, header=False)
+        last = fresh[-1]["seq"] if fresh else last
+    return 0
+
+
+def print_log(rows: Sequence[sqlite3.Row], options: argparse.Namespace, header: bool) -> None:
+    public = [public_row(row) for row in rows]
+    if options.csv:
+        writer = csv.DictWriter(sys.stdout, LOG_FIELDS)
+        if header:
+            writer.writeheader()
+        writer.writerows(public)
+    else:
+        for row in public:
+            print(dump_json(row).decode() if options.json else log_line(row))
+    sys.stdout.flush()
+
+
+def run_show(options: argparse.Namespace) -> int:
+    found = find_request(open_log(options), options.id)
+    if found is None:
+        print(f"no request has the id {options.id}", file=sys.stderr)
+        return 1
+    print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+    return 0
+
+
+def run_costs(options: argparse.Namespace) -> int:
+    since = parse_time(options.since, int(time.time() * 1000)) if options.since else 0
+    rows = find_spend(open_log(options), options.by, since)
+
+    def line(row: Json) -> str:
+        cost = "unpriced" if row["cost_usd"] is None else f"${row['cost_usd']:.6f}"
+        unpriced = f"  ({row['unpriced']} unpriced)" if row["unpriced"] and row["cost_usd"] is not None else ""
+        return f"{row[options.by] or '-':40} {row['requests']:>8} calls {row['input_tokens']:>10} in {row['output_tokens']:>10} out {cost:>14}{unpriced}"
+
+    return print_rows(rows, options, line)
+
+
+def run_config(options: argparse.Namespace) -> int:
+    if options.action == "example":
+        print(EXAMPLE_TOML, end="")
+        return 0
+    settings = load_settings(options)
+    configured_providers(provider_variables(settings, os.environ))
+    load_prices(settings)
+    return print_rows(config_view(settings), options, lambda row: f"{row['name']:20} {row['value']!s:28} {row['source']:28} {row['help']}")
+
+
+def run_version(options: argparse.Namespace) -> int:
+    print(f"{PROGRAM} {__version__}")
+    if options.deps:
+        for name in sorted({"aiohttp", "orjson", "uvloop", *DEPENDENCIES}):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                print(f"{name} {importlib.metadata.version(name)}")
+        print(f"python {sys.version.split()[0]}\nsqlite {sqlite3.sqlite_version}\nopenssl {ssl.OPENSSL_VERSION.split()[1]}")
+    return 0
+
+
+DEPENDENCIES: Final = ("aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "idna", "multidict", "propcache", "typing_extensions", "yarl")
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command: its function, its help, and what adds its own arguments."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    arguments: tuple[tuple[str, Json], ...] = ()
+    serves: bool = False
+
+
+_JSON: Final = ("--json", {"action": "store_true", "help": "print JSON"})
+_SINCE: Final = ("--since", {"help": "only later ones: 15m, 24h, 7d, or an ISO time"})
+VERBS: Final = (
+    Verb("serve", run_serve, "run the proxy (what `stockyard` alone does)", serves=True),
+    Verb("demo", run_demo, "run the proxy with the built-in echo provider and show one completion", (
+        ("--once", {"action": "store_true", "help": "stop after the completion"}),
+    ), serves=True),
+    Verb("doctor", run_doctor, "check settings, data directory, versions and every configured provider", (_JSON,)),
+    Verb("providers", run_providers, "list all providers; * marks the configured ones", (_JSON,)),
+    Verb("models", run_models, "list the models of the configured providers with their prices", (_JSON,)),
+    Verb("route", run_route, "say where a model name would go, and why", (("model", {"help": "the name as a client sends it"}), _JSON)),
+    Verb("logs", run_logs, "list logged calls, the newest last", (
+        ("--follow", {"action": "store_true", "help": "go on as calls come in"}),
+        ("--model", {"help": "only this model"}), ("--key", {"help": "only this virtual key"}), ("--provider", {"help": "only this provider"}),
+        ("--status", {"help": "only this status: 429, 5xx, ok, error"}), ("--session", {"help": "only this session"}), _SINCE,
+        ("--limit", {"type": int, "default": 50, "help": "how many at the most (50)"}), _JSON,
+        ("--csv", {"action": "store_true", "help": "print CSV"}),
+    )),
+    Verb("show", run_show, "print one logged call with its attempts and bodies", (("id", {"help": "the id from x-stockyard-request-id"}),)),
+    Verb("costs", run_costs, "print what was spent", (
+        ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
+    )),
+    Verb("config", run_config, "check: print the merged settings and their sources; example: print a commented stockyard.toml", (
+        ("action", {"choices": ("check", "example")}), _JSON,
+    )),
+    Verb("version", run_version, "print the version", (("--deps", {"action": "store_true", "help": "also print the bundled packages"}),)),
+)  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description="A self-hosted LLM proxy in one file. Without a command it serves.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    settings = argparse.ArgumentParser(add_help=False)
+    group = settings.add_argument_group("settings (also as STOCKYARD_<NAME> in the environment, or in stockyard.toml)")
+    group.add_argument("--config", help="path of stockyard.toml")
+    for row in SETTING_ROWS:
+        if row.name not in SECRET_SETTINGS:  # a secret on a command line shows in every process list
+            group.add_argument(f"--{row.name.replace('_', '-')}", help=f"{row.metadata['help']} (default: {row.default})".replace("%", "%%"))
+    commands = parser.add_subparsers(dest="verb", metavar="command")
+    for verb in VERBS:
+        command = commands.add_parser(verb.name, help=verb.help, description=verb.help, parents=[settings])
+        for name, options in verb.arguments:
+            if name == "--config":
+                continue
+            command.add_argument(name, **options)
+        command.set_defaults(run=verb.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; faults of the user's making are one line on stderr and exit status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0].startswith("-") and given[0] not in ("-h", "--help", "--version"):
+        given.insert(0, "serve")
+    options = make_parser().parse_args(given)
+    try:
+        return int(options.run(options))
+    except (SettingsError, StoreError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except InvalidRequest as error:
+        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
