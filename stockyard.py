@@ -2759,7 +2759,7 @@ LOG_FIELDS: Final = tuple(
 WAL_BUG_FIXED: Final = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
 LOGGED_BODY_MAX_BYTES: Final = 1_000_000
 QUEUE_MAX_ROWS: Final = 20_000
-COMMIT_REST_S: Final = 0.02
+COMMIT_REST_S: Final = 0.04
 COMMIT_MAX_ROWS: Final = 500
 
 
@@ -2933,8 +2933,7 @@ class LogStore:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
-            rows = self._rows(calls)
-            connection.executemany(INSERT_ROW, rows)
+            insert_rows(connection, self._rows(calls))
             connection.execute("COMMIT")
             self.last_error = ""
         except sqlite3.Error as error:
@@ -2981,7 +2980,19 @@ class LogStore:
             return self._reader.execute(sql, parameters).fetchall()
 
 
-INSERT_ROW: Final = f"INSERT INTO requests VALUES (NULL, {', '.join('?' * 37)})"
+ROW_VALUES: Final = f"(NULL, {', '.join('?' * 37)})"
+
+
+def insert_rows(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
+    """Insert rows, many with one statement: each step of SQLite lets go of the interpreter lock and must win it back."""
+    at = 0
+    for count in (64, 8, 1):
+        statement = "INSERT INTO requests VALUES " + ", ".join([ROW_VALUES] * count)
+        while len(rows) - at >= count:
+            connection.execute(statement, [value for row in rows[at : at + count] for value in row])
+            at += count
+
+
 LOG_FILTERS: Final[Mapping[str, str]] = {
     "model": "(model = :model OR upstream_model = :model)",
     "provider": "provider = :provider",
@@ -3519,7 +3530,7 @@ class Relay:
             if out:
                 self._client.send(out)
         elif self._flow.content_seen:
-            self._call.first_token_s = self._gateway.loop.time()
+            self._call.first_token_s = self._gateway.tick()
             self.sent_content = True
             self._gateway.commit(self._call, self._client)
             self._client.send(b"".join([*self._held, out]))
@@ -3599,6 +3610,7 @@ class Gateway:
         self.clock = clock
         self.random = randomness or random.SystemRandom()
         self.loop = upstream.loop
+        self.tick = time.monotonic  # uvloop's own clock moves in whole milliseconds
         self.new_id = IdSource(lambda: int(clock() * 1000), self.random.getrandbits)
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
         self.draining = False
@@ -3616,7 +3628,7 @@ class Gateway:
     ) -> Call:
         now = self.clock()
         return Call(
-            self.new_id("req_"), int(now * 1000), self.loop.time(), endpoint, headers, body, client_ip, path_parameters=path_parameters or {}
+            self.new_id("req_"), int(now * 1000), self.tick(), endpoint, headers, body, client_ip, path_parameters=path_parameters or {}
         )
 
     async def answer(self, call: Call, client: Client) -> Reply | None:
@@ -3701,7 +3713,7 @@ class Gateway:
 
     async def attempted(self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]]) -> T:
         """One attempt, with its line in the log."""
-        began_s = self.loop.time()
+        began_s = self.tick()
         line = Attempt(target.provider.id, target.model, round((began_s - call.started_s) * 1000, 3))
         call.attempts.append(line)
         call.provider, call.upstream_model = target.provider.id, target.model
@@ -3713,7 +3725,7 @@ class Gateway:
             line.status, line.error = error.status, error.code
             raise
         finally:
-            ended_s = self.loop.time()
+            ended_s = self.tick()
             call.upstream_s += ended_s - began_s
             line.ended_ms = round((ended_s - call.started_s) * 1000, 3)
 
@@ -3808,7 +3820,7 @@ class Gateway:
 
     def settle(self, call: Call) -> None:
         """Close the call: exactly one row, however it ended."""
-        call.ended_s = self.loop.time()
+        call.ended_s = self.tick()
         call.status = call.status or 500
         self.store.put(call)
 
@@ -3910,7 +3922,7 @@ class Gateway:
 
     async def refresh_models(self) -> bool:
         """Ask the providers whose lists are old for their models; True when anything was learned."""
-        now_s = self.loop.time()
+        now_s = self.tick()
         stale = [
             provider for provider in self.router.providers.values()
             if "models" in provider.row.offers and now_s - self._models_at_s.get(provider.id, -1e9) > self.settings.models_ttl
@@ -3972,7 +3984,7 @@ class StreamedCall:
     def __init__(self, gateway: Gateway, call: Call, client: Client) -> None:
         self._gateway, self._call, self._client = gateway, call, client
         self._dialect = DIALECTS[call.endpoint.dialect]
-        self._written_s = gateway.loop.time()
+        self._written_s = gateway.tick()
         self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._relay: Relay | None = None
 
@@ -4665,9 +4677,9 @@ async def forward(
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout)
-    line = Attempt(provider.id, target.model, round((gateway.loop.time() - call.started_s) * 1000, 3))
+    line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
-    began_s = gateway.loop.time()
+    began_s = gateway.tick()
     try:
         async with request.app[UPLOADS_KEY].request(
             request.method, url, headers=headers, data=body, timeout=timeout, allow_redirects=False, auto_decompress=False
@@ -4681,7 +4693,7 @@ async def forward(
     except aiohttp.ClientError as error:
         raise UpstreamError(f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected") from error
     finally:
-        call.upstream_s += gateway.loop.time() - began_s
+        call.upstream_s += gateway.tick() - began_s
 
 
 def forwarded_query(request: web.Request, joined: bool) -> str:
@@ -4833,12 +4845,12 @@ async def check_provider(request: web.Request) -> web.Response:
 
 async def probe_provider(gateway: Gateway, provider: ConfiguredProvider) -> Json:
     """One models-list call, timed: does the provider answer, and does it take our key?"""
-    began_s = gateway.loop.time()
+    began_s = gateway.tick()
     try:
         rows = await gateway.list_models(provider)
     except GatewayError as error:
         return {"id": provider.id, "ok": False, "error": error.message, "code": error.code}
-    return {"id": provider.id, "ok": True, "models": len(rows), "ms": round((gateway.loop.time() - began_s) * 1000, 1)}
+    return {"id": provider.id, "ok": True, "models": len(rows), "ms": round((gateway.tick() - began_s) * 1000, 1)}
 
 
 async def get_route(request: web.Request) -> web.Response:
@@ -4996,8 +5008,8 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
 
 async def drain(gateway: Gateway, timeout_s: float) -> None:
     """Wait until no call is under way, at most `timeout_s`."""
-    deadline_s = gateway.loop.time() + timeout_s
-    while gateway.in_flight and gateway.loop.time() < deadline_s:
+    deadline_s = gateway.tick() + timeout_s
+    while gateway.in_flight and gateway.tick() < deadline_s:
         await asyncio.sleep(0.02)
 
 
@@ -5115,11 +5127,10 @@ def raise_file_limit() -> None:
 
 
 def harden_process() -> None:
-    """No core dumps, which would hold provider keys; files private by default; short GIL slices for the loop."""
+    """No core dumps, which would hold provider keys; files private by default."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
-    sys.setswitchinterval(0.0005)
     raise_file_limit()
 
 
