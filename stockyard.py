@@ -1784,7 +1784,7 @@ class PriceBook:
     def lists(self, provider: str, model: str) -> bool:
         """Whether a provider's own price list holds this very name (no pattern): then it serves the model."""
         names = self._providers.get(provider) or Names()
-        return any(model in self._lists[name].exact for name in names.lists)
+        return any(model in self._lists[name].exact for name in names.lists[:1])
 
     def find(self, provider: str, model: str, at_s: float, variant: str = "") -> Price | None:
         """The price of a provider's model at a time (seconds since 1970), None where it is not known.
