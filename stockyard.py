@@ -58,6 +58,7 @@ import datetime
 import email.utils
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import http
@@ -179,6 +180,9 @@ def dump_json(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
 
 
+SPACED_KEY: Final = re.compile(rb'"\s+:')
+
+
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -230,7 +234,7 @@ def parse_json_object(body: bytes) -> Json:
         raise ValueError(str(error)) from None
     if not isinstance(value, dict):
         raise ValueError("it must be an object")
-    if body.count(b'":') != _count_keys(value) or re.search(rb'"\s+:', body):
+    if body.count(b'":') != _count_keys(value) or SPACED_KEY.search(body):
         json.loads(body.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str)
     return value
 
@@ -433,8 +437,7 @@ class UpstreamExhausted(UpstreamError):
 # one task, and becomes the log row.
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of one call in disjoint buckets; `reasoning_tokens` alone is a part of `output_tokens`."""
 
     input_tokens: int = 0
@@ -466,7 +469,9 @@ class Usage:
 
 def _count(value: Any) -> int:
     """A token count from a provider: some send floats, null, or nothing."""
-    return max(0, int(value)) if isinstance(value, int | float) and value == value else 0
+    if type(value) is int:
+        return value if value > 0 else 0
+    return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
 
 
 def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
@@ -1077,7 +1082,7 @@ class OpenAiChat(Dialect):
         """Read usage, minding providers whose completion count leaves reasoning out (xAI)."""
         read = read_openai_usage(usage)
         if provider.reasoning_apart and read.reasoning_tokens:
-            return dataclasses.replace(read, output_tokens=read.output_tokens + read.reasoning_tokens)
+            return read._replace(output_tokens=read.output_tokens + read.reasoning_tokens)
         return read
 
     def read_error(self, status: int, body: bytes) -> UpstreamError:
@@ -3425,7 +3430,7 @@ class Upstream:
 # Settlement is synchronous, so that no cancellation can come between an answer and its row.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """A whole answer: status, headers in order, body."""
 
@@ -3444,7 +3449,7 @@ class Client(Protocol):
     throttle: Callable[[bool], None] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outgoing:
     """One request as it goes to a provider. `translation` is None where the client's own dialect passes through."""
 
@@ -5132,6 +5137,8 @@ def harden_process() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     raise_file_limit()
+    gc.freeze()  # what was made so far stays; cycles are rare on the data path, so look for them rarely
+    gc.set_threshold(25_000, 20, 50)
 
 
 async def serve(settings: Settings, environment: Mapping[str, str], ready: Callable[[Gateway, str], Awaitable[None]]) -> None:
