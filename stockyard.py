@@ -2212,6 +2212,13 @@ class Settings:
 
 
 SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.metadata)
+#: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
+#: is refused: a limit that is set and not kept would be worse than none.
+NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
+    "require_key": frozenset({"auto", "never"}), "client_keys": frozenset({"off"}), "cache": frozenset({"off", "deterministic"}),
+    "budget": frozenset({""}), "rate_limit": frozenset({""}), "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
+    "guard_secrets": frozenset({"off"}), "log_bodies": frozenset({"on", "none"}), "workers": frozenset({"1"}),
+}  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
 TOML_TABLES: Final = frozenset({"providers", "prices", "routes", "rules", "keys", "budgets", "recognisers", "webhooks"})
@@ -2265,6 +2272,13 @@ def read_settings(flags: Mapping[str, str | None], environment: Mapping[str, str
             continue
         values[row.name], sources[row.name] = read_setting(row, text, source), source
     settings = Settings(**values, tables=tables, sources=sources)
+    for name, inert in NOT_YET.items():
+        if getattr(settings, name) not in inert:
+            raise SettingsError(f"{sources[name]}: {name} = {getattr(settings, name)} is not built into version {__version__} yet")
+    if not settings.is_loopback:
+        raise SettingsError(
+            f"{sources['host']}: version {__version__} has no virtual keys yet, so it listens on loopback only; put it behind a proxy that asks for a key"
+        )
     if settings.require_key == "never" and not settings.is_loopback:
         raise SettingsError(
             f"{sources['require_key']}: require_key never is refused on {settings.host}, where others can reach this proxy; "
