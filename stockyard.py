@@ -588,26 +588,18 @@ class Attempt:
     error: str = ""
 
     def to_json(self) -> Json:
-        return dataclasses.asdict(self)
+        times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
+        return {"provider": self.provider, "model": self.model, **times, "status": self.status, "error": self.error}
 
 
-@dataclass(slots=True)
 class Call:
     """One client call: what came in, and, as it is learned, what came of it. It becomes the log row.
 
-    Times ending in `_s` are of the monotonic clock; `ts_ms` is Unix time.
+    Times ending in `_s` are of the monotonic clock; `ts_ms` is Unix time. Defaults stand on the class, so that making a
+    call costs what it sets.
     """
 
-    id: str
-    ts_ms: int
-    started_s: float
-    endpoint: Endpoint
-    headers: Mapping[str, str]
-    body: bytes
-    client_ip: str = ""
-    request: Json = field(default_factory=dict)
     canonical: Json | None = None
-    path_parameters: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
     stream: bool = False
     key_id: str = ""
@@ -618,8 +610,6 @@ class Call:
     status: int = 0
     error: str = ""
     cache: str = "bypass"
-    attempts: list[Attempt] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
     usage: Usage | None = None
     usage_estimated: bool = False
     cost_nanousd: int | None = None
@@ -633,6 +623,16 @@ class Call:
     sent_body: bytes = b""
     answer: bytes = b""
     transcript: Transcript | None = None
+    request: Json = {}  # noqa: RUF012 - replaced, never changed
+    path_parameters: Mapping[str, str] = {}  # noqa: RUF012
+    dropped: Sequence[str] = ()
+
+    def __init__(
+        self, id: str, ts_ms: int, started_s: float, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, client_ip: str = ""
+    ) -> None:
+        self.id, self.ts_ms, self.started_s = id, ts_ms, started_s
+        self.endpoint, self.headers, self.body, self.client_ip = endpoint, headers, body, client_ip
+        self.attempts: list[Attempt] = []
 
     @property
     def latency_ms(self) -> float:
@@ -3170,7 +3170,7 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection to a provider. Carries one exchange at a time and returns to its origin's pool between two."""
 
     __slots__ = ("_loop", "_origin", "_parser", "_payload", "_upstream", "_reusable", "sink", "transport",
-                 "idle_since_s", "touched_s", "began_s", "answered", "reused", "deadlines")  # fmt: skip
+                 "idle_since_s", "touched_s", "began_s", "answered", "_held", "deadlines")  # fmt: skip
 
     def __init__(self, upstream: Upstream, origin: Origin) -> None:
         self._loop = upstream.loop
@@ -3181,7 +3181,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.sink: Sink | None = None
         self.transport: asyncio.Transport | None = None
         self.idle_since_s = self.touched_s = self.began_s = 0.0
-        self.answered = self.reused = False
+        self.answered = self._held = False
         self.deadlines = upstream.deadlines
 
     # -- asyncio.Protocol
@@ -3247,28 +3247,28 @@ class UpstreamConnection(asyncio.Protocol):
     # -- called by the parser's payload, which holds far more than one read, so that it never needs to pause
 
     def pause_reading(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.pause_reading()
+        self.hold(True)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         pass
 
     # -- one exchange
 
-    def begin(self, sink: Sink, request: bytes, now_s: float, reused: bool) -> None:
+    def begin(self, sink: Sink, request: bytes, now_s: float) -> None:
         assert self.transport is not None
-        self.sink, self._payload, self.answered, self.reused = sink, None, False, reused
+        self.sink, self._payload, self.answered = sink, None, False
         self.began_s = self.touched_s = now_s
         self._upstream.watch(self)
         self.transport.write(request)
 
     def hold(self, paused: bool) -> None:
         """Stop or go on reading: the client at the other end is slow, or has caught up."""
-        if self.transport is not None and not self.transport.is_closing():
+        if paused is not self._held and self.transport is not None and not self.transport.is_closing():
+            self._held = paused
+            self.touched_s = self._loop.time()
             if paused:
                 self.transport.pause_reading()
             else:
-                self.touched_s = self._loop.time()
                 self.transport.resume_reading()
 
     def abort(self) -> None:
@@ -3302,8 +3302,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._upstream.unwatch(self)
         if self.transport is not None and not self.transport.is_closing():
             if self._reusable:
-                self.idle_since_s = self._loop.time()
-                self.transport.resume_reading()
+                self.idle_since_s = self.touched_s
+                self.hold(False)
                 self._origin.idle.append(self)
             else:
                 self.transport.close()
@@ -3382,10 +3382,10 @@ class Upstream:
             if now_s - kept.idle_since_s > self.IDLE_MAX_S:
                 kept.transport.close()
                 continue
-            kept.begin(sink, request, now_s, reused=True)
+            kept.begin(sink, request, now_s)
             return kept
         connection = await self._connect(origin)
-        connection.begin(sink, request, self.loop.time(), reused=False)
+        connection.begin(sink, request, self.loop.time())
         return connection
 
     async def _connect(self, origin: Origin) -> UpstreamConnection:
@@ -3646,9 +3646,10 @@ class Gateway:
         self, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, client_ip: str, path_parameters: Mapping[str, str] | None = None
     ) -> Call:
         now = self.clock()
-        return Call(
-            self.new_id("req_"), int(now * 1000), self.tick(), endpoint, headers, body, client_ip, path_parameters=path_parameters or {}
-        )
+        call = Call(self.new_id("req_"), int(now * 1000), self.tick(), endpoint, headers, body, client_ip)
+        if path_parameters:
+            call.path_parameters = path_parameters
+        return call
 
     async def answer(self, call: Call, client: Client) -> Reply | None:
         """One client call from start to end; None when it was streamed through `client`."""
@@ -3733,7 +3734,7 @@ class Gateway:
     async def attempted(self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]]) -> T:
         """One attempt, with its line in the log."""
         began_s = self.tick()
-        line = Attempt(target.provider.id, target.model, round((began_s - call.started_s) * 1000, 3))
+        line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
         call.attempts.append(line)
         call.provider, call.upstream_model = target.provider.id, target.model
         try:
@@ -3746,7 +3747,7 @@ class Gateway:
         finally:
             ended_s = self.tick()
             call.upstream_s += ended_s - began_s
-            line.ended_ms = round((ended_s - call.started_s) * 1000, 3)
+            line.ended_ms = (ended_s - call.started_s) * 1000
 
     async def attempt_plain(self, call: Call, target: Target) -> Reply:
         outgoing = self.prepare(call, target)
@@ -4257,6 +4258,10 @@ class Lane(RequestHandler):
         if self._awaited is not None:
             self._awaited = None
             self._write_plain(Reply(408, [("content-type", "application/json")], LATE_BODY), keep=False)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        if self._reading_paused:  # every finished body calls this; there is seldom anything to resume
+            super().resume_reading(resume_parser)
 
     # -- the call
 
