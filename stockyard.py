@@ -639,6 +639,10 @@ class Call:
         return (self.ended_s - self.started_s) * 1000
 
 
+#: The commonest event by far, as OpenAI writes it; runs of nothing else are read with this one pattern.
+PLAIN_DELTA: Final = re.compile(rb'"choices":\[\{"index":0,"delta":\{"content":"([^"\\]*(?:\\.[^"\\]*)*)"\}')
+
+
 class Transcript:
     """Gathers what a stream said, for the log: text, reasoning and tool calls by choice, in bounded memory.
 
@@ -672,6 +676,10 @@ class Transcript:
 
     def _fold(self) -> None:
         blocks, self._blocks, self._size = b"".join(self._blocks), [], 0
+        plain = PLAIN_DELTA.findall(blocks)
+        if plain and len(plain) == blocks.count(b"\n\n"):
+            self._add_choice({"delta": {"content": orjson.loads(b'"%b"' % b"".join(plain))}})
+            return
         for block in blocks.split(b"\n\n"):
             event = parse_sse_block(block)
             if event and event[1][:1] == b"{":
@@ -3166,6 +3174,19 @@ class Origin:
     idle: list[UpstreamConnection] = field(default_factory=list)
 
 
+def take_buffered(payload: Any) -> bytes:
+    """All that a parser's payload holds. `read_nowait` does the same with book-keeping for readers that wait."""
+    if payload is EMPTY_PAYLOAD or not payload._buffer:
+        return b""
+    buffer = payload._buffer
+    data: bytes = buffer[0] if len(buffer) == 1 else b"".join(buffer)
+    buffer.clear()
+    payload._size = 0
+    if payload._http_chunk_splits:
+        payload._http_chunk_splits.clear()
+    return data
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a provider. Carries one exchange at a time and returns to its origin's pool between two."""
 
@@ -3217,8 +3238,8 @@ class UpstreamConnection(asyncio.Protocol):
         if payload.exception() is not None:
             self._fail(UpstreamError("the provider's answer broke off", code="upstream_truncated"))
             return
-        chunk = payload.read_nowait()
-        if chunk and self.sink is sink:
+        chunk = take_buffered(payload)
+        if chunk:
             sink.data(chunk)
         if payload.is_eof() and self.sink is sink:
             self._finish()
