@@ -483,11 +483,18 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
     """
     total_in = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     total_out = _count(usage.get("completion_tokens") or usage.get("output_tokens"))
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or usage.get("prompt_token_details") or {}
+    details = (
+        usage.get("prompt_tokens_details")
+        or usage.get("input_tokens_details")
+        or usage.get("prompt_token_details")
+        or {}
+    )
     out = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
     if not details and not out and "cached_tokens" not in usage and "num_cached_tokens" not in usage:
         cached = _count(usage.get("prompt_cache_hit_tokens"))
-        return Usage(input_tokens=max(0, total_in - cached), cached_tokens=min(cached, total_in), output_tokens=total_out)
+        return Usage(
+            input_tokens=max(0, total_in - cached), cached_tokens=min(cached, total_in), output_tokens=total_out
+        )
     cached = _count(
         details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
         or usage.get("cached_tokens") or usage.get("num_cached_tokens")
@@ -624,11 +631,18 @@ class Call:
     answer: bytes = b""
     transcript: Transcript | None = None
     request: Json = {}  # noqa: RUF012 - replaced, never changed
-    path_parameters: Mapping[str, str] = {}  # noqa: RUF012
+    path_parameters: Mapping[str, str] = {}
     dropped: Sequence[str] = ()
 
     def __init__(
-        self, id: str, ts_ms: int, started_s: float, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, client_ip: str = ""
+        self,
+        id: str,
+        ts_ms: int,
+        started_s: float,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+        body: bytes,
+        client_ip: str = "",
     ) -> None:
         self.id, self.ts_ms, self.started_s = id, ts_ms, started_s
         self.endpoint, self.headers, self.body, self.client_ip = endpoint, headers, body, client_ip
@@ -717,7 +731,11 @@ class Transcript:
             message: Json = {"role": "assistant", "content": texts.pop("content", None), **texts}
             if kept["tools"]:
                 message["tool_calls"] = [
-                    {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": "".join(c["arguments"])}}
+                    {
+                        "id": c["id"],
+                        "type": "function",
+                        "function": {"name": c["name"], "arguments": "".join(c["arguments"])},
+                    }
                     for _, c in sorted(kept["tools"].items())
                 ]
             choices.append({"index": index, "message": message, "finish_reason": kept["finish_reason"]})
@@ -1134,11 +1152,11 @@ OPENAI_PATHS: Final[Mapping[str, str]] = {
 }
 #: Parameters that clients of the OpenAI dialect may send; `drops` and `renames` must name some of them.
 OPENAI_PARAMETERS: Final = frozenset(
-    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages "
-    "metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options "
-    "reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature "
-    "tool_choice tools top_logprobs top_p user verbosity web_search_options moderation dimensions encoding_format input "
-    "top_k top_n documents query".split()
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
+    "messages metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key "
+    "prompt_cache_options reasoning_effort response_format safety_identifier seed service_tier stop store "
+    "stream stream_options temperature tool_choice tools top_logprobs top_p user verbosity web_search_options "
+    "moderation dimensions encoding_format input top_k top_n documents query".split()
 )
 
 
@@ -1699,7 +1717,7 @@ class Schedule(NamedTuple):
 class NameTable:
     """The rows of one price list by name. Built once, then only read."""
 
-    __slots__ = ("exact", "_patterns")
+    __slots__ = ("_patterns", "exact")
 
     def __init__(self, rows: Iterable[dict[str, Any]], where: str) -> None:
         self.exact: dict[str, dict[str, Any]] = {}
@@ -2178,20 +2196,32 @@ class Settings:
     data_dir: str = _row("~/.stockyard", "where stockyard.db and admin.key live (0700)")
     admin_key: str = _row("", "the admin key; made at first start and kept in admin.key when unset")
     hosts: str = _row("", "further Host names to answer to, comma separated (DNS rebinding guard)")
-    require_key: str = _row("auto", "auto, always or never: whether clients must send a virtual key", _one_of("auto", "always", "never"))
+    require_key: str = _row(
+        "auto", "auto, always or never: whether clients must send a virtual key", _one_of("auto", "always", "never")
+    )
     client_keys: str = _row("off", "on: a client may bring its own key for a provider it names", _one_of("on", "off"))
-    cache: str = _row("deterministic", "off, deterministic or all: which answers are cached", _one_of("off", "deterministic", "all"))
+    cache: str = _row(
+        "deterministic", "off, deterministic or all: which answers are cached", _one_of("off", "deterministic", "all")
+    )
     cache_ttl: float = _row(3600.0, "seconds a cached answer lives", _number(0, 31_536_000))
     cache_mb: float = _row(256.0, "memory and disk bound of the cache in MB", _number(1, 1_000_000))
     budget: str = _row("", "a hard spend limit for everything, such as 20/day (USD; day, week, month or total)")
     rate_limit: str = _row("", "such as 600rpm,1000000tpm,64parallel")
-    redact: str = _row("off", "off, mask or reversible: personal data in requests", _one_of("off", "mask", "reversible"))
+    redact: str = _row(
+        "off", "off, mask or reversible: personal data in requests", _one_of("off", "mask", "reversible")
+    )
     guard_injection: str = _row("off", "off, flag or block: prompt injection", _one_of("off", "flag", "block"))
-    guard_secrets: str = _row("off", "off, flag, redact or block: keys and passwords in requests", _one_of("off", "flag", "redact", "block"))
-    log_bodies: str = _row("on", "on, redacted or none: what of requests and answers is logged", _one_of("on", "redacted", "none"))
+    guard_secrets: str = _row(
+        "off", "off, flag, redact or block: keys and passwords in requests", _one_of("off", "flag", "redact", "block")
+    )
+    log_bodies: str = _row(
+        "on", "on, redacted or none: what of requests and answers is logged", _one_of("on", "redacted", "none")
+    )
     log_retention: float = _row(30.0, "days that log rows are kept", _number(0.01, 36500))
     log_mb: float = _row(1024.0, "size bound of the log in MB", _number(1, 10_000_000))
-    durability: str = _row("process", "process: rows survive kill -9; full: also power loss (fsync)", _one_of("process", "full"))
+    durability: str = _row(
+        "process", "process: rows survive kill -9; full: also power loss (fsync)", _one_of("process", "full")
+    )
     connect_timeout: float = _row(5.0, "seconds to connect to a provider", _number(0.01, 3600))
     first_byte_timeout: float = _row(120.0, "seconds until a provider's first byte", _number(0.01, 36000))
     idle_timeout: float = _row(60.0, "seconds between two bytes of a provider", _number(0.01, 36000))
@@ -2201,7 +2231,11 @@ class Settings:
     max_body_mb: float = _row(32.0, "largest request body in MB", _number(0.001, 4096))
     retries: int = _row(1, "further tries of the same target after a failure that may pass", _integer(0, 10))
     models_ttl: float = _row(300.0, "seconds that providers' model lists are kept", _number(0, 86400))
-    workers: str = _row("1", "processes sharing the port; auto is one per core", lambda text: text if text == "auto" else str(_integer(1, 256)(text)))
+    workers: str = _row(
+        "1",
+        "processes sharing the port; auto is one per core",
+        lambda text: text if text == "auto" else str(_integer(1, 256)(text)),
+    )
     tables: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -2248,7 +2282,9 @@ def parse_toml(text: str, path: str) -> tuple[Json, dict[str, Any]]:
         raise SettingsError(f"{path}: {error}") from None
     names = {row.name for row in SETTING_ROWS}
     for name in document.keys() - names - TOML_TABLES:
-        line = next((at for at, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[*\s*{re.escape(name)}\b", row)), 1)
+        line = next(
+            (at for at, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*\[*\s*{re.escape(name)}\b", row)), 1
+        )
         close = [known for known in sorted(names | TOML_TABLES) if known[:4] == name[:4]]
         hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(names))}"
         raise SettingsError(f"{path}, line {line}: no setting is called {name!r}{hint}")
@@ -2256,7 +2292,9 @@ def parse_toml(text: str, path: str) -> tuple[Json, dict[str, Any]]:
     return values, {name: value for name, value in document.items() if name in TOML_TABLES}
 
 
-def read_settings(flags: Mapping[str, str | None], environment: Mapping[str, str], toml: str = "", toml_path: str = "stockyard.toml") -> Settings:
+def read_settings(
+    flags: Mapping[str, str | None], environment: Mapping[str, str], toml: str = "", toml_path: str = "stockyard.toml"
+) -> Settings:
     """Merge flags, environment and file into Settings; SettingsError for anything unknown or unfit."""
     known = {f"STOCKYARD_{row.name.upper()}" for row in SETTING_ROWS} | {"STOCKYARD_CONFIG"}
     unknown = sorted(name for name in environment if name.startswith("STOCKYARD_") and name not in known)
@@ -2282,7 +2320,9 @@ def read_settings(flags: Mapping[str, str | None], environment: Mapping[str, str
     settings = Settings(**values, tables=tables, sources=sources)
     for name, inert in NOT_YET.items():
         if getattr(settings, name) not in inert:
-            raise SettingsError(f"{sources[name]}: {name} = {getattr(settings, name)} is not built into version {__version__} yet")
+            raise SettingsError(
+                f"{sources[name]}: {name} = {getattr(settings, name)} is not built into version {__version__} yet"
+            )
     if not settings.is_loopback:
         raise SettingsError(
             f"{sources['host']}: version {__version__} has no virtual keys yet, so it listens on loopback only; put it behind a proxy that asks for a key"
@@ -2302,7 +2342,9 @@ def provider_variables(settings: Settings, environment: Mapping[str, str]) -> di
     for provider_id, values in table.items():
         row = PROVIDERS_BY_ID.get(provider_id)
         if row is None or not isinstance(values, dict):
-            raise SettingsError(f"[providers.{provider_id}]: no provider is called so; known are {', '.join(PROVIDERS_BY_ID)}")
+            raise SettingsError(
+                f"[providers.{provider_id}]: no provider is called so; known are {', '.join(PROVIDERS_BY_ID)}"
+            )
         for name, value in values.items():
             target = {"api_key": row.key_env[0] if row.key_env else "", "base_url": row.base_variables[0]}.get(name)
             if not target:
@@ -2330,7 +2372,9 @@ class Target:
 class Router:
     """Resolves model names. Plain state: the configured providers, and the model lists they last told."""
 
-    def __init__(self, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, routes: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, routes: Mapping[str, Any] | None = None
+    ) -> None:
         self.providers = dict(providers)
         self.routes = dict(routes or {})
         self._prices = prices
@@ -2378,14 +2422,18 @@ class Router:
         if provider is None:
             row = PROVIDERS_BY_ID.get(forced.lower())
             if row is None:
-                raise InvalidRequest(f"x-stockyard-provider: no provider is called {forced!r}; known are {', '.join(PROVIDERS_BY_ID)}")
+                raise InvalidRequest(
+                    f"x-stockyard-provider: no provider is called {forced!r}; known are {', '.join(PROVIDERS_BY_ID)}"
+                )
             raise UnknownModel(f"the provider {row.name} is not configured; set {enabling_variable(row)}")
         return Target(provider, model.removeprefix(f"{forced.lower()}/"), "x-stockyard-provider")
 
     def _unknown(self, model: str) -> UnknownModel:
         head = model.partition("/")[0].lower()
         owner = PROVIDERS_BY_ID.get(head) if "/" in model else None
-        owner = owner or next((row for row in PROVIDERS if row.pattern and re.match(row.pattern, model, re.IGNORECASE)), None)
+        owner = owner or next(
+            (row for row in PROVIDERS if row.pattern and re.match(row.pattern, model, re.IGNORECASE)), None
+        )
         if owner is not None and owner.retired:
             return UnknownModel(f"the model `{model}` is gone: {owner.retired}", param="model")
         if owner is not None and owner.id not in self.providers:
@@ -2418,9 +2466,13 @@ class EchoAnswer:
 def echo(kind: str, body: bytes) -> EchoAnswer:
     """Answer a request of the OpenAI dialect; `kind` is the endpoint's."""
     request = orjson.loads(body)
-    delay_s, gap_s = (min(600_000.0, max(0.0, float(request.get(name) or 0))) / 1000 for name in ("delay_ms", "chunk_ms"))
+    delay_s, gap_s = (
+        min(600_000.0, max(0.0, float(request.get(name) or 0))) / 1000 for name in ("delay_ms", "chunk_ms")
+    )
     if kind == "models":
-        return EchoAnswer("application/json", [dump_json({"object": "list", "data": [{"id": "echo", "object": "model"}]})], 0, 0)
+        return EchoAnswer(
+            "application/json", [dump_json({"object": "list", "data": [{"id": "echo", "object": "model"}]})], 0, 0
+        )
     if kind == "embeddings":
         return EchoAnswer("application/json", [dump_json(echo_embeddings(request))], delay_s, 0)
     completion = echo_completion(request, legacy=kind == "completions")
@@ -2456,7 +2508,14 @@ def echo_completion(request: Json, legacy: bool) -> Json:
     usage = {"prompt_tokens": prompt, "completion_tokens": len(words), "total_tokens": prompt + len(words)}
     digest = hashlib.sha256(dump_json(messages)).hexdigest()[:16]
     kind = "text_completion" if legacy else "chat.completion"
-    return {"id": f"chatcmpl-echo{digest}", "object": kind, "created": 0, "model": request.get("model"), "choices": [choice], "usage": usage}
+    return {
+        "id": f"chatcmpl-echo{digest}",
+        "object": kind,
+        "created": 0,
+        "model": request.get("model"),
+        "choices": [choice],
+        "usage": usage,
+    }
 
 
 def echo_tool_call(request: Json, last: Json) -> Json | None:
@@ -2467,7 +2526,9 @@ def echo_tool_call(request: Json, last: Json) -> Json | None:
         return None
     forced = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
     said = text_of(last.get("content"))
-    wanted = [tool for tool in tools if tool.get("name") == forced or (forced is None and str(tool.get("name")) in said)]
+    wanted = [
+        tool for tool in tools if tool.get("name") == forced or (forced is None and str(tool.get("name")) in said)
+    ]
     if not wanted and choice != "required":
         return None
     tool = (wanted or tools)[0]
@@ -2483,7 +2544,11 @@ def sample_of(schema: Json) -> Any:
     kind = schema.get("type")
     kind = kind[0] if isinstance(kind, list) and kind else kind
     if kind == "object" or (kind is None and "properties" in schema) or not schema:
-        return {name: sample_of(inner) for name, inner in (schema.get("properties") or {}).items() if isinstance(inner, dict)}
+        return {
+            name: sample_of(inner)
+            for name, inner in (schema.get("properties") or {}).items()
+            if isinstance(inner, dict)
+        }
     return {"string": "echo", "integer": 1, "number": 1.0, "boolean": True, "array": []}.get(str(kind))
 
 
@@ -2503,7 +2568,9 @@ def echo_events(completion: Json, include_usage: bool) -> Iterator[bytes]:
         yield chunk({"role": "assistant", "content": None if text is None else ""}, None)
         for called in choice["message"].get("tool_calls") or ():
             function = called["function"]
-            yield chunk({"tool_calls": [{"index": 0, **called, "function": {"name": function["name"], "arguments": ""}}]}, None)
+            yield chunk(
+                {"tool_calls": [{"index": 0, **called, "function": {"name": function["name"], "arguments": ""}}]}, None
+            )
             yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": function["arguments"]}}]}, None)
     for word in re.findall(r"\s*\S+", text or ""):
         yield chunk(word if legacy else {"content": word}, None)
@@ -2523,9 +2590,20 @@ def echo_embeddings(request: Json) -> Json:
         seed = hashlib.shake_256(dump_json(text)).digest(4 * min(4096, max(1, size or 8)))
         numbers = [value / 2**31 - 1 for (value,) in struct.iter_unpack("<I", seed)]
         packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
-        rows.append({"object": "embedding", "index": index, "embedding": packed if request.get("encoding_format") == "base64" else numbers})
+        rows.append(
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": packed if request.get("encoding_format") == "base64" else numbers,
+            }
+        )
     words = sum(len(str(text).split()) for text in texts)
-    return {"object": "list", "data": rows, "model": request.get("model"), "usage": {"prompt_tokens": words, "total_tokens": words}}
+    return {
+        "object": "list",
+        "data": rows,
+        "model": request.get("model"),
+        "usage": {"prompt_tokens": words, "total_tokens": words},
+    }
 
 
 # ===== Streams ========================================================================================================
@@ -2625,7 +2703,12 @@ class OpenAiFlow(Flow):
     """
 
     def __init__(
-        self, dialect: OpenAiChat, provider: Provider, include_usage: bool, transcript: Transcript, cost_of: Callable[[Usage], int | None]
+        self,
+        dialect: OpenAiChat,
+        provider: Provider,
+        include_usage: bool,
+        transcript: Transcript,
+        cost_of: Callable[[Usage], int | None],
     ) -> None:
         super().__init__(transcript, cost_of)
         self._dialect, self._provider, self._include_usage = dialect, provider, include_usage
@@ -2725,7 +2808,9 @@ class NativeFlow(Flow):
 class TranslatingFlow(Flow):
     """Two dialects: every event is decoded, and every chunk rendered."""
 
-    def __init__(self, decoder: Decoder, renderer: Renderer, transcript: Transcript, cost_of: Callable[[Usage], int | None]) -> None:
+    def __init__(
+        self, decoder: Decoder, renderer: Renderer, transcript: Transcript, cost_of: Callable[[Usage], int | None]
+    ) -> None:
         super().__init__(transcript, cost_of)
         self._decoder, self._renderer = decoder, renderer
 
@@ -2778,9 +2863,10 @@ MIGRATIONS: Final = (
 
 #: The fields of a log row as users see them, in this order; also the CSV header.
 LOG_FIELDS: Final = tuple(
-    "id ts key_id tags client_dialect endpoint model provider upstream_model stream status error cache attempts input_tokens "
-    "output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_usd price_id priced latency_ms first_token_ms "
-    "overhead_ms redactions verdicts finish_reason client_ip user_agent session".split()
+    "id ts key_id tags client_dialect endpoint model provider upstream_model stream status error cache "
+    "attempts input_tokens output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_usd price_id "
+    "priced latency_ms first_token_ms overhead_ms redactions verdicts finish_reason client_ip user_agent "
+    "session".split()
 )
 #: SQLite releases with the WAL-reset bug (https://sqlite.org/wal.html), fixed in 3.51.3, 3.50.7 and 3.44.6.
 WAL_BUG_FIXED: Final = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
@@ -2792,7 +2878,9 @@ COMMIT_MAX_ROWS: Final = 500
 
 def has_wal_bug(version: tuple[int, int, int]) -> bool:
     """Whether a SQLite of this version can corrupt a WAL database that several connections checkpoint."""
-    return version < WAL_BUG_FIXED[0] and not any(version[:2] == fixed[:2] and version >= fixed for fixed in WAL_BUG_FIXED)
+    return version < WAL_BUG_FIXED[0] and not any(
+        version[:2] == fixed[:2] and version >= fixed for fixed in WAL_BUG_FIXED
+    )
 
 
 def log_row(call: Call, block: int | None, request_at: int, request_bytes: int, answer_bytes: int) -> tuple[Any, ...]:
@@ -2850,7 +2938,9 @@ def prepare_data_dir(path: Path) -> None:
         if path.stat().st_mode & 0o077:
             path.chmod(0o700)
     except OSError as error:
-        raise StoreError(f"the data directory {path} cannot be used ({error.strerror}); set STOCKYARD_DATA_DIR to one that can") from error
+        raise StoreError(
+            f"the data directory {path} cannot be used ({error.strerror}); set STOCKYARD_DATA_DIR to one that can"
+        ) from error
 
 
 def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
@@ -2873,14 +2963,18 @@ def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
 def migrate(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
-        raise StoreError(f"{path} was written by a newer Stockyard (schema {version}, this one knows {len(MIGRATIONS)}); run that one")
+        raise StoreError(
+            f"{path} was written by a newer Stockyard (schema {version}, this one knows {len(MIGRATIONS)}); run that one"
+        )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
     """A read-only connection: it can neither write nor checkpoint."""
-    connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, check_same_thread=False, timeout=5.0)
+    connection = sqlite3.connect(
+        f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, check_same_thread=False, timeout=5.0
+    )
     connection.row_factory = sqlite3.Row
     return connection
 
@@ -2985,7 +3079,9 @@ class LogStore:
         raw = b"".join(bodies)
         compressed = len(raw) > 512
         stored = zlib.compress(raw, 1) if compressed else raw
-        block = self._connection.execute("INSERT INTO blocks (compressed, bodies) VALUES (?, ?)", (compressed, stored)).lastrowid
+        block = self._connection.execute(
+            "INSERT INTO blocks (compressed, bodies) VALUES (?, ?)", (compressed, stored)
+        ).lastrowid
         return [log_row(call, block, *place) for call, place in zip(calls, places, strict=True)]
 
     @staticmethod
@@ -3014,7 +3110,7 @@ def insert_rows(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> 
     """Insert rows, many with one statement: each step of SQLite lets go of the interpreter lock and must win it back."""
     at = 0
     for count in (64, 8, 1):
-        statement = "INSERT INTO requests VALUES " + ", ".join([ROW_VALUES] * count)
+        statement = "INSERT INTO requests VALUES " + ", ".join([ROW_VALUES] * count)  # noqa: S608 - question marks only
         while len(rows) - at >= count:
             connection.execute(statement, [value for row in rows[at : at + count] for value in row])
             at += count
@@ -3079,7 +3175,8 @@ def parse_time(text: str, now_ms: int) -> int:
 
 def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[sqlite3.Row]:
     where, parameters = log_filter(wanted, now_ms)
-    return store.read(f"SELECT * FROM requests WHERE {where} ORDER BY seq DESC LIMIT :limit", {**parameters, "limit": limit})
+    sql = f"SELECT * FROM requests WHERE {where} ORDER BY seq DESC LIMIT :limit"  # noqa: S608 - clauses of LOG_FILTERS
+    return store.read(sql, {**parameters, "limit": limit})
 
 
 def find_request(store: LogStore, request_id: str) -> Json | None:
@@ -3124,7 +3221,7 @@ SPEND_BY: Final[Mapping[str, str]] = {
 def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
     """Calls, tokens and cost by one dimension, dearest first; unpriced calls are counted beside, never as zero."""
     rows = store.read(
-        f"SELECT {SPEND_BY[by]} AS name, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "
+        f"SELECT {SPEND_BY[by]} AS name, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - rows of SPEND_BY
         "SUM(output_tokens) AS output_tokens, SUM(cached_tokens) AS cached_tokens, SUM(cost_nanousd) AS cost_nanousd, "
         "SUM(cost_nanousd IS NULL AND status < 400) AS unpriced FROM requests WHERE ts_ms >= ? GROUP BY name "
         "ORDER BY cost_nanousd DESC, name",
@@ -3190,8 +3287,22 @@ def take_buffered(payload: Any) -> bytes:
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a provider. Carries one exchange at a time and returns to its origin's pool between two."""
 
-    __slots__ = ("_loop", "_origin", "_parser", "_payload", "_upstream", "_reusable", "sink", "transport",
-                 "idle_since_s", "touched_s", "began_s", "answered", "_held", "deadlines")  # fmt: skip
+    __slots__ = (
+        "_held",
+        "_loop",
+        "_origin",
+        "_parser",
+        "_payload",
+        "_reusable",
+        "_upstream",
+        "answered",
+        "began_s",
+        "deadlines",
+        "idle_since_s",
+        "sink",
+        "touched_s",
+        "transport",
+    )  # fmt: skip
 
     def __init__(self, upstream: Upstream, origin: Origin) -> None:
         self._loop = upstream.loop
@@ -3225,7 +3336,11 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             messages, _, _ = self._parser.feed_data(data)
         except HttpProcessingError as error:
-            self._fail(UpstreamError(f"the provider's answer is no valid HTTP: {type(error).__name__}", code="upstream_malformed"))
+            self._fail(
+                UpstreamError(
+                    f"the provider's answer is no valid HTTP: {type(error).__name__}", code="upstream_malformed"
+                )
+            )
             return
         for message, payload in messages:
             if message.code >= 200 and self._payload is None:
@@ -3256,7 +3371,9 @@ class UpstreamConnection(asyncio.Protocol):
         elif self._payload is not None:
             self._fail(UpstreamError("the provider's answer broke off", code="upstream_truncated"))
         else:
-            self._fail(UpstreamError("the provider closed the connection without an answer", code="upstream_disconnected"))
+            self._fail(
+                UpstreamError("the provider closed the connection without an answer", code="upstream_disconnected")
+            )
         self.transport = self._parser = None
 
     def pause_writing(self) -> None:  # a request body is written whole; its size is bounded by max_body_mb
@@ -3314,7 +3431,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Whether the end of the connection is the proper end of this answer (no length, not chunked)."""
         try:
             self._parser.feed_eof()
-        except Exception:  # noqa: BLE001 - the parser has several classes for the same thing: not whole
+        except Exception:
             return False
         return bool(self._payload.is_eof())
 
@@ -3347,7 +3464,9 @@ class EchoExchange:
         self._gap_s = answer.gap_s
         self._paused = self._stopped = False
         self._content_type = answer.content_type
-        self._handle: asyncio.Handle = loop.call_later(answer.delay_s, self._start) if answer.delay_s else loop.call_soon(self._start)
+        self._handle: asyncio.Handle = (
+            loop.call_later(answer.delay_s, self._start) if answer.delay_s else loop.call_soon(self._start)
+        )
 
     def _start(self) -> None:
         self._sink.head(200, {"content-type": self._content_type})
@@ -3418,9 +3537,14 @@ class Upstream:
                     ssl=self._tls_context() if origin.scheme == "https" else None,
                 )  # fmt: skip
         except TimeoutError:
-            raise UpstreamTimeout(f"connecting to {where} took longer than {self.deadlines.connect_s:g} s", code="upstream_connect_timeout") from None
+            raise UpstreamTimeout(
+                f"connecting to {where} took longer than {self.deadlines.connect_s:g} s",
+                code="upstream_connect_timeout",
+            ) from None
         except ssl.SSLError as error:
-            raise UpstreamError(f"{where} has no TLS that can be trusted: {error.reason or type(error).__name__}", code="upstream_tls") from error
+            raise UpstreamError(
+                f"{where} has no TLS that can be trusted: {error.reason or type(error).__name__}", code="upstream_tls"
+            ) from error
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise UpstreamError(f"{where} cannot be reached: {reason}", code="upstream_unreachable") from error
@@ -3480,6 +3604,7 @@ class Client(Protocol):
     def begin_stream(self, headers: list[tuple[str, str]]) -> None: ...
     def send(self, data: bytes) -> None: ...
     def end_stream(self, broken: bool) -> None: ...
+
     #: Set by a relay: called with True when the client reads too slowly, False when it has caught up.
     throttle: Callable[[bool], None] | None
 
@@ -3551,7 +3676,9 @@ class Relay:
             self._refused = PlainAnswer(self._gateway.loop)
             self._refused.head(status, headers)
         elif kind and not kind.startswith(STREAM_TYPES):
-            self._end(UpstreamError(f"the provider answered `{kind[:60]}` instead of a stream", code="upstream_malformed"))
+            self._end(
+                UpstreamError(f"the provider answered `{kind[:60]}` instead of a stream", code="upstream_malformed")
+            )
         elif headers.get("content-encoding", "identity") != "identity":
             self._end(UpstreamError("the provider sent a compressed stream unasked", code="upstream_malformed"))
 
@@ -3613,7 +3740,9 @@ STREAM_TYPES: Final = ("text/event-stream", "application/x-ndjson", "application
 def read_refusal(dialect: Dialect, answer: PlainAnswer) -> UpstreamError:
     """A provider's error answer as an error of ours, with its Retry-After."""
     if 300 <= answer.status < 400:
-        return UpstreamError(f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect")
+        return UpstreamError(
+            f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect"
+        )
     error = dialect.read_error(answer.status, answer.body)
     error.retry_after_s = error.retry_after_s or read_retry_after(answer.headers)
     return error
@@ -3635,7 +3764,9 @@ def read_retry_after(headers: Mapping[str, str], now_s: float | None = None) -> 
 
 #: Headers of a provider's answer that a client gets to see.
 ANSWER_HEADERS: Final = ("x-request-id", "openai-processing-ms", "request-id", "cf-ray")
-LIMIT_HEADERS: Final = tuple(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens"))
+LIMIT_HEADERS: Final = tuple(
+    f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+)
 
 
 class Gateway:
@@ -3664,7 +3795,12 @@ class Gateway:
     # -- the life of a call
 
     def begin(
-        self, endpoint: Endpoint, headers: Mapping[str, str], body: bytes, client_ip: str, path_parameters: Mapping[str, str] | None = None
+        self,
+        endpoint: Endpoint,
+        headers: Mapping[str, str],
+        body: bytes,
+        client_ip: str,
+        path_parameters: Mapping[str, str] | None = None,
     ) -> Call:
         now = self.clock()
         call = Call(self.new_id("req_"), int(now * 1000), self.tick(), endpoint, headers, body, client_ip)
@@ -3686,7 +3822,7 @@ class Gateway:
         except asyncio.CancelledError:
             call.status, call.error = ClientGone.status, ClientGone.code
             raise
-        except Exception as error:  # noqa: BLE001 - the boundary: whatever went wrong, the client gets an answer and the log a row
+        except Exception as error:
             return self.refuse(call, self.internal_error(error))
         finally:
             self.in_flight -= 1
@@ -3697,7 +3833,9 @@ class Gateway:
         if self.draining:
             raise Draining("Stockyard is shutting down; send the request again in a moment", retry_after_s=1)
         if self.store.is_full:
-            raise StorageUnavailable("the request log cannot keep up; send the request again in a moment", retry_after_s=1)
+            raise StorageUnavailable(
+                "the request log cannot keep up; send the request again in a moment", retry_after_s=1
+            )
         call.session = clean_header(call.headers.get("x-stockyard-session", ""))
         call.tags = clean_header(call.headers.get("x-stockyard-tags", ""))
 
@@ -3740,7 +3878,9 @@ class Gateway:
             streamed.close()
         return None
 
-    async def first_success(self, call: Call, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool]) -> T:
+    async def first_success(
+        self, call: Call, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool]
+    ) -> T:
         """Try each target in order, the same one again after a failure that may pass."""
         tries = [target for target in await self.route(call) for _ in range(1 + self.settings.retries)]
         for number, target in enumerate(tries, 1):
@@ -3777,7 +3917,11 @@ class Gateway:
             raise read_refusal(outgoing.dialect, answer)
         body = self.read_answer(call, target, outgoing, answer)
         call.status, call.answer = answer.status, body
-        kind = answer.headers.get("content-type", "application/json") if outgoing.translation is None else "application/json"
+        kind = (
+            answer.headers.get("content-type", "application/json")
+            if outgoing.translation is None
+            else "application/json"
+        )
         headers = [("content-type", kind), *self.answer_headers(call)]
         headers += [(name, answer.headers[name]) for name in ANSWER_HEADERS if name in answer.headers]
         return Reply(answer.status, headers, body)
@@ -3801,18 +3945,24 @@ class Gateway:
     def read_answer(self, call: Call, target: Target, outgoing: Outgoing, answer: PlainAnswer) -> bytes:
         """Learn usage and cost from a plain answer, and give the body for the client."""
         body = plain_body(answer)
-        if call.endpoint.kind in BINARY_KINDS and not answer.headers.get("content-type", "").startswith("application/json"):
+        if call.endpoint.kind in BINARY_KINDS and not answer.headers.get("content-type", "").startswith(
+            "application/json"
+        ):
             return body
         try:
             document = orjson.loads(body)
         except orjson.JSONDecodeError:
-            raise UpstreamError("the provider answered 200 with something that is no JSON", code="upstream_malformed") from None
+            raise UpstreamError(
+                "the provider answered 200 with something that is no JSON", code="upstream_malformed"
+            ) from None
         if not isinstance(document, dict):
             raise UpstreamError("the provider's answer is no JSON object", code="upstream_malformed")
         if outgoing.translation is None:
             if document.get("error") and "choices" not in document:
                 refuse_error_event(document, outgoing.dialect)
-            self.learn(call, target, read_usage(outgoing.dialect, document, target.provider.row), finish_reason_of(document))
+            self.learn(
+                call, target, read_usage(outgoing.dialect, document, target.provider.row), finish_reason_of(document)
+            )
             return body
         completion = outgoing.dialect.decode(document, outgoing.translation)
         usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
@@ -3925,8 +4075,16 @@ class Gateway:
             found = self._heads[memo] = (self.upstream.origin(provider.base_url), build_head(provider, path, key))
             if len(self._heads) > 4096:
                 self._heads = {memo: found}
-        extra = [f"{name}: {value}\r\n" for name in DIALECTS[provider.row.dialect].forwarded_headers if (value := call.headers.get(name))]
-        return (found[0], "".join(extra).encode("latin-1", "ignore").join([found[1][:-16], b"content-length: "])) if extra else found
+        extra = [
+            f"{name}: {value}\r\n"
+            for name in DIALECTS[provider.row.dialect].forwarded_headers
+            if (value := call.headers.get(name))
+        ]
+        return (
+            (found[0], "".join(extra).encode("latin-1", "ignore").join([found[1][:-16], b"content-length: "]))
+            if extra
+            else found
+        )
 
     def next_key(self, provider: ConfiguredProvider) -> str:
         """The provider's keys in turn."""
@@ -3957,7 +4115,9 @@ class Gateway:
         """Send a stream's headers, once; from here on failures are events of the stream."""
         if call.status == 0:
             call.status = 200
-            client.begin_stream([("content-type", DIALECTS[call.endpoint.dialect].stream_type), *self.answer_headers(call)])
+            client.begin_stream(
+                [("content-type", DIALECTS[call.endpoint.dialect].stream_type), *self.answer_headers(call)]
+            )
 
     # -- models
 
@@ -4015,7 +4175,12 @@ class Gateway:
         name = bare if routed else f"{provider_id}/{bare}"
         price = self.prices.find(provider_id, bare, self.clock())
         created = row.get("created")
-        public = {"id": name, "object": "model", "created": created if isinstance(created, int) else 0, "owned_by": row.get("owned_by") or provider_id}
+        public = {
+            "id": name,
+            "object": "model",
+            "created": created if isinstance(created, int) else 0,
+            "owned_by": row.get("owned_by") or provider_id,
+        }
         return {**public, "provider": provider_id, "price": price.per_million_usd() if price is not None else None}
 
 
@@ -4094,7 +4259,9 @@ def plain_body(answer: PlainAnswer) -> bytes:
     if coding in ("identity", ""):
         return answer.body
     if coding not in ("gzip", "deflate"):
-        raise UpstreamError(f"the provider answered in `{coding[:20]}`, which was not asked for", code="upstream_malformed")
+        raise UpstreamError(
+            f"the provider answered in `{coding[:20]}`, which was not asked for", code="upstream_malformed"
+        )
     try:
         unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
         body = unpacker.decompress(answer.body, UPSTREAM_MAX_BODY_BYTES)
@@ -4111,7 +4278,11 @@ def read_usage(dialect: Dialect, document: Json, row: Provider) -> Usage | None:
 
 def finish_reason_of(document: Json) -> str:
     choices = document.get("choices")
-    return str(choices[0].get("finish_reason") or "") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else ""
+    return (
+        str(choices[0].get("finish_reason") or "")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else ""
+    )
 
 
 def build_head(provider: ConfiguredProvider, path: str, key: str, method: str = "POST") -> bytes:
@@ -4126,11 +4297,17 @@ def build_head(provider: ConfiguredProvider, path: str, key: str, method: str = 
     if key:
         lines.append(f"{row.auth_header}: {row.auth_prefix}{key}")
     lines += [f"{name}: {value}" for name, value in fixed.items()]
-    lines += [f"user-agent: stockyard/{__version__}", "accept: application/json, text/event-stream", "accept-encoding: identity"]
+    lines += [
+        f"user-agent: stockyard/{__version__}",
+        "accept: application/json, text/event-stream",
+        "accept-encoding: identity",
+    ]
     lines += ["content-type: application/json"] if method == "POST" else []
     head = "\r\n".join(lines)
     if any(ord(letter) < 32 for line in lines for letter in line):
-        raise UpstreamError("a header for the provider holds a control character; check its key", code="upstream_misconfigured")
+        raise UpstreamError(
+            "a header for the provider holds a control character; check its key", code="upstream_misconfigured"
+        )
     return f"{head}\r\ncontent-length: ".encode("latin-1", "replace")
 
 
@@ -4141,10 +4318,14 @@ def clean_header(value: str, limit: int = 200) -> str:
 
 def header_value(text: str) -> str:
     """A value that is safe in a response header: visible ASCII, bounded."""
-    return text if text.isascii() and text.isprintable() and len(text) < 200 else text[:200].encode("ascii", "replace").decode().translate(_NO_CONTROLS)
+    return (
+        text
+        if text.isascii() and text.isprintable() and len(text) < 200
+        else text[:200].encode("ascii", "replace").decode().translate(_NO_CONTROLS)
+    )
 
 
-_NO_CONTROLS: Final = {code: "?" for code in [*range(32), 127]}
+_NO_CONTROLS: Final = dict.fromkeys([*range(32), 127], "?")
 
 
 def print_error(message: str, error: BaseException | None = None) -> None:
@@ -4182,7 +4363,7 @@ def hot_endpoint(message: Any) -> Endpoint | None:
 class Lane(RequestHandler):
     """One client connection. `gateway` and `guard` are set on the class that `open_server` makes for a gateway."""
 
-    __slots__ = ("_call", "_waiting", "_awaited", "_task", "_body_timer", "_keep", "throttle", "_handed", "_sent_head")
+    __slots__ = ("_awaited", "_body_timer", "_call", "_handed", "_keep", "_sent_head", "_task", "_waiting", "throttle")
 
     gateway: ClassVar[Gateway]
     guard: ClassVar[RequestGuard]
@@ -4210,7 +4391,11 @@ class Lane(RequestHandler):
         try:
             messages, upgraded, tail = self._parser.feed_data(data)  # type: ignore[union-attr]
         except HttpProcessingError as error:
-            messages, upgraded, tail = [(ErrorMessage(status=400, exc=error, message=error.message), EMPTY_PAYLOAD)], False, b""
+            messages, upgraded, tail = (
+                [(ErrorMessage(status=400, exc=error, message=error.message), EMPTY_PAYLOAD)],
+                False,
+                b"",
+            )
         for message, payload in messages:
             self._request_count += 1
             if self._awaited is not None or self._task is not None:
@@ -4301,7 +4486,9 @@ class Lane(RequestHandler):
             return
         lines = [f"{name}: {value}\r\n" for name, value in reply.headers]
         end = "" if keep else "connection: close\r\n"
-        head = f"{STATUS_LINES.get(reply.status) or f'HTTP/1.1 {reply.status} Error'}{''.join(lines)}{end}content-length: {len(reply.body)}\r\ndate: {rfc822_formatted_time()}\r\n\r\n"
+        status_line = STATUS_LINES.get(reply.status) or f"HTTP/1.1 {reply.status} Error\r\n"
+        last = f"{end}content-length: {len(reply.body)}\r\ndate: {rfc822_formatted_time()}\r\n\r\n"
+        head = f"{status_line}{''.join(lines)}{last}"
         self.transport.write(head.encode("latin-1", "replace") + reply.body)
         if not keep:
             self.close_now()
@@ -4406,12 +4593,17 @@ class RequestGuard:
         host = headers.get("host", "")
         if host not in self._good:
             if not self._is_ours(host):
-                return Forbidden(f"the host name {clean_header(host, 80)!r} is not served here; declare it with STOCKYARD_HOSTS", code="unknown_host")
+                return Forbidden(
+                    f"the host name {clean_header(host, 80)!r} is not served here; declare it with STOCKYARD_HOSTS",
+                    code="unknown_host",
+                )
             if len(self._good) < 1000:
                 self._good.add(host)
         origin = headers.get("origin")
         if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-            return Forbidden("requests from other origins are refused; call Stockyard from your server", code="cross_origin")
+            return Forbidden(
+                "requests from other origins are refused; call Stockyard from your server", code="cross_origin"
+            )
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -4515,16 +4707,32 @@ class WebClient:
 
 
 def too_large_error(gateway: Gateway) -> PayloadTooLarge:
-    return PayloadTooLarge(f"the body is larger than {gateway.settings.max_body_mb:g} MB; raise STOCKYARD_MAX_BODY_MB where that is meant")
+    return PayloadTooLarge(
+        f"the body is larger than {gateway.settings.max_body_mb:g} MB; raise STOCKYARD_MAX_BODY_MB where that is meant"
+    )
 
 
-LATE_BODY: Final = dump_json({"error": {"message": "the request's body did not arrive in time", "type": "invalid_request_error", "param": None, "code": "request_timeout"}})
+LATE_BODY: Final = dump_json(
+    {
+        "error": {
+            "message": "the request's body did not arrive in time",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "request_timeout",
+        }
+    }
+)
 
 
 async def read_body(request: web.Request, gateway: Gateway) -> bytes:
     """A request's whole body within its size and its time; GatewayError otherwise."""
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise GatewayError("compressed request bodies are not taken; send it plain", status=415, type="invalid_request_error", code="unsupported_encoding")
+        raise GatewayError(
+            "compressed request bodies are not taken; send it plain",
+            status=415,
+            type="invalid_request_error",
+            code="unsupported_encoding",
+        )
     if (request.content_length or 0) > gateway.max_body_bytes:
         raise too_large_error(gateway)
     body = bytearray()
@@ -4535,7 +4743,12 @@ async def read_body(request: web.Request, gateway: Gateway) -> bytes:
                 if len(body) > gateway.max_body_bytes:
                     raise too_large_error(gateway)
     except TimeoutError:
-        raise GatewayError("the request's body did not arrive in time", status=408, type="invalid_request_error", code="request_timeout") from None
+        raise GatewayError(
+            "the request's body did not arrive in time",
+            status=408,
+            type="invalid_request_error",
+            code="request_timeout",
+        ) from None
     return bytes(body)
 
 
@@ -4596,9 +4809,13 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 # ----- Passthrough ----------------------------------------------------------------------------------------------------
 # Uploads, files and /proxy: bodies go through in both directions without being held; usage is read where it shows.
 
-PROXY_HEADERS: Final = frozenset({"accept", "content-type", "idempotency-key", "prefer", "range", "http-referer", "x-title", "openai-beta"})
+PROXY_HEADERS: Final = frozenset(
+    {"accept", "content-type", "idempotency-key", "prefer", "range", "http-referer", "x-title", "openai-beta"}
+)
 PROXY_HEADER_PREFIXES: Final = ("anthropic-", "x-goog-api-client", "x-amzn-bedrock-")
-PROXY_ANSWER_HEADERS: Final = frozenset({"content-type", "content-disposition", "content-range", "x-request-id", "request-id", "retry-after"})
+PROXY_ANSWER_HEADERS: Final = frozenset(
+    {"content-type", "content-disposition", "content-range", "x-request-id", "request-id", "retry-after"}
+)
 WATCHED_ANSWER_BYTES: Final = 4 * 1024 * 1024
 MODEL_PART: Final = re.compile(rb'name="model"[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,300})\r\n')
 
@@ -4611,10 +4828,17 @@ async def pass_upload(request: web.Request) -> web.StreamResponse:
     async def work() -> web.StreamResponse:
         gateway.admit(call)
         head = bytearray()
-        while not (found := MODEL_PART.search(head)) and len(head) < 262_144 and (piece := await request.content.readany()):
+        while (
+            not (found := MODEL_PART.search(head))
+            and len(head) < 262_144
+            and (piece := await request.content.readany())
+        ):
             head += piece
         if found is None:
-            raise InvalidRequest("the form has no `model` part before its file; put `model` first, or use /proxy/{provider}/…", param="model")
+            raise InvalidRequest(
+                "the form has no `model` part before its file; put `model` first, or use /proxy/{provider}/…",
+                param="model",
+            )
         call.model = found[1].decode("utf-8", "replace")
         target = (await gateway.route(call))[0]
         changed = target.model.encode()
@@ -4636,7 +4860,9 @@ async def pass_files(request: web.Request) -> web.StreamResponse:
         gateway.admit(call)
         provider = files_provider(gateway, request.headers.get("x-stockyard-provider", ""), kind)
         rest = request.rel_url.raw_path.removeprefix(f"/v1/{kind}")
-        return await forward(request, gateway, call, Target(provider, ""), provider.row.path(kind, "") + safe_path(rest))
+        return await forward(
+            request, gateway, call, Target(provider, ""), provider.row.path(kind, "") + safe_path(rest)
+        )
 
     return await logged(gateway, call, work)
 
@@ -4662,8 +4888,14 @@ async def pass_proxy(request: web.Request) -> web.StreamResponse:
         provider = gateway.router.providers.get(name)
         if provider is None or provider.base_url.startswith("builtin:"):
             known = PROVIDERS_BY_ID.get(name)
-            hint = f"set {enabling_variable(known)}" if known and known.key_env else f"known are {', '.join(PROVIDERS_BY_ID)}"
-            raise NotFound(f"the provider {clean_header(name, 40)!r} is not configured; {hint}", code="unknown_provider")
+            hint = (
+                f"set {enabling_variable(known)}"
+                if known and known.key_env
+                else f"known are {', '.join(PROVIDERS_BY_ID)}"
+            )
+            raise NotFound(
+                f"the provider {clean_header(name, 40)!r} is not configured; {hint}", code="unknown_provider"
+            )
         path = safe_path(request.rel_url.raw_path.removeprefix(f"/proxy/{name}"))
         version = re.match(r"/v\d+[a-z0-9]*(?=/|$)", path)
         if version and provider.base_url.endswith(version[0]):
@@ -4676,7 +4908,12 @@ async def pass_proxy(request: web.Request) -> web.StreamResponse:
 def safe_path(path: str) -> str:
     """A path below a provider's base URL that stays below it; InvalidRequest for anything that could climb out."""
     decoded = urllib.parse.unquote(urllib.parse.unquote(path))
-    if any(part in ("..", ".") for part in re.split(r"[/\\]", decoded)) or "\\" in decoded or "//" in path or not decoded.isprintable():
+    if (
+        any(part in ("..", ".") for part in re.split(r"[/\\]", decoded))
+        or "\\" in decoded
+        or "//" in path
+        or not decoded.isprintable()
+    ):
         raise InvalidRequest("the path holds `..`, `//` or control characters")
     return path
 
@@ -4696,7 +4933,7 @@ async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.
     except (ConnectionResetError, aiohttp.ClientConnectionResetError):
         call.status, call.error = ClientGone.status, ClientGone.code
         raise
-    except Exception as error:  # noqa: BLE001 - the boundary
+    except Exception as error:
         return to_response(gateway.refuse(call, gateway.internal_error(error)))
     finally:
         gateway.in_flight -= 1
@@ -4704,13 +4941,24 @@ async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.
 
 
 async def forward(
-    request: web.Request, gateway: Gateway, call: Call, target: Target, path: str, read_ahead: bytes = b"", grown: int = 0
+    request: web.Request,
+    gateway: Gateway,
+    call: Call,
+    target: Target,
+    path: str,
+    read_ahead: bytes = b"",
+    grown: int = 0,
 ) -> web.StreamResponse:
     """Send the client's request on as it streams in, and the answer back as it streams out."""
     provider, settings = target.provider, gateway.settings
     call.provider, call.upstream_model = provider.id, target.model
     url = yarl.URL(provider.base_url + path + forwarded_query(request, "?" in path), encoded=True)
-    headers = {**DIALECTS[provider.row.dialect].fixed_headers, **provider.headers, "accept-encoding": "identity", "user-agent": f"stockyard/{__version__}"}
+    headers = {
+        **DIALECTS[provider.row.dialect].fixed_headers,
+        **provider.headers,
+        "accept-encoding": "identity",
+        "user-agent": f"stockyard/{__version__}",
+    }
     headers |= {
         name.lower(): value for name, value in request.headers.items()
         if name.lower() in PROXY_HEADERS or name.lower().startswith(PROXY_HEADER_PREFIXES)
@@ -4721,29 +4969,44 @@ async def forward(
     body = upload_body(request, read_ahead) if request.can_read_body or read_ahead else None
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout)
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
+    )
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
     began_s = gateway.tick()
     try:
         async with request.app[UPLOADS_KEY].request(
-            request.method, url, headers=headers, data=body, timeout=timeout, allow_redirects=False, auto_decompress=False
+            request.method,
+            url,
+            headers=headers,
+            data=body,
+            timeout=timeout,
+            allow_redirects=False,
+            auto_decompress=False,
         ) as answer:
             line.status = answer.status
             return await pass_answer(request, gateway, call, target, answer)
     except TimeoutError:
         raise UpstreamTimeout("the provider took too long") from None
     except aiohttp.ClientConnectorError as error:
-        raise UpstreamError(f"{provider.row.name} cannot be reached: {error.strerror or 'connection failed'}", code="upstream_unreachable") from error
+        raise UpstreamError(
+            f"{provider.row.name} cannot be reached: {error.strerror or 'connection failed'}",
+            code="upstream_unreachable",
+        ) from error
     except aiohttp.ClientError as error:
-        raise UpstreamError(f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected") from error
+        raise UpstreamError(
+            f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected"
+        ) from error
     finally:
         call.upstream_s += gateway.tick() - began_s
 
 
 def forwarded_query(request: web.Request, joined: bool) -> str:
     """The client's query without its `key`, which is a secret of some dialects."""
-    pairs = [pair for pair in request.rel_url.raw_query_string.split("&") if pair and not pair.lower().startswith("key=")]
+    pairs = [
+        pair for pair in request.rel_url.raw_query_string.split("&") if pair and not pair.lower().startswith("key=")
+    ]
     return ("&" if joined else "?") + "&".join(pairs) if pairs else ""
 
 
@@ -4758,7 +5021,9 @@ async def pass_answer(
     request: web.Request, gateway: Gateway, call: Call, target: Target, answer: aiohttp.ClientResponse
 ) -> web.StreamResponse:
     if 300 <= answer.status < 400:
-        raise UpstreamError(f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect")
+        raise UpstreamError(
+            f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect"
+        )
     call.status = answer.status
     call.error = f"upstream_{answer.status}" if answer.status >= 400 else ""
     headers = {name.lower(): value for name, value in answer.headers.items() if name.lower() in PROXY_ANSWER_HEADERS}
@@ -4865,7 +5130,9 @@ async def get_spend(request: web.Request) -> web.Response:
 
 async def get_providers(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
-    return json_response({"data": [provider_view(provider) for provider in gateway.router.providers.values()], "next": None})
+    return json_response(
+        {"data": [provider_view(provider) for provider in gateway.router.providers.values()], "next": None}
+    )
 
 
 def provider_view(provider: ConfiguredProvider) -> Json:
@@ -4918,19 +5185,33 @@ async def get_config(request: web.Request) -> web.Response:
     return json_response({"data": config_view(request.app[GATEWAY_KEY].settings)})
 
 
+def shown_value(settings: Settings, name: str) -> Any:
+    value = getattr(settings, name)
+    return mask_secret(value) if name in SECRET_SETTINGS and value else value
+
+
 def config_view(settings: Settings) -> list[Json]:
     """Every setting with its value and where that came from; secrets masked."""
     return [
-        {"name": row.name, "value": mask_secret(str(getattr(settings, row.name))) if row.name in SECRET_SETTINGS else getattr(settings, row.name),
+        {"name": row.name, "value": shown_value(settings, row.name),
          "source": settings.sources.get(row.name, "default"), "help": row.metadata["help"]}
         for row in SETTING_ROWS
     ]  # fmt: skip
 
 
 ROUTES: Final[tuple[RouteRow, ...]] = (
-    *(RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint) for endpoint in HOT_ENDPOINTS.values()),
-    *(RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint) for endpoint in JSON_ENDPOINTS),
-    *(RouteRow("POST", endpoint.path, pass_upload, "client", spends=True, endpoint=endpoint) for endpoint in UPLOAD_ENDPOINTS),
+    *(
+        RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint)
+        for endpoint in HOT_ENDPOINTS.values()
+    ),
+    *(
+        RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint)
+        for endpoint in JSON_ENDPOINTS
+    ),
+    *(
+        RouteRow("POST", endpoint.path, pass_upload, "client", spends=True, endpoint=endpoint)
+        for endpoint in UPLOAD_ENDPOINTS
+    ),
     RouteRow("GET POST DELETE", "/v1/files{rest:(/.*)?}", pass_files, "client", spends=True),
     RouteRow("GET POST DELETE", "/v1/batches{rest:(/.*)?}", pass_files, "client", spends=True),
     RouteRow(ALL_METHODS, "/proxy/{provider}/{path:.*}", pass_proxy, "client", spends=True),
@@ -4950,7 +5231,9 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
 
 
 @web.middleware
-async def boundary(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def boundary(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Host and Origin first, then the route's role, then the handler; every failure becomes one error body."""
     gateway = request.app[GATEWAY_KEY]
     row = request.match_info.route.name and ROUTES_BY_NAME.get(request.match_info.route.name)
@@ -4963,7 +5246,9 @@ async def boundary(request: web.Request, handler: Callable[[web.Request], Awaita
         return await handler(request)
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
-        failure: GatewayError = GatewayError(f"this path takes {allowed}", status=405, type="invalid_request_error", code="method_not_allowed")
+        failure: GatewayError = GatewayError(
+            f"this path takes {allowed}", status=405, type="invalid_request_error", code="method_not_allowed"
+        )
     except web.HTTPException as error:
         where = clean_header(request.path, 100)
         failure = NotFound(f"nothing is served at {request.method} {where}; {SEE_README}") if error.status == 404 else GatewayError(
@@ -4973,7 +5258,7 @@ async def boundary(request: web.Request, handler: Callable[[web.Request], Awaita
         failure = error
     except (ConnectionError, asyncio.CancelledError):
         raise
-    except Exception as error:  # noqa: BLE001 - the boundary
+    except Exception as error:
         failure = gateway.internal_error(error)
     status, body = dialect_of_path(request.path).render_error(failure, gateway.new_id("req_"))
     response = json_response(body, status)
@@ -5004,7 +5289,9 @@ def require_admin(request: web.Request, gateway: Gateway) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
     mine = hashlib.sha256(gateway.admin_key.encode()).digest()
     if not hmac.compare_digest(hashlib.sha256(given).digest(), mine):
-        raise Unauthenticated("this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory")
+        raise Unauthenticated(
+            "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
+        )
 
 
 ROUTES_BY_NAME: Final[Mapping[str, RouteRow]] = {f"route{number}": row for number, row in enumerate(ROUTES)}
@@ -5021,7 +5308,9 @@ def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
 
     async def uploads(app: web.Application) -> AsyncIterator[None]:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-        async with aiohttp.ClientSession(connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        async with aiohttp.ClientSession(
+            connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
+        ) as session:
             app[UPLOADS_KEY] = session
             yield
 
@@ -5033,13 +5322,21 @@ def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
 async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
     """Serve on a bound socket until the block ends; then finish what is under way, to a deadline."""
     guard = RequestGuard(gateway.settings)
-    runner = web.AppRunner(make_app(gateway, guard), access_log=None, keepalive_timeout=75.0, handler_cancellation=True, auto_decompress=False)
+    runner = web.AppRunner(
+        make_app(gateway, guard),
+        access_log=None,
+        keepalive_timeout=75.0,
+        handler_cancellation=True,
+        auto_decompress=False,
+    )
     await runner.setup()
     lane = cast(type[Lane], type("GatewayLane", (Lane,), {"gateway": gateway, "guard": guard, "__slots__": ()}))
     manager = runner.server
     assert manager is not None
-    options = manager._kwargs  # noqa: SLF001 - the one way to give aiohttp's own handler class a subclass
-    server = await gateway.loop.create_server(lambda: lane(manager, loop=gateway.loop, **options), sock=listener, backlog=1024)
+    options = manager._kwargs
+    server = await gateway.loop.create_server(
+        lambda: lane(manager, loop=gateway.loop, **options), sock=listener, backlog=1024
+    )
     try:
         yield
     finally:
@@ -5081,7 +5378,9 @@ class DirectoryLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise StoreError(f"{path} is in use by {holder}; stop it, or set STOCKYARD_DATA_DIR to another directory") from None
+            raise StoreError(
+                f"{path} is in use by {holder}; stop it, or set STOCKYARD_DATA_DIR to another directory"
+            ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()}")
         self._file.flush()
@@ -5134,11 +5433,17 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
     prepare_data_dir(settings.data_path)
     lock = DirectoryLock(settings.data_path)
     try:
-        store = LogStore(settings.data_path / "stockyard.db", bodies=settings.log_bodies != "none", full_sync=settings.durability == "full")
+        store = LogStore(
+            settings.data_path / "stockyard.db",
+            bodies=settings.log_bodies != "none",
+            full_sync=settings.durability == "full",
+        )
     except BaseException:
         lock.release()
         raise
-    deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout)
+    deadlines = Deadlines(
+        settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout
+    )
     upstream = Upstream(asyncio.get_running_loop(), deadlines)
     try:
         yield Gateway(settings, Router(providers, prices), prices, store, upstream, load_admin_key(settings))
@@ -5158,7 +5463,9 @@ def bind(settings: Settings) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise SettingsError(f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another with --port") from None
+        raise SettingsError(
+            f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another with --port"
+        ) from None
     listener.setblocking(False)
     return listener
 
@@ -5181,7 +5488,9 @@ def harden_process() -> None:
     gc.set_threshold(25_000, 20, 50)
 
 
-async def serve(settings: Settings, environment: Mapping[str, str], ready: Callable[[Gateway, str], Awaitable[None]]) -> None:
+async def serve(
+    settings: Settings, environment: Mapping[str, str], ready: Callable[[Gateway, str], Awaitable[None]]
+) -> None:
     """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once."""
     listener = bind(settings)
     try:
@@ -5239,13 +5548,18 @@ EXAMPLE_TOML: Final = """\
 
 
 def curl_example(url: str, model: str) -> str:
-    body = '{"model": "%s", "messages": [{"role": "user", "content": "Hello, Stockyard!"}]}' % model
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello, Stockyard!"}]})
     return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
 
 
 def example_model(gateway: Gateway) -> str:
     """A model that a first try is likely to reach."""
-    usual = {"openai": "gpt-4o-mini", "anthropic": "claude-haiku-4-5", "gemini": "gemini-2.5-flash", "groq": "groq/llama-3.3-70b-versatile"}
+    usual = {
+        "openai": "gpt-4o-mini",
+        "anthropic": "claude-haiku-4-5",
+        "gemini": "gemini-2.5-flash",
+        "groq": "groq/llama-3.3-70b-versatile",
+    }
     return next((usual[name] for name in gateway.router.providers if name in usual), "echo")
 
 
@@ -5257,11 +5571,17 @@ async def print_banner(gateway: Gateway, url: str) -> None:
         count = f", {len(provider.keys)} keys" if len(provider.keys) > 1 else ""
         print(f"  {provider.id:18} {provider.base_url}  (from {provider.source}{count})")
     if not real:
-        print("  No provider key is set. Set one and start again, for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY,")
-        print("  GROQ_API_KEY or OLLAMA_HOST; `stockyard providers` lists all. Until then the built-in model `echo` answers:")
+        print(
+            "  No provider key is set. Set one and start again, for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GEMINI_API_KEY,"
+        )
+        print(
+            "  GROQ_API_KEY or OLLAMA_HOST; `stockyard providers` lists all. Until then the built-in model `echo` answers:"
+        )
     print(f"\n  {curl_example(url, example_model(gateway))}\n", flush=True)
     if has_wal_bug(sqlite3.sqlite_version_info):
-        print_error(f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); Stockyard keeps one writer, let no other program write to stockyard.db")
+        print_error(
+            f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug; Stockyard keeps one writer, let no other program write to stockyard.db"
+        )
 
 
 def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> tuple[str, str]:
@@ -5303,13 +5623,20 @@ def run_demo(options: argparse.Namespace) -> int:
         environment = {name: value for name, value in os.environ.items() if not name.endswith(("_API_KEY", "_TOKEN"))}
 
         async def show(gateway: Gateway, url: str) -> None:
-            print(f"Stockyard {__version__} demo on {url}, with the built-in echo provider and an empty database in {directory}")
+            print(
+                f"Stockyard {__version__} demo on {url}, with the built-in echo provider and an empty database in {directory}"
+            )
             print(f"\n$ {curl_example(url, 'echo')}")
             print(await ask_once(url), flush=True)
             await gateway.store.flush()
             [row] = await asyncio.to_thread(find_requests, gateway.store, {}, 1, 0)
-            print(f"\nLogged as {row['id']}: {row['status']} in {row['latency_ms']:.2f} ms, {row['input_tokens']} + {row['output_tokens']} tokens, cost $0.")
-            print("It keeps serving; press Ctrl-C to stop. For a real provider, set its key and run `stockyard`.", flush=True)
+            print(
+                f"\nLogged as {row['id']}: {row['status']} in {row['latency_ms']:.2f} ms, {row['input_tokens']} + {row['output_tokens']} tokens, cost $0."
+            )
+            print(
+                "It keeps serving; press Ctrl-C to stop. For a real provider, set its key and run `stockyard`.",
+                flush=True,
+            )
             if options.once:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -5332,7 +5659,11 @@ def run_doctor(options: argparse.Namespace) -> int:
 
     note("python", sys.version_info >= (3, 11), sys.version.split()[0])
     note("sqlite", None if has_wal_bug(sqlite3.sqlite_version_info) else True, sqlite3.sqlite_version)
-    note("aiohttp", tuple(map(int, aiohttp.__version__.split(".")[:3])) >= (3, 14, 5), f"{aiohttp.__version__} (3.14.5 or later)")
+    note(
+        "aiohttp",
+        tuple(map(int, aiohttp.__version__.split(".")[:3])) >= (3, 14, 5),
+        f"{aiohttp.__version__} (3.14.5 or later)",
+    )
     note("http parser in C", "_http_parser" in HttpRequestParser.__module__, HttpRequestParser.__module__)
     note("uvloop", True, "used" if importlib.util.find_spec("uvloop") else "not installed, asyncio's own loop is used")
     try:
@@ -5340,7 +5671,11 @@ def run_doctor(options: argparse.Namespace) -> int:
         note("settings", True, "understood")
         prepare_data_dir(settings.data_path)
         free_mb = shutil.disk_usage(settings.data_path).free // 1_000_000
-        note("data directory", None if free_mb < 2 * settings.log_mb else True, f"{settings.data_path}, {free_mb} MB free")
+        note(
+            "data directory",
+            None if free_mb < 2 * settings.log_mb else True,
+            f"{settings.data_path}, {free_mb} MB free",
+        )
         providers = configured_providers(provider_variables(settings, os.environ))
         asyncio.run(check_providers_now(settings, providers, note))
     except (SettingsError, StoreError) as error:
@@ -5355,7 +5690,9 @@ def run_doctor(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-async def check_providers_now(settings: Settings, providers: Mapping[str, ConfiguredProvider], note: Callable[[str, bool | None, str], None]) -> None:
+async def check_providers_now(
+    settings: Settings, providers: Mapping[str, ConfiguredProvider], note: Callable[[str, bool | None, str], None]
+) -> None:
     deadlines = Deadlines(settings.connect_timeout, min(20, settings.first_byte_timeout), 20, 30)
     upstream = Upstream(asyncio.get_running_loop(), deadlines)
     with tempfile.TemporaryDirectory() as directory:
@@ -5364,7 +5701,11 @@ async def check_providers_now(settings: Settings, providers: Mapping[str, Config
         gateway = Gateway(settings, Router(providers, prices), prices, store, upstream, "doctor")
         for provider in providers.values():
             result = await probe_provider(gateway, provider)
-            detail = f"{result['models']} models in {result['ms']} ms" if result["ok"] else f"{result['code']}: {result['error']}"
+            detail = (
+                f"{result['models']} models in {result['ms']} ms"
+                if result["ok"]
+                else f"{result['code']}: {result['error']}"
+            )
             note(provider.id, result["ok"], detail)
         await upstream.close()
         store.close()
@@ -5378,7 +5719,13 @@ def run_providers(options: argparse.Namespace) -> int:
          "base_url": configured[row.id].base_url if row.id in configured else row.base_url}
         for row in PROVIDERS
     ]  # fmt: skip
-    return print_rows(rows, options, lambda row: f"{'*' if row['configured'] else ' '} {row['id']:18} {row['retired'] or row['set']:44} {row['base_url']}")
+    return print_rows(
+        rows,
+        options,
+        lambda row: (
+            f"{'*' if row['configured'] else ' '} {row['id']:18} {row['retired'] or row['set']:44} {row['base_url']}"
+        ),
+    )
 
 
 def run_models(options: argparse.Namespace) -> int:
@@ -5386,7 +5733,9 @@ def run_models(options: argparse.Namespace) -> int:
     providers = configured_providers(provider_variables(settings, os.environ))
 
     async def collect() -> list[Json]:
-        deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout)
+        deadlines = Deadlines(
+            settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout
+        )
         upstream = Upstream(asyncio.get_running_loop(), deadlines)
         with tempfile.TemporaryDirectory() as directory:
             store, prices = LogStore(Path(directory) / "models.db"), load_prices(settings)
@@ -5411,8 +5760,17 @@ def run_route(options: argparse.Namespace) -> int:
     except GatewayError as error:
         print(error.message, file=sys.stderr)
         return 1
-    rows = [{"provider": t.provider.id, "upstream_model": t.model, "via": t.via, "base_url": t.provider.base_url} for t in targets]
-    return print_rows(rows, options, lambda row: f"{options.model} -> {row['provider']} as {row['upstream_model']} (by {row['via']}), {row['base_url']}")
+    rows = [
+        {"provider": t.provider.id, "upstream_model": t.model, "via": t.via, "base_url": t.provider.base_url}
+        for t in targets
+    ]
+    return print_rows(
+        rows,
+        options,
+        lambda row: (
+            f"{options.model} -> {row['provider']} as {row['upstream_model']} (by {row['via']}), {row['base_url']}"
+        ),
+    )
 
 
 def print_rows(rows: Sequence[Json], options: argparse.Namespace, line: Callable[[Json], str]) -> int:
@@ -5445,7 +5803,8 @@ def log_line(row: Json) -> str:
     cost = "unpriced" if row["cost_usd"] is None else f"${row['cost_usd']:.6f}"
     tokens = f"{row['input_tokens'] or 0:>6}+{row['output_tokens'] or 0:<6}"
     mark = row["error"] or row["finish_reason"]
-    return f"{row['ts']}  {row['id']}  {row['status']}  {row['model'][:28]:28} {row['provider'][:12]:12} {row['latency_ms']:>9.1f} ms {tokens} {cost:>11} {mark}"
+    what = f"{row['status']}  {row['model'][:28]:28} {row['provider'][:12]:12} {row['latency_ms']:>9.1f} ms"
+    return f"{row['ts']}  {row['id']}  {what} {tokens} {cost:>11} {mark}"
 
 
 def run_logs(options: argparse.Namespace) -> int:
@@ -5457,7 +5816,9 @@ def run_logs(options: argparse.Namespace) -> int:
     last = rows[-1]["seq"] if rows else 0
     while options.follow:
         time.sleep(0.5)
-        fresh = [row for row in reversed(find_requests(store, wanted, 1000, int(time.time() * 1000))) if row["seq"] > last]
+        fresh = [
+            row for row in reversed(find_requests(store, wanted, 1000, int(time.time() * 1000))) if row["seq"] > last
+        ]
         print_log(fresh, options, header=False)
         last = fresh[-1]["seq"] if fresh else last
     return 0
@@ -5504,7 +5865,11 @@ def run_config(options: argparse.Namespace) -> int:
     settings = load_settings(options)
     configured_providers(provider_variables(settings, os.environ))
     load_prices(settings)
-    return print_rows(config_view(settings), options, lambda row: f"{row['name']:20} {row['value']!s:28} {row['source']:28} {row['help']}")
+    return print_rows(
+        config_view(settings),
+        options,
+        lambda row: f"{row['name']:20} {row['value']!s:28} {row['source']:28} {row['help']}",
+    )
 
 
 def run_version(options: argparse.Namespace) -> int:
@@ -5513,11 +5878,23 @@ def run_version(options: argparse.Namespace) -> int:
         for name in sorted({"aiohttp", "orjson", "uvloop", *DEPENDENCIES}):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 print(f"{name} {importlib.metadata.version(name)}")
-        print(f"python {sys.version.split()[0]}\nsqlite {sqlite3.sqlite_version}\nopenssl {ssl.OPENSSL_VERSION.split()[1]}")
+        print(
+            f"python {sys.version.split()[0]}\nsqlite {sqlite3.sqlite_version}\nopenssl {ssl.OPENSSL_VERSION.split()[1]}"
+        )
     return 0
 
 
-DEPENDENCIES: Final = ("aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "idna", "multidict", "propcache", "typing_extensions", "yarl")
+DEPENDENCIES: Final = (
+    "aiohappyeyeballs",
+    "aiosignal",
+    "attrs",
+    "frozenlist",
+    "idna",
+    "multidict",
+    "propcache",
+    "typing_extensions",
+    "yarl",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5561,14 +5938,19 @@ VERBS: Final = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(PROGRAM, description="A self-hosted LLM proxy in one file. Without a command it serves.")
+    parser = argparse.ArgumentParser(
+        PROGRAM, description="A self-hosted LLM proxy in one file. Without a command it serves."
+    )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     settings = argparse.ArgumentParser(add_help=False)
     group = settings.add_argument_group("settings (also as STOCKYARD_<NAME> in the environment, or in stockyard.toml)")
     group.add_argument("--config", help="path of stockyard.toml")
     for row in SETTING_ROWS:
         if row.name not in SECRET_SETTINGS:  # a secret on a command line shows in every process list
-            group.add_argument(f"--{row.name.replace('_', '-')}", help=f"{row.metadata['help']} (default: {row.default})".replace("%", "%%"))
+            group.add_argument(
+                f"--{row.name.replace('_', '-')}",
+                help=f"{row.metadata['help']} (default: {row.default})".replace("%", "%%"),
+            )
     commands = parser.add_subparsers(dest="verb", metavar="command")
     for verb in VERBS:
         command = commands.add_parser(verb.name, help=verb.help, description=verb.help, parents=[settings])
@@ -5583,7 +5965,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; faults of the user's making are one line on stderr and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0].startswith("-") and given[0] not in ("-h", "--help", "--version"):
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
         given.insert(0, "serve")
     options = make_parser().parse_args(given)
     try:

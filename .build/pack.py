@@ -1,0 +1,146 @@
+"""Makes the single file out of a folder of installed packages; called by build.sh, byte for byte the same each time.
+
+    pack.py slim FOLDER                 drop what a running Stockyard never reads, cut symbols out of native parts
+    pack.py seal FROM_SHIV FOLDER FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import marshal
+import re
+import struct
+import sys
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+MAX_BYTES = 5_000_000
+# The earliest moment a zip can state.
+TIMESTAMP = (1980, 1, 1, 0, 0, 0)
+UNWANTED_SUFFIXES = {".c", ".cpp", ".h", ".hash", ".in", ".pxd", ".pxi", ".pyc", ".pyi", ".pyx", ".typed"}
+UNWANTED_FOLDERS = {"__pycache__", "_testing", "bin", "test", "tests", "testing"}
+UNWANTED_FILES = re.compile(r"aiohttp/(pytest_plugin|test_utils)\.py|uvloop/_testbase\.py|multidict/_testcapi\..*")
+# Of *.dist-info: what states versions and licences, and what shiv reads the console script from.
+WANTED_METADATA = re.compile(r"METADATA|entry_points\.txt|licenses/.*|(LICEN[SC]E|NOTICE|COPYING)[^/]*")
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["slim", folder]:
+            slim(Path(folder))
+        case ["seal", from_shiv, folder, file]:
+            seal(Path(from_shiv), Path(folder), Path(file))
+        case _:
+            sys.exit(__doc__)
+
+
+def slim(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        name = path.relative_to(folder)
+        if path.suffix == ".pth":
+            sys.exit(f"pack: {name} would run at every start of Python; it has no place in the file")
+        if not is_wanted(name):
+            path.unlink()
+        elif path.suffix == ".so":
+            path.write_bytes(without_symbols(path.read_bytes()))
+        elif path.name == "METADATA":
+            path.write_bytes(path.read_bytes().partition(b"\n\n")[0] + b"\n")  # without the project's long description
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def is_wanted(name: Path) -> bool:
+    if name.parts[0].endswith(".dist-info"):
+        return WANTED_METADATA.fullmatch("/".join(name.parts[1:])) is not None
+    if UNWANTED_FILES.fullmatch(name.as_posix()) or UNWANTED_FOLDERS & set(name.parts[:-1]):
+        return False
+    return name.suffix not in UNWANTED_SUFFIXES and not name.name.startswith(".")
+
+
+def without_symbols(library: bytes) -> bytes:
+    """A 64-bit little-endian ELF file cut after its last segment; anything else (macOS) is answered as it came.
+
+    The loader reads segments only. Sections (symbol and debug tables) stand behind them and can go: what strip(1) does,
+    but for every processor, without binutils, and the same whichever version is installed.
+    """
+    if library[:6] != b"\x7fELF\x02\x01":
+        return library
+    (table_at,) = struct.unpack_from("<Q", library, 0x20)
+    entry_bytes, entries = struct.unpack_from("<HH", library, 0x36)
+    ends = [table_at + entry_bytes * entries]
+    for index in range(entries):
+        entry = table_at + entry_bytes * index
+        (offset,) = struct.unpack_from("<Q", library, entry + 8)
+        (size,) = struct.unpack_from("<Q", library, entry + 32)
+        ends.append(offset + size)
+    cut = bytearray(library[: max(ends)])
+    struct.pack_into("<Q", cut, 0x28, 0)  # where the section table was
+    struct.pack_into("<HH", cut, 0x3C, 0, 0)  # how many sections, and which holds their names
+    return bytes(cut)
+
+
+def seal(from_shiv: Path, folder: Path, file: Path) -> None:
+    """Write `file`; its name appears only when it is complete."""
+    data = from_shiv.read_bytes()
+    with zipfile.ZipFile(from_shiv) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+        shebang = data[: min(member.header_offset for member in archive.infolist())]
+    members |= compiled_modules(folder)
+    files = {name: sha256(members[name]) for name in sorted(members) if name.startswith("site-packages/")}
+    suffix, version = EXTENSION_SUFFIXES[0], "{}.{}".format(*sys.version_info)
+    members["manifest.json"] = json.dumps({"python": version, "suffix": suffix, "files": files}, indent=0).encode()
+    environment = json.loads(members["environment.json"])
+    # shiv's own id covers neither the compiled modules nor the interpreter they are for.
+    environment["build_id"] = sha256(members["manifest.json"])
+    members["environment.json"] = json.dumps(environment, sort_keys=True).encode()
+    members["__main__.py"] = Path(__file__).with_name("bootstrap.py").read_bytes()
+    partial = file.with_suffix(".part")
+    write_zip(partial, shebang, members)
+    size = partial.stat().st_size
+    if size > MAX_BYTES:
+        sys.exit(f"pack: {size:,} bytes; the file may have {MAX_BYTES:,}")
+    partial.replace(file)
+    print(f"{file}: {size:,} bytes, CPython {version}, sha256 {sha256(file.read_bytes())}")
+
+
+def compiled_modules(folder: Path) -> dict[str, bytes]:
+    """Every module of `folder` as .pyc (shiv leaves them out), so that no start has to compile or to write one.
+
+    Marked as "hash, never checked against the source": no time stamp goes in, and the manifest vouches for both.
+    """
+    tag = sys.implementation.cache_tag
+    modules = {}
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder)
+        source = path.read_bytes()
+        code = compile(source, name.as_posix(), "exec", dont_inherit=True, optimize=0)
+        header = importlib.util.MAGIC_NUMBER + struct.pack("<I", 1) + importlib.util.source_hash(source)
+        modules[f"site-packages/{name.parent / '__pycache__' / name.stem}.{tag}.pyc"] = header + marshal.dumps(code)
+    return modules
+
+
+def write_zip(file: Path, shebang: bytes, members: dict[str, bytes]) -> None:
+    with file.open("wb") as stream:
+        stream.write(shebang)
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name in sorted(members):
+                member = zipfile.ZipInfo(name, TIMESTAMP)
+                member.compress_type = zipfile.ZIP_DEFLATED
+                member.create_system = 3  # Unix, wherever it was built
+                member.external_attr = 0o100644 << 16
+                archive.writestr(member, members[name])
+    file.chmod(0o755)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
