@@ -50,6 +50,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import binascii
 import collections
 import contextlib
 import csv
@@ -560,6 +561,8 @@ class Translation:
     now_s: int
     new_id: Callable[[str], str]
     strict: bool = False
+    #: Whether the client speaks another dialect than the canonical one, so that extensions must be carried or named.
+    foreign: bool = False
     dropped: list[str] = field(default_factory=list)
     names: dict[str, Any] = field(default_factory=dict)
 
@@ -855,12 +858,22 @@ class Dialect:
     """One wire format. The defaults of the client side are OpenAI chat's, which is also the canonical shape."""
 
     name: ClassVar[str] = ""
+    #: Dialects of one family are the same on the wire; bytes pass between them.
+    family: ClassVar[str] = ""
     #: Request headers of a client that may travel to a provider of the same dialect.
     forwarded_headers: ClassVar[tuple[str, ...]] = ()
     #: Headers every request to a provider of this dialect carries.
     fixed_headers: ClassVar[Mapping[str, str]] = {}
     stream_type: ClassVar[str] = "text/event-stream; charset=utf-8"
+    #: How many texts one embeddings call takes; more are sent as several calls.
+    embeddings_at_once: ClassVar[int] = 2048
+    #: Whether requests are signed as a whole instead of carrying a key.
+    signs: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
+
+    def __init_subclass__(cls) -> None:
+        if "family" not in cls.__dict__ and not cls.family:
+            cls.family = cls.name
 
     # -- client side
 
@@ -879,6 +892,39 @@ class Dialect:
         """The HTTP status and body of an error."""
         raise NotImplementedError
 
+    def wants_stream(self, request: Json, path: Mapping[str, str]) -> bool:
+        stream = request.get("stream")
+        if stream is not None and not isinstance(stream, bool):
+            raise InvalidRequest("`stream` must be true or false", param="stream")
+        return bool(stream)
+
+    def stream_type_of(self, request: Json) -> str:
+        """The content type of a streamed answer."""
+        return self.stream_type
+
+    def must_render(self, request: Json) -> bool:
+        """Whether an answer must be rendered anew even from a provider of the same dialect."""
+        return False
+
+    def render_models(self, rows: list[Json]) -> Json:
+        """The merged list of models, as this dialect's listing endpoint answers it."""
+        return {"object": "list", "data": rows}
+
+    def render_model(self, row: Json) -> Json:
+        return row
+
+    def parse_embeddings(self, body: Json, path: Mapping[str, str]) -> Json:
+        """A client's embeddings request as OpenAI's."""
+        return body
+
+    def render_embeddings(self, answer: Json, request: Json, path: Mapping[str, str]) -> Json:
+        """OpenAI's embeddings answer, with lists of floats, as this dialect's."""
+        return answer
+
+    def count_tokens(self, canonical: Json, request: Json) -> Json:
+        """An estimate of a request's input tokens, as this dialect's counting endpoint answers it."""
+        raise NotImplementedError
+
     # -- provider side
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
@@ -895,6 +941,21 @@ class Dialect:
 
     def decoder(self, translation: Translation) -> Decoder:
         raise NotImplementedError
+
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        """OpenAI's embeddings request as the provider's."""
+        raise NotFound(f"{translation.provider.name} offers no embeddings", code="unsupported_endpoint")
+
+    def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
+        """The provider's embeddings as OpenAI's answer, with lists of floats."""
+        raise NotImplementedError
+
+    def encode_rerank(self, request: Json, translation: Translation) -> Json:
+        """`{model, query, documents, top_n}` as the provider's body."""
+        return request
+
+    def decode_rerank(self, answer: Json, translation: Translation) -> Json:
+        return answer
 
     def read_usage(self, answer: Json) -> Usage | None:
         """The usage in a provider's plain answer; None where it tells none."""
@@ -1034,6 +1095,91 @@ def openai_error_body(error: GatewayError, request_id: str) -> Json:
     return {"error": {**error.fields, **members, "request_id": request_id}}
 
 
+#: Message members of the canonical shape that OpenAI's own does not have.
+MESSAGE_EXTENSIONS: Final = (
+    "thinking_blocks",
+    "native_blocks",
+    "extra_content",
+    "is_error",
+    "cache_control",
+    "annotations",
+    "images",
+)
+
+
+def without_extensions(request: Json, translation: Translation) -> Json:
+    """A canonical request from another client dialect as plain OpenAI chat; what cannot be carried is named."""
+    body = {name: value for name, value in request.items() if name != "extra_body" and value is not None}
+    for members in (request.get("extra_body") or {}).values():
+        for name in members:
+            translation.drop(name)
+    for name in translation.provider.foreign_drops & body.keys():
+        del body[name]
+        translation.drop(name)
+    if "messages" in body:
+        body["messages"] = [plain_message(message, translation) for message in body["messages"]]
+    if body.get("tools"):
+        body["tools"] = [
+            tool for tool in map(functools.partial(plain_tool, translation=translation), body["tools"]) if tool
+        ]
+        if not body["tools"]:
+            del body["tools"]
+            body.pop("tool_choice", None)
+            body.pop("parallel_tool_calls", None)
+    return body
+
+
+def plain_message(message: Json, translation: Translation) -> Json:
+    plain = {name: value for name, value in message.items() if name not in MESSAGE_EXTENSIONS}
+    for name in ("thinking_blocks", "native_blocks", "cache_control"):
+        if message.get(name):
+            translation.drop(name)
+    if not translation.provider.replays_reasoning:
+        if plain.pop("reasoning_content", None):
+            translation.drop("reasoning_content")
+        plain.pop("reasoning", None)
+    if isinstance(message.get("content"), list):
+        parts = [plain_part(part, translation) for part in message["content"] if isinstance(part, dict)]
+        plain["content"] = [part for part in parts if part] or ""
+    if message.get("is_error") and isinstance(plain.get("content"), str):
+        plain["content"] = f"Error: {plain['content']}"
+    if message.get("tool_calls"):
+        plain["tool_calls"] = [
+            {k: v for k, v in call.items() if k != "extra_content"} for call in message["tool_calls"]
+        ]
+    return plain
+
+
+def plain_part(part: Json, translation: Translation) -> Json | None:
+    """A content part without extensions; None, and named, where OpenAI chat has nothing like it."""
+    if part.get("cache_control"):
+        translation.drop("cache_control")
+    file = part.get("file") or {}
+    if part.get("type") == "media" or (
+        part.get("type") == "file" and not (file.get("file_data") or file.get("file_id"))
+    ):
+        translation.drop(f"content.{part['type']}")
+        return None
+    return {name: value for name, value in part.items() if name not in ("cache_control", "extra_content", "citations")}
+
+
+def plain_tool(tool: Json, translation: Translation) -> Json | None:
+    if tool.get("type") == "native":
+        named = tool.get("tool") or {}
+        translation.drop(f"tools.{named.get('type') or named.get('name') or next(iter(named), 'native')}")
+        return None
+    return {name: value for name, value in tool.items() if name not in ("cache_control", "extra_content")}
+
+
+def pack_floats(answer: Json) -> Json:
+    """An embeddings answer with its vectors as base64 of little-endian float32, which OpenAI's SDKs ask for."""
+    rows = [
+        {**row, "embedding": base64.b64encode(struct.pack(f"<{len(row['embedding'])}f", *row["embedding"])).decode()}
+        for row in answer["data"]
+    ]
+    return {**answer, "data": rows}
+
+
 class OpenAiChat(Dialect):
     name = "openai"
     forwarded_headers = ("openai-beta", "x-title", "http-referer")
@@ -1060,12 +1206,32 @@ class OpenAiChat(Dialect):
     def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
         return error.status, openai_error_body(error, request_id)
 
+    def parse_embeddings(self, body: Json, path: Mapping[str, str]) -> Json:
+        if not body.get("input"):
+            raise InvalidRequest("`input` must be a text or a non-empty array of texts", param="input")
+        return body
+
+    def render_embeddings(self, answer: Json, request: Json, path: Mapping[str, str]) -> Json:
+        return pack_floats(answer) if request.get("encoding_format") == "base64" else answer
+
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         return provider.path("chat", model)
 
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        body = {**request, "encoding_format": "float"} if translation.foreign else request
+        return self.encode(body, translation)
+
+    def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
+        if not isinstance(answer.get("data"), list):
+            refuse_error_event(answer, self)
+            raise UpstreamError("the provider's answer has no `data`", code="upstream_malformed")
+        return answer
+
     def encode(self, request: Json, translation: Translation) -> Json:
-        """Apply the provider's row. The client's own fields travel untouched, known or not."""
+        """Apply the provider's row. An OpenAI client's own fields travel untouched, known or not."""
         provider = translation.provider
+        if translation.foreign:
+            request = without_extensions(request, translation)
         body = {provider.renames.get(name, name): value for name, value in request.items()}
         body |= provider.aliases.get(translation.model) or {"model": translation.model}
         for name in provider.drops & body.keys():
@@ -1126,6 +1292,2146 @@ class OpenAiChat(Dialect):
         )  # fmt: skip
 
 
+# ----- Gemini ---------------------------------------------------------------------------------------------------------
+# Google's generateContent, on the Developer API and on Vertex. Four things differ from every other dialect: the model
+# and the method stand in the path; a whole tool call is one part; STOP also ends an answer full of tool calls; and
+# usage grows on every event, so that only the last one counts. Opaque signatures hang on single parts. They travel to
+# OpenAI clients in `extra_content.google` and are never decoded; a foreign provider's opaque blocks travel through
+# Gemini clients the other way, packed into a signature of our own (`pack_blocks`).
+#
+# What canonical requests cannot hold is kept in `extra_body.gemini` under its dotted path
+# (`generationConfig.speechConfig`), so that another dialect can name exactly what it drops. What differs by model is a
+# row of GEMINI_FAMILIES; what differs on Vertex is a class attribute of GeminiVertex.
+# Sources: https://ai.google.dev/api/generate-content and https://docs.cloud.google.com/vertex-ai/generative-ai/docs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeminiFamily:
+    """What a family of models takes; the defaults are the newest family's."""
+
+    #: Values of thinkingLevel, lowest first; empty where the family counts tokens instead.
+    levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
+    #: Lowest and highest thinkingBudget in tokens; None without any thinking.
+    budget_tokens: tuple[int, int] | None = None
+    can_stop_thinking: bool = False
+    #: A tool call in the history without its thought signature is a 400.
+    needs_signatures: bool = True
+    #: A function response may carry media of its own.
+    media_results: bool = True
+    #: A file may be named by any public https address.
+    web_files: bool = True
+    #: Takes JSON Schema; else the OpenAPI subset.
+    json_schema: bool = True
+    json_with_tools: bool = True
+    #: Function calling mode VALIDATED, which keeps arguments to their schema.
+    validated: bool = True
+    system: bool = True
+    #: Google bills each search query; else one search a grounded answer.
+    counts_queries: bool = True
+
+    @property
+    def thinks(self) -> bool:
+        return bool(self.levels) or self.budget_tokens is not None
+
+
+GEMINI_NEWEST: Final = GeminiFamily()
+GEMINI_3: Final = GeminiFamily(levels=("MINIMAL", "LOW", "MEDIUM", "HIGH"))
+GEMINI_2_5: Final = GeminiFamily(
+    levels=(), budget_tokens=(0, 24576), can_stop_thinking=True, needs_signatures=False, media_results=False,
+    json_with_tools=False, counts_queries=False,
+)  # fmt: skip
+GEMINI_2_5_IMAGE: Final = dataclasses.replace(GEMINI_2_5, budget_tokens=None, can_stop_thinking=False, validated=False)
+GEMINI_2: Final = dataclasses.replace(GEMINI_2_5_IMAGE, web_files=False, json_schema=False)
+GEMMA_3: Final = dataclasses.replace(GEMINI_2, system=False)
+
+#: The first pattern that matches the start of a model's name wins.
+GEMINI_FAMILIES: Final = tuple(
+    (re.compile(pattern), family)
+    for pattern, family in (
+        (r"gemini-3[\d.]*-pro", GEMINI_NEWEST),
+        (r"gemini-3\.[78]-flash", GEMINI_NEWEST),
+        (r"gemini-3", GEMINI_3),
+        (r"gemini-2\.5-pro", dataclasses.replace(GEMINI_2_5, budget_tokens=(128, 32768), can_stop_thinking=False)),
+        (r"gemini-2\.5-flash-lite", dataclasses.replace(GEMINI_2_5, budget_tokens=(512, 24576))),
+        (r"gemini-2\.5-flash-image", GEMINI_2_5_IMAGE),
+        (r"gemini-2\.5", GEMINI_2_5),
+        (r"gemini-[12][.-]|learnlm", GEMINI_2),
+        (r"gemma-3", GEMMA_3),
+        (r"gemma", GEMINI_2),
+        (r"", GEMINI_NEWEST),
+    )
+)
+
+
+def gemini_family(model: str) -> GeminiFamily:
+    name = model.rpartition("/")[2]
+    return next(family for pattern, family in GEMINI_FAMILIES if pattern.match(name))
+
+
+#: reasoning_effort -> thinkingLevel (raised to the family's lowest), thinkingBudget (held to the family's bounds).
+GEMINI_EFFORTS: Final[Mapping[str, tuple[str, int]]] = {
+    "none": ("MINIMAL", 0), "minimal": ("MINIMAL", 512), "low": ("LOW", 1024), "medium": ("MEDIUM", 8192),
+    "high": ("HIGH", 24576), "xhigh": ("HIGH", 32768), "max": ("HIGH", 32768),
+}  # fmt: skip
+GEMINI_BLOCKED: Final = frozenset({
+    "SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "ESCALATION",
+    "PUP_LIMITED_DISABLED", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER",
+})  # fmt: skip
+GEMINI_FINISHES: Final[Mapping[str, str]] = {
+    "STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length", **dict.fromkeys(GEMINI_BLOCKED, "content_filter"),
+}  # fmt: skip
+GEMINI_FAILED: Final = frozenset({
+    "MALFORMED_FUNCTION_CALL", "MALFORMED_RESPONSE", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "OTHER", "NO_IMAGE",
+})  # fmt: skip
+GEMINI_CLIENT_FINISHES: Final[Mapping[str, str]] = {"length": "MAX_TOKENS", "content_filter": "SAFETY"}
+GEMINI_STATUSES: Final[Mapping[int, str]] = {
+    400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 409: "ABORTED",
+    413: "INVALID_ARGUMENT", 422: "INVALID_ARGUMENT", 429: "RESOURCE_EXHAUSTED", 499: "CANCELLED", 500: "INTERNAL",
+    501: "UNIMPLEMENTED", 502: "UNAVAILABLE", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED",
+}  # fmt: skip
+
+#: Google's documented stand-in for the signature of a call that another provider's model made.
+SIGNATURE_DUMMY: Final = "skip_thought_signature_validator"
+#: base64 of `stockyard`: how a packed signature of ours begins in either alphabet.
+PACKED_PREFIX: Final = "c3RvY2t5YXJk"
+GOOGLE_FILES: Final = "https://generativelanguage.googleapis.com/v1beta/"
+GOOGLE_FILE_URL: Final = re.compile(r"https://generativelanguage\.googleapis\.com/(?:[\w.]+/)?files/")
+YOUTUBE_URL: Final = re.compile(r"https://(?:(?:www|m)\.youtube\.com|youtube\.com|youtu\.be)/")
+MEDIA_TYPES: Final[Mapping[str, str]] = {
+    "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
+    "heic": "image/heic", "heif": "image/heif", "avif": "image/avif", "bmp": "image/bmp", "pdf": "application/pdf",
+    "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "html": "text/html", "htm": "text/html",
+    "xml": "text/xml", "json": "application/json", "mp4": "video/mp4", "m4v": "video/mp4", "mov": "video/quicktime",
+    "webm": "video/webm", "mpeg": "video/mpeg", "mpg": "video/mpeg", "avi": "video/x-msvideo", "wmv": "video/x-ms-wmv",
+    "flv": "video/x-flv", "3gp": "video/3gpp", "mp3": "audio/mp3", "wav": "audio/wav", "ogg": "audio/ogg",
+    "flac": "audio/flac", "aac": "audio/aac", "aiff": "audio/aiff", "m4a": "audio/mp4",
+}  # fmt: skip
+RESULT_MEDIA: Final = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"})
+GEMINI_IMAGE_TOKENS: Final = 258
+FUNCTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}\Z")
+DATA_URI: Final = re.compile(r"data:([^;,]*)((?:;[^;,]*)*),", re.ASCII)
+LABEL: Final = re.compile(r"[a-z0-9_-]{0,63}\Z")
+
+
+def want_object(value: Any, where: str) -> Json:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"`{where}` must be an object", param=where)
+    return value
+
+
+def want_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"`{where}` must be an array", param=where)
+    return value
+
+
+def want_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"`{where}` must be a string", param=where)
+    return value
+
+
+def want_number(value: Any, where: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"`{where}` must be a number", param=where)
+    return value
+
+
+def want_whole(value: Any, where: str) -> int:
+    """A whole number; JSON writers of some languages send 40.0."""
+    number = want_number(value, where)
+    if number != int(number):
+        raise InvalidRequest(f"`{where}` must be a whole number", param=where)
+    return int(number)
+
+
+def want_flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"`{where}` must be true or false", param=where)
+    return value
+
+
+def want_texts(value: Any, where: str) -> list[str]:
+    return [want_text(item, f"{where}[{at}]") for at, item in enumerate(want_list(value, where))]
+
+
+def camel_case(name: str) -> str:
+    if "_" not in name:
+        return name
+    first, *rest = name.split("_")
+    return first + "".join(word[:1].upper() + word[1:] for word in rest)
+
+
+def google_object(value: Any, where: str) -> Json:
+    """A client's object with camelCase names; Google takes snake_case too, and null for absent."""
+    return {camel_case(name): child for name, child in want_object(value, where).items() if child is not None}
+
+
+def google_list(value: Any, where: str) -> list[Any]:
+    """A client's array; Google's own examples write a single object where an array belongs."""
+    return [value] if isinstance(value, dict) else want_list(value, where)
+
+
+def standard_base64(text: str) -> str:
+    """Google's SDKs write the URL alphabet, which no other provider reads."""
+    text = text.translate({45: "+", 95: "/"})
+    return text + "=" * (-len(text) % 4)
+
+
+def pack_blocks(blocks: list[Any]) -> str:
+    """Write another provider's opaque blocks as a signature, so that Gemini clients give them back unchanged."""
+    return base64.urlsafe_b64encode(b"stockyard:" + dump_json(blocks)).decode()
+
+
+def unpack_blocks(signature: str, where: str) -> list[Json] | None:
+    """The blocks in a signature of ours; None for a signature of Google's."""
+    if not signature.startswith(PACKED_PREFIX):
+        return None
+    try:
+        blocks = orjson.loads(base64.b64decode(standard_base64(signature)).removeprefix(b"stockyard:"))
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(f"`{where}` is damaged: send it back as it came", param=where) from None
+    return [want_object(block, where) for block in want_list(blocks, where)]
+
+
+def read_arguments(text: Any) -> Json:
+    """A call's arguments as the object Gemini demands; what is no object is kept whole under `arguments`."""
+    if not text or text == "null":
+        return {}
+    value = load_object(text) if isinstance(text, str) else text
+    return value if isinstance(value, dict) else {"arguments": text}
+
+
+def load_object(text: str) -> Json | None:
+    """Parse text that holds a JSON object, exactly (integers of any size); None for all else."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def media_type_of(name: str) -> str | None:
+    """Guess a media type from the extension of a file name or URL."""
+    path = urllib.parse.urlsplit(name).path if "://" in name else name
+    return MEDIA_TYPES.get(path.rpartition(".")[2].lower()) if "." in path else None
+
+
+def read_data_uri(uri: str, where: str) -> tuple[str, str]:
+    """Split a data URI into its media type and standard base64."""
+    match = DATA_URI.match(uri)
+    if match is None:
+        raise InvalidRequest(f"`{where}` must be a data URI with a comma, or a URL", param=where)
+    kind, data = match[1].lower() or "text/plain", uri[match.end() :]
+    if ";base64" not in match[2].lower():
+        data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
+    return {"image/jpg": "image/jpeg", "audio/mpeg": "audio/mp3"}.get(kind, kind), data
+
+
+# Schemas: JSON Schema trimmed to what Gemini reads, and the OpenAPI subset of older models, both ways.
+
+SCHEMA_SILENT: Final = frozenset({
+    "$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "title", "examples", "discriminator", "deprecated",
+    "readOnly", "writeOnly", "strict", "contentMediaType", "contentEncoding",
+})  # fmt: skip
+SCHEMA_BOTH: Final = frozenset({
+    "type", "format", "description", "enum", "items", "minItems", "maxItems", "properties", "required", "minimum",
+    "maximum", "minLength", "maxLength", "minProperties", "maxProperties", "pattern", "anyOf", "default", "nullable",
+    "propertyOrdering",
+})  # fmt: skip
+SCHEMA_JSON: Final = SCHEMA_BOTH | {"$ref", "$defs", "definitions", "prefixItems", "additionalProperties"}
+SCHEMA_FORMATS: Final = frozenset({"enum", "date-time", "date", "time", "duration"})
+JSON_TYPES: Final = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"))
+
+
+class SchemaWriter:
+    """Rewrites one JSON Schema for Gemini; constraints it cannot carry go to `drop` by their keyword."""
+
+    def __init__(self, root: Json, whole: bool, drop: Callable[[str], None]) -> None:
+        """`whole` keeps JSON Schema; else the OpenAPI subset is written, with references put in place."""
+        self._root, self._whole, self._drop = root, whole, drop
+        self._open: list[str] = []
+
+    def write(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return {} if schema is True else schema
+        if "$ref" in schema:
+            return self._reference(schema)
+        kept = self._rewrite(dict(schema))
+        allowed = SCHEMA_JSON if self._whole else SCHEMA_BOTH
+        for name in [name for name in kept if name not in allowed]:
+            value = kept.pop(name)
+            if name not in SCHEMA_SILENT and not (name == "additionalProperties" and value is False):
+                self._drop(name)
+        return {name: self._child(name, value) for name, value in kept.items()}
+
+    def _child(self, name: str, value: Any) -> Any:
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            return {key: self.write(child) for key, child in value.items()}
+        if name in ("anyOf", "prefixItems") and isinstance(value, list):
+            return [self.write(child) for child in value]
+        return self.write(value) if name in ("items", "additionalProperties") and isinstance(value, dict) else value
+
+    def _reference(self, schema: Json) -> Any:
+        beside = {name: value for name, value in schema.items() if name != "$ref" and name not in SCHEMA_SILENT}
+        if self._whole:  # a reference bears no siblings
+            return self.write({**beside, "anyOf": [{"$ref": schema["$ref"]}]}) if beside else {"$ref": schema["$ref"]}
+        name = str(schema["$ref"])
+        if name in self._open:
+            self._drop("$ref")
+            return {"type": "object"}
+        self._open.append(name)
+        target = self._find(name)
+        written = self.write({**target, **beside})
+        self._open.pop()
+        return written
+
+    def _find(self, name: str) -> Json:
+        target: Any = self._root
+        for step in name.removeprefix("#").split("/")[1:]:
+            target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        return want_object(target, f"$ref {name}")
+
+    def _rewrite(self, schema: Json) -> Json:
+        if "const" in schema:
+            schema["enum"] = [schema.pop("const")]
+        if isinstance(schema.get("oneOf"), list):
+            schema.setdefault("anyOf", schema.pop("oneOf"))
+        if isinstance(schema.get("allOf"), list):
+            self._merge(schema, schema.pop("allOf"))
+        self._whole_bounds(schema)
+        self._name_format(schema)
+        if isinstance(schema.get("enum"), list) and schema["enum"] and "type" not in schema:
+            first = schema["enum"][0]
+            schema.update(next(({"type": name} for kind, name in JSON_TYPES if isinstance(first, kind)), {}))
+        if not self._whole:
+            self._openapi(schema)
+        return schema
+
+    def _merge(self, schema: Json, parts: list[Any]) -> None:
+        for part in parts:
+            if isinstance(part, dict) and "$ref" in part:
+                part = {**self._find(str(part["$ref"])), **part}
+                del part["$ref"]
+            for name, value in part.items() if isinstance(part, dict) else ():
+                old = schema.get(name)
+                if isinstance(old, dict) and isinstance(value, dict):
+                    schema[name] = {**old, **value}
+                elif name == "required" and isinstance(old, list) and isinstance(value, list):
+                    schema[name] = list(dict.fromkeys(old + value))
+                else:
+                    schema.setdefault(name, value)
+
+    def _whole_bounds(self, schema: Json) -> None:
+        """Among whole numbers, above 3 is the same as at least 4."""
+        for name, bound, step in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
+            value = schema.get(name)
+            if schema.get("type") == "integer" and type(value) is int:
+                schema[bound] = schema.pop(name) + step
+
+    def _name_format(self, schema: Json) -> None:
+        """A format that Gemini would refuse is told in words instead."""
+        name = schema.get("format")
+        if schema.get("type") == "string" and isinstance(name, str) and name not in SCHEMA_FORMATS:
+            del schema["format"]
+            schema["description"] = f"{schema.get('description', '')} (format: {name})".strip()
+
+    def _openapi(self, schema: Json) -> None:
+        kinds = schema.get("type")
+        if isinstance(kinds, list):
+            rest = [kind for kind in kinds if kind != "null"]
+            if len(rest) < len(kinds):
+                schema["nullable"] = True
+            schema["type"] = rest[0] if rest else "string"
+            if len(rest) > 1:
+                del schema["type"]
+                schema["anyOf"] = [{"type": kind} for kind in rest]
+        if isinstance(schema.get("anyOf"), list) and {"type": "null"} in schema["anyOf"]:
+            schema["anyOf"] = [option for option in schema["anyOf"] if option != {"type": "null"}]
+            schema["nullable"] = True
+        if isinstance(schema.get("enum"), list) and not all(isinstance(item, str) for item in schema["enum"]):
+            del schema["enum"]
+            self._drop("enum")
+
+
+def read_openapi_schema(schema: Any, where: str) -> Json:
+    """A client's OpenAPI-style schema as JSON Schema: lower-case types, `nullable` as a type of its own."""
+    schema = google_object(schema, where)
+    result: Json = {}
+    for name, value in schema.items():
+        if name == "type":
+            result["type"] = want_text(value, f"{where}.type").lower()
+        elif name in ("properties", "defs"):
+            members = want_object(value, f"{where}.{name}").items()
+            inner = {key: read_openapi_schema(child, f"{where}.{name}.{key}") for key, child in members}
+            result["$defs" if name == "defs" else name] = inner
+        elif name == "anyOf":
+            options = enumerate(want_list(value, f"{where}.anyOf"))
+            result[name] = [read_openapi_schema(child, f"{where}.anyOf[{at}]") for at, child in options]
+        elif name == "items" or (name == "additionalProperties" and isinstance(value, dict)):
+            result[name] = read_openapi_schema(value, f"{where}.{name}")
+        elif name in ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"):
+            result[name] = int(value) if isinstance(value, str) and value.isdecimal() else value  # int64 may be text
+        elif name not in ("nullable", "propertyOrdering", "example") and (name, value) != ("format", "enum"):
+            result["$ref" if name == "ref" else name] = value
+    if schema.get("nullable") is True:
+        result = {**result, "type": [result["type"], "null"]} if "type" in result else result
+    return result
+
+
+# Canonical request -> generateContent body.
+
+#: Members of a canonical request that a single member of generationConfig carries as it stands.
+GEMINI_PLAIN: Final[Mapping[str, str]] = {
+    "max_tokens": "maxOutputTokens", "max_completion_tokens": "maxOutputTokens", "temperature": "temperature",
+    "top_p": "topP", "top_k": "topK", "seed": "seed", "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty", "logprobs": "responseLogprobs", "top_logprobs": "logprobs",
+}  # fmt: skip
+#: Members that need no word: carried elsewhere, or the only way Gemini works.
+GEMINI_IMPLIED: Final = frozenset({
+    "model", "messages", "stream", "stream_options", "tool_choice", "reasoning", "include_reasoning", "extra_body",
+    "tools", "reasoning_effort",
+})  # fmt: skip
+MESSAGE_MEMBERS: Final = frozenset({
+    "role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "extra_content",
+    "is_error", "images", "thought_signature",
+})  # fmt: skip
+#: Google's names inside `extra_body` that belong deeper in the body; objects whose members count one by one.
+GEMINI_MOVED: Final[Mapping[str, str]] = {"thinkingConfig": "generationConfig.thinkingConfig"}
+GEMINI_NESTED: Final = frozenset({
+    "generationConfig", "toolConfig", "generationConfig.thinkingConfig", "toolConfig.functionCallingConfig",
+})  # fmt: skip
+
+
+def dotted_members(members: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a partial body as dotted paths and values, such as `generationConfig.seed`, 7."""
+    for name, value in members.items():
+        path = prefix + ".".join(camel_case(step) for step in name.split("."))
+        path = GEMINI_MOVED.get(path, path)
+        if path in GEMINI_NESTED and isinstance(value, dict):
+            yield from dotted_members(value, path + ".")
+        else:
+            yield path, value
+
+
+def set_dotted(body: Json, path: str, value: Any) -> None:
+    *steps, last = path.split(".")
+    for step in steps:
+        body = body.setdefault(step, {})
+    body[last] = value
+
+
+class GeminiEncoder:
+    """Builds one generateContent body. One object a request: it remembers calls and names on the way."""
+
+    def __init__(self, dialect: GeminiGenerate, request: Json, translation: Translation) -> None:
+        self._dialect, self._request, self._translation = dialect, request, translation
+        self._family = gemini_family(translation.model)
+        self._config: Json = {}
+        self._body: Json = {}
+        self._system: list[Json] = []
+        self._contents: list[Json] = []
+        self._calls: dict[str, tuple[int, str]] = {}  # id -> order, name
+        self._results: list[tuple[int, Json, list[Json]]] = []
+        self._fitted: dict[str, str] = {}
+
+    def build(self) -> Json:
+        self._write_messages()
+        self._write_tools()
+        self._write_thinking()
+        for name, value in self._request.items():
+            if value is None or name in GEMINI_IMPLIED:
+                continue
+            if name in GEMINI_PLAIN:
+                self._config[GEMINI_PLAIN[name]] = value
+            elif (writer := self.WRITERS.get(name)) is not None:
+                writer(self, value)
+            else:
+                self._translation.drop(name)
+        body = {"contents": self._contents, **self._body}
+        if self._config:
+            body["generationConfig"] = self._config
+        self._write_extras(body)
+        return self._without_cached(body)
+
+    # -- messages
+
+    def _write_messages(self) -> None:
+        for at, message in enumerate(want_list(self._request.get("messages"), "messages")):
+            where = f"messages[{at}]"
+            message = want_object(message, where)
+            role = message.get("role")
+            self._name_lost(message, role)
+            if role == "tool":
+                self._tool(message, where)
+                continue
+            self._flush_results()
+            if role in ("system", "developer"):
+                self._instruct(message, where)
+            elif role == "assistant":
+                self._append("model", self._assistant(message, where))
+            elif role == "user":
+                opaque = self._google(message, where).get("parts") or []
+                self._append("user", self._parts(message.get("content"), where) + opaque)
+            else:
+                raise InvalidRequest(f"`{where}.role` {role!r} is not known", param=f"{where}.role")
+        self._flush_results()
+        if self._system and (not self._contents or not self._family.system):  # contents must not be empty
+            merged = self._contents and self._contents[0]["role"] == "user"
+            parts = self._contents.pop(0)["parts"] if merged else []
+            self._contents.insert(0, {"role": "user", "parts": self._system + parts})
+        elif self._system:
+            self._body["systemInstruction"] = {"parts": self._system}
+        if not self._contents:
+            raise InvalidRequest("`messages` hold nothing to send", param="messages")
+
+    def _name_lost(self, message: Json, role: Any) -> None:
+        for name, value in message.items():
+            if name not in MESSAGE_MEMBERS and value and not (name == "name" and role == "tool"):
+                self._translation.drop(f"messages.{name}")
+
+    def _append(self, role: str, parts: list[Json]) -> None:
+        if parts and self._contents and self._contents[-1]["role"] == role:
+            self._contents[-1]["parts"].extend(parts)
+        elif parts:
+            self._contents.append({"role": role, "parts": parts})
+
+    def _instruct(self, message: Json, where: str) -> None:
+        """Only leading instructions can be instructions; later ones are folded into the user's text."""
+        parts = self._parts(message.get("content"), where)
+        if self._contents:
+            self._append("user", parts)
+        else:
+            self._system.extend(parts)
+
+    def _google(self, holder: Json, where: str) -> Json:
+        where += ".extra_content"
+        google = want_object(holder.get("extra_content") or {}, where).get("google") or {}
+        google = want_object(google, f"{where}.google")
+        want_text(google.get("thought_signature") or "", f"{where}.google.thought_signature")
+        for at, part in enumerate(want_list(google.get("parts") or [], f"{where}.google.parts")):
+            want_object(part, f"{where}.google.parts[{at}]")
+        return google
+
+    def _assistant(self, message: Json, where: str) -> list[Json]:
+        google = self._google(message, where)
+        parts: list[Json] = list(google.get("parts") or ())
+        self._remember(message, parts, where)
+        text = self._parts(message.get("content"), where)
+        if isinstance(message.get("refusal"), str):
+            text += [{"text": message["refusal"]}]
+        signature = google.get("thought_signature") or message.get("thought_signature")
+        calls = self._tool_calls(message, where, None if text else signature)
+        if text and signature:
+            text[-1] = {**text[-1], "thoughtSignature": signature}
+        elif signature and not calls:
+            text = [{"text": "", "thoughtSignature": signature}]
+        for at, image in enumerate(want_list(message.get("images") or [], f"{where}.images")):
+            text += self._image(image, f"{where}.images[{at}]")
+        return parts + text + calls
+
+    def _remember(self, message: Json, parts: list[Json], where: str) -> None:
+        """Give reasoning back as a thought, unless a signed thought among the opaque parts already is it."""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(reasoning, str) or not reasoning or any(part.get("thought") for part in parts):
+            return
+        if self._family.thinks:
+            parts.insert(0, {"text": reasoning, "thought": True})
+        else:
+            self._translation.drop("messages.reasoning_content")
+
+    def _tool_calls(self, message: Json, where: str, signature: Any) -> list[Json]:
+        parts: list[Json] = []
+        kept = self._translation.names.get("signatures") or {}
+        for at, call in enumerate(want_list(message.get("tool_calls") or [], f"{where}.tool_calls")):
+            inside = f"{where}.tool_calls[{at}]"
+            call = want_object(call, inside)
+            part = {"functionCall": self._call(call, inside)}
+            own = self._google(call, inside).get("thought_signature") or kept.get(call.get("id"))
+            own = own or (signature if not parts else None)
+            if own is None and not parts and self._family.needs_signatures:
+                own = SIGNATURE_DUMMY
+            parts.append({**part, "thoughtSignature": own} if own else part)
+        return parts
+
+    def _call(self, call: Json, where: str) -> Json:
+        if call.get("type") == "custom":
+            custom = want_object(call.get("custom"), f"{where}.custom")
+            name, args = custom.get("name"), {"input": custom.get("input") or ""}
+        else:
+            function = want_object(call.get("function"), f"{where}.function")
+            name, args = function.get("name"), read_arguments(function.get("arguments"))
+        name = self._fit(want_text(name, f"{where}.function.name"))
+        key = call.get("id")
+        written: Json = {"name": name, "args": args}
+        if isinstance(key, str) and key:
+            self._calls[key] = (len(self._calls), name)
+            if self._dialect.sends_call_ids and self._family.needs_signatures:
+                written["id"] = key
+        return written
+
+    def _tool(self, message: Json, where: str) -> None:
+        key = message.get("tool_call_id")
+        key = key if isinstance(key, str) else ""
+        order, name = self._calls.get(key, (len(self._calls), message.get("name")))
+        if not isinstance(name, str):
+            where += ".tool_call_id"
+            raise InvalidRequest(f"`{where}` answers no tool call before it", param=where)
+        content = message.get("content")
+        parts = self._parts(content, where) if isinstance(content, list) else []
+        text = "".join(part["text"] for part in parts if "text" in part) if parts else content
+        answer: Json = {"name": self._fit(name), "response": self._response(text, bool(message.get("is_error")))}
+        if key in self._calls and self._dialect.sends_call_ids and self._family.needs_signatures:
+            answer["id"] = key
+        media = [part for part in parts if "text" not in part]
+        inside = [part for part in media if self._fits_result(part)]
+        if inside:
+            answer["parts"] = inside
+        self._results.append((order, {"functionResponse": answer}, [part for part in media if part not in inside]))
+
+    def _fits_result(self, part: Json) -> bool:
+        return self._family.media_results and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA
+
+    def _response(self, text: Any, is_error: bool) -> Json:
+        text = text if isinstance(text, str) else "" if text is None else dump_json(text).decode()
+        value = load_object(text)
+        if is_error:
+            return {"error": text}
+        if value is None:
+            return {"output": text}
+        return {"output": value} if value.keys() & {"output", "error"} else value  # Gemini reads these two names itself
+
+    def _flush_results(self) -> None:
+        """Put parallel results in the order of their calls, media that cannot travel inside them after."""
+        results = sorted(self._results, key=lambda result: result[0])
+        self._append("user", [part for _, part, _ in results] + [part for *_, media in results for part in media])
+        self._results = []
+
+    # -- content parts
+
+    def _parts(self, content: Any, where: str) -> list[Json]:
+        if content is None or content == "":
+            return []
+        if isinstance(content, str):
+            return [{"text": content}]
+        parts = []
+        for at, part in enumerate(want_list(content, f"{where}.content")):
+            inside = f"{where}.content[{at}]"
+            part = {"type": "text", "text": part} if isinstance(part, str) else want_object(part, inside)
+            reader = self.PARTS.get(str(part.get("type")))
+            if "cache_control" in part:
+                self._translation.drop("cache_control")
+            if reader is None:
+                self._translation.drop(f"content.{part.get('type')}")
+                continue
+            beside = {camel_case(name): value for name, value in self._google(part, inside).items()}
+            parts += [{**written, **beside} for written in reader(self, part, inside)]
+        return parts
+
+    def _text(self, part: Json, where: str) -> list[Json]:
+        text = want_text(part.get("text", part.get("refusal")), f"{where}.text")
+        return [{"text": text}] if text else []
+
+    def _image(self, part: Json, where: str) -> list[Json]:
+        part = want_object(part, where)
+        kind = str(part.get("type") or "image_url")
+        image = part.get(kind) or part.get("image_url")
+        image = {"url": image} if isinstance(image, str) else want_object(image, f"{where}.{kind}")
+        if image.get("detail") not in (None, "auto"):
+            self._translation.drop(f"content.{kind}.detail")
+        written = self._address(want_text(image.get("url"), f"{where}.{kind}.url"), None, kind, where)
+        google = self._google(part, where)
+        if written and google.get("thought_signature"):
+            written[0]["thoughtSignature"] = google["thought_signature"]
+        return written
+
+    def _audio(self, part: Json, where: str) -> list[Json]:
+        audio = want_object(part.get("input_audio"), f"{where}.input_audio")
+        data = want_text(audio.get("data"), f"{where}.input_audio.data")
+        kind = want_text(audio.get("format"), f"{where}.input_audio.format").lower()
+        return [{"inlineData": {"mimeType": MEDIA_TYPES.get(kind, f"audio/{kind}"), "data": data}}]
+
+    def _file(self, part: Json, where: str) -> list[Json]:
+        kind = part["type"]
+        file = part.get(kind)
+        file = part if file is None else want_object(file, f"{where}.{kind}")
+        name = file.get("filename") or ""
+        named = file.get("mime_type") or media_type_of(want_text(name, f"{where}.{kind}.filename"))
+        if file.get("file_data") is not None:
+            return self._file_data(want_text(file["file_data"], f"{where}.{kind}.file_data"), named, f"{where}.{kind}")
+        address = want_text(file.get("file_url") or file.get("file_id"), f"{where}.{kind}.file_url")
+        if address.startswith("files/"):
+            address = GOOGLE_FILES + address
+        return self._address(address, named, kind, where)
+
+    def _file_data(self, data: str, named: str | None, where: str) -> list[Json]:
+        if data.startswith("data:"):
+            kind, data = read_data_uri(data, f"{where}.file_data")
+            named = kind if kind != "application/octet-stream" else named
+        if named is None:
+            raise InvalidRequest(f"`{where}.file_data` must be a data URI that names its media type", param=where)
+        return [{"inlineData": {"mimeType": named, "data": data}}]
+
+    def _address(self, url: str, kind: str | None, what: str, where: str) -> list[Json]:
+        """Pass a file on by its address where Gemini fetches such addresses: Stockyard itself never does."""
+        if url.startswith("data:"):
+            kind, data = read_data_uri(url, f"{where}.{what}")
+            return [{"inlineData": {"mimeType": kind, "data": data}}]
+        if YOUTUBE_URL.match(url):
+            return [{"fileData": {"fileUri": url, "mimeType": kind or "video/mp4"}}]
+        kind = kind or media_type_of(url)
+        if GOOGLE_FILE_URL.match(url) and self._dialect.google_files:
+            return [{"fileData": {"fileUri": url, **({"mimeType": kind} if kind else {})}}]
+        if why := self._refusal(url, kind):
+            self._translation.drop(f"content.{what}", why)
+            return []
+        return [{"fileData": {"fileUri": url, "mimeType": kind}}]
+
+    def _refusal(self, url: str, kind: str | None) -> str:
+        """Why an address cannot be passed on; empty where it can."""
+        if url.startswith("gs://") and not self._dialect.bucket_files:
+            return "only Vertex AI reads gs:// addresses"
+        if not url.startswith(("https://", "gs://")):
+            return "the file must be sent inline, as a data URI"
+        if url.startswith("https://") and not (self._dialect.web_files or self._family.web_files):
+            return "this model fetches no addresses; send the file inline, as a data URI"
+        return "" if kind else "its media type cannot be told from the address; send it inline, as a data URI"
+
+    # -- tools
+
+    def _fit(self, name: str) -> str:
+        """A function name as Gemini takes it; `names["gemini_tools"]` lets the decoder put the original back."""
+        if name not in self._fitted:
+            fit = name
+            if not FUNCTION_NAME.match(name):
+                fit = re.sub(r"[^A-Za-z0-9_.:-]", "_", name)[:60]
+                fit = fit if re.match(r"[A-Za-z_]", fit) else f"_{fit}"
+                while fit in self._fitted.values():
+                    fit += "_"
+                self._translation.names.setdefault("gemini_tools", {})[fit] = name
+            self._fitted[name] = fit
+        return self._fitted[name]
+
+    def _write_tools(self) -> None:
+        functions: list[Json] = []
+        native: list[Json] = []
+        strict = []
+        for at, tool in enumerate(want_list(self._request.get("tools") or [], "tools")):
+            where = f"tools[{at}]"
+            tool = want_object(tool, where)
+            if "cache_control" in tool:
+                self._translation.drop("cache_control")
+            kind = tool.get("type") or ("function" if "function" in tool else None)
+            if kind == "function":
+                function = want_object(tool.get("function"), f"{where}.function")
+                functions.append(self._declare(function, f"{where}.function"))
+                strict.append(function.get("strict") is True)
+            elif kind == "custom":
+                functions.append(self._declare_custom(want_object(tool.get("custom"), f"{where}.custom"), where))
+                strict.append(False)
+            elif kind == "native" and tool.get("dialect") == "gemini":
+                native += self._native(want_object(tool.get("tool"), f"{where}.tool"))
+            else:
+                self._translation.drop(f"tools.{self._tool_name(tool)}")
+        tools = [{"functionDeclarations": functions}] if functions else []
+        if tools + native:
+            self._body["tools"] = tools + native
+        self._choose(functions, bool(strict) and all(strict))
+
+    def _tool_name(self, tool: Json) -> str:
+        inner = tool.get("tool")
+        return str(inner.get("type") or next(iter(inner), "")) if isinstance(inner, dict) else str(tool.get("type"))
+
+    def _native(self, tool: Json) -> list[Json]:
+        kept = {}
+        for name, value in google_object(tool, "tools.tool").items():
+            if f"tools.{name}" in self._dialect.refused:
+                self._translation.drop(f"tools.{name}")
+            else:
+                kept[name] = value
+        return [kept] if kept else []
+
+    def _declare(self, function: Json, where: str) -> Json:
+        declaration: Json = {"name": self._fit(want_text(function.get("name"), f"{where}.name"))}
+        if function.get("description"):
+            declaration["description"] = function["description"]
+        schema = want_object(function.get("parameters") or {}, f"{where}.parameters")
+        if schema.get("properties") or schema.keys() - {"type", "properties", "required", "additionalProperties"}:
+            self._write_schema(declaration, schema, "parametersJsonSchema", "parameters", "tools.parameters")
+        where = "extra_body.gemini.functionDeclarations"
+        kept = want_object(self._extras_of("gemini").get("functionDeclarations") or {}, where)
+        return {**declaration, **want_object(kept.get(function["name"]) or {}, where)}
+
+    def _declare_custom(self, custom: Json, where: str) -> Json:
+        """A tool of free text becomes a function of one text; the decoder turns its calls back."""
+        name = want_text(custom.get("name"), f"{where}.custom.name")
+        if (custom.get("format") or {"type": "text"}) != {"type": "text"}:
+            self._translation.drop("tools.custom.format")
+        self._translation.names.setdefault("gemini_custom", set()).add(name)
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        return self._declare({"name": name, "description": custom.get("description"), "parameters": schema}, where)
+
+    def _write_schema(self, holder: Json, schema: Json, whole: str, subset: str, where: str) -> None:
+        def drop(keyword: str) -> None:
+            self._translation.drop(f"{where}.{keyword}", "Gemini's schemas do not know it")
+
+        name = whole if self._family.json_schema else subset
+        holder[name] = SchemaWriter(schema, self._family.json_schema, drop).write(schema)
+
+    def _choose(self, functions: list[Json], strict: bool) -> None:
+        choice = self._request.get("tool_choice")
+        if not functions:
+            if choice not in (None, "auto", "none"):
+                self._translation.drop("tool_choice")
+            return
+        mode, names = self._mode(choice)
+        if mode == "AUTO" and (names or (strict and self._family.validated)):
+            mode = "VALIDATED"
+        elif strict and mode == "AUTO":
+            self._translation.drop("tools.strict")
+        if mode == "AUTO" and choice is None:
+            return
+        config: Json = {"mode": mode}
+        if names:
+            config["allowedFunctionNames"] = [self._fit(name) for name in names]
+        self._body["toolConfig"] = {"functionCallingConfig": config}
+
+    def _mode(self, choice: Any) -> tuple[str, list[str]]:
+        if choice is None or isinstance(choice, str):
+            mode = {None: "AUTO", "auto": "AUTO", "none": "NONE", "required": "ANY", "any": "ANY"}.get(choice)
+            if mode is None:
+                raise InvalidRequest("`tool_choice` must be auto, none, required, or an object", param="tool_choice")
+            return mode, []
+        choice = want_object(choice, "tool_choice")
+        kind = choice.get("type")
+        if kind == "allowed_tools":
+            allowed = want_object(choice.get("allowed_tools"), "tool_choice.allowed_tools")
+            tools = want_list(allowed.get("tools"), "tool_choice.allowed_tools.tools")
+            names = [self._chosen(want_object(tool, "tool_choice.allowed_tools.tools")) for tool in tools]
+            return ("ANY" if allowed.get("mode") == "required" else "AUTO"), names
+        return "ANY", [self._chosen(choice)]
+
+    def _chosen(self, choice: Json) -> str:
+        inner = choice.get(str(choice.get("type") or "function"))
+        return want_text(inner.get("name") if isinstance(inner, dict) else None, "tool_choice.function.name")
+
+    # -- generation
+
+    def _write_thinking(self) -> None:
+        reasoning = self._request.get("reasoning") or {}
+        reasoning = want_object(reasoning, "reasoning")
+        effort = self._request.get("reasoning_effort") or reasoning.get("effort")
+        budget = reasoning.get("max_tokens")
+        asked = effort or budget or reasoning.get("enabled") or self._request.get("include_reasoning")
+        if not asked:
+            return
+        if not self._family.thinks:
+            self._translation.drop("reasoning_effort" if self._request.get("reasoning_effort") else "reasoning")
+            return
+        if effort and str(effort) not in GEMINI_EFFORTS:
+            known = ", ".join(GEMINI_EFFORTS)
+            raise InvalidRequest(f"`reasoning_effort` must be one of {known}", param="reasoning_effort")
+        thinking = self._thinking(effort, want_whole(budget, "reasoning.max_tokens") if budget else None)
+        if effort != "none" and not reasoning.get("exclude") and self._request.get("include_reasoning") is not False:
+            thinking["includeThoughts"] = True
+        self._config["thinkingConfig"] = thinking
+
+    def _thinking(self, effort: str | None, budget_tokens: int | None) -> Json:
+        """The level or the budget, never both: that is a 400."""
+        if effort is None and budget_tokens is None:
+            return {}
+        if budget_tokens is None:
+            level, budget_tokens = GEMINI_EFFORTS[effort or "medium"]
+        else:
+            level = next(level for level, most in GEMINI_EFFORTS.values() if budget_tokens <= most or most == 32768)
+        if self._family.budget_tokens is None:
+            return {"thinkingLevel": level if level in self._family.levels else self._family.levels[0]}
+        if budget_tokens == 0 and self._family.can_stop_thinking:
+            return {"thinkingBudget": 0}
+        lowest, highest = self._family.budget_tokens
+        return {"thinkingBudget": min(max(budget_tokens, lowest), highest)}
+
+    def _stop(self, value: Any) -> None:
+        stops = [value] if isinstance(value, str) else want_texts(value, "stop")
+        if len(stops) > 5:
+            self._translation.drop("stop[5:]", "Gemini takes five at most")
+        if stops:
+            self._config["stopSequences"] = stops[:5]
+
+    def _choices(self, value: Any) -> None:
+        if value != 1:
+            self._config["candidateCount"] = value
+
+    def _parallel(self, value: Any) -> None:
+        if value is False:
+            self._translation.drop("parallel_tool_calls")
+
+    def _format(self, value: Any) -> None:
+        kind = want_object(value, "response_format").get("type")
+        if kind not in ("json_object", "json_schema"):
+            return
+        if "tools" in self._body and not self._family.json_with_tools:
+            self._translation.drop("response_format", "this model takes no JSON format beside tools")
+            return
+        self._config["responseMimeType"] = "application/json"
+        if kind == "json_schema":
+            wrapper = want_object(value.get("json_schema"), "response_format.json_schema")
+            schema = want_object(wrapper.get("schema") or {}, "response_format.json_schema.schema")
+            if wrapper.get("description"):
+                schema = {"description": wrapper["description"], **schema}
+            self._write_schema(self._config, schema, "responseJsonSchema", "responseSchema", "response_format")
+
+    def _modalities(self, value: Any) -> None:
+        names = [name.upper() for name in want_texts(value, "modalities")]
+        if names != ["TEXT"]:
+            self._config["responseModalities"] = names
+
+    def _voice(self, value: Any) -> None:
+        audio = want_object(value, "audio")
+        if audio.get("voice"):
+            voice = {"prebuiltVoiceConfig": {"voiceName": audio["voice"]}}
+            self._config["speechConfig"] = {"voiceConfig": voice}
+        if audio.get("format") not in (None, "pcm16"):
+            self._translation.drop("audio.format")
+
+    def _tier(self, value: Any) -> None:
+        tier = {"default": "standard", "standard": "standard", "flex": "flex", "priority": "priority"}.get(str(value))
+        if tier:
+            self._body["serviceTier"] = tier
+        elif value != "auto":
+            self._translation.drop("service_tier")
+
+    def _labels(self, value: Any) -> None:
+        """Vertex bills by labels; the Developer API knows none."""
+        name, labels = ("metadata", value) if isinstance(value, dict) else ("user", {"user": value})
+        fits = all(isinstance(item, str) and LABEL.match(item) for pair in labels.items() for item in pair)
+        if self._dialect.labels and fits:
+            self._body.setdefault("labels", {}).update(labels)
+        else:
+            self._translation.drop(name)
+
+    def _store(self, value: Any) -> None:
+        if value:
+            self._translation.drop("store")
+
+    def _safety(self, value: Any) -> None:
+        self._body["safetySettings"] = value
+
+    def _cached(self, value: Any) -> None:
+        self._body["cachedContent"] = value
+
+    # -- extras
+
+    def _extras_of(self, dialect: str) -> Json:
+        extra = want_object(self._request.get("extra_body") or {}, "extra_body")
+        return want_object(extra.get(dialect) or {}, f"extra_body.{dialect}")
+
+    def _write_extras(self, body: Json) -> None:
+        """Merge what was said in Gemini's own words; name what was said in another dialect's."""
+        for dialect in self._request.get("extra_body") or {}:
+            members = self._extras_of(dialect)
+            if dialect not in ("gemini", "google"):
+                for name in members:
+                    self._translation.drop(name)
+                continue
+            for path, value in dotted_members(members):
+                if path in self._dialect.refused or path in ("contents", "model"):
+                    self._translation.drop(path)
+                elif path != "functionDeclarations":
+                    set_dotted(body, path, value)
+                    if path.startswith("generationConfig.thinkingConfig.thinking"):
+                        self._keep_one(body["generationConfig"]["thinkingConfig"], path.rpartition(".")[2])
+
+    def _keep_one(self, thinking: Json, name: str) -> None:
+        thinking.pop("thinkingBudget" if name == "thinkingLevel" else "thinkingLevel", None)
+
+    def _without_cached(self, body: Json) -> Json:
+        """A cached content already holds instructions and tools: to repeat them is a 400."""
+        for name, said in (("systemInstruction", "system"), ("tools", "tools"), ("toolConfig", "tool_choice")):
+            if "cachedContent" in body and body.pop(name, None) is not None:
+                self._translation.drop(said, "it must be part of the cached content")
+        return body
+
+    PARTS: ClassVar[Mapping[str, Callable[[GeminiEncoder, Json, str], list[Json]]]] = {
+        "text": _text, "input_text": _text, "refusal": _text, "image_url": _image, "video_url": _image,
+        "input_audio": _audio, "file": _file, "media": _file,
+    }  # fmt: skip
+    WRITERS: ClassVar[Mapping[str, Callable[[GeminiEncoder, Any], None]]] = {
+        "stop": _stop, "n": _choices, "parallel_tool_calls": _parallel, "response_format": _format,
+        "modalities": _modalities, "audio": _voice, "service_tier": _tier, "user": _labels, "metadata": _labels,
+        "store": _store, "safety_settings": _safety, "cached_content": _cached,
+    }  # fmt: skip
+
+
+# generateContent answer -> canonical completion.
+
+
+def read_gemini_call(part: Json, translation: Translation) -> Json:
+    call = part["functionCall"]
+    name = str(call.get("name") or "")
+    name = (translation.names.get("gemini_tools") or {}).get(name, name)
+    args = call.get("args") or {}
+    result: Json = {"id": call.get("id") or translation.new_id("call_"), "type": "function"}
+    if name in (translation.names.get("gemini_custom") or ()):
+        given = args.get("input") if isinstance(args, dict) else None
+        text = given if isinstance(given, str) else dump_json(args).decode()
+        result.update(type="custom", custom={"name": name, "input": text})
+    else:
+        result["function"] = {"name": name, "arguments": dump_json(args).decode()}
+    if part.get("thoughtSignature"):
+        result["extra_content"] = {"google": {"thought_signature": part["thoughtSignature"]}}
+    return result
+
+
+def read_gemini_media(part: Json, message: Json, translation: Translation) -> None:
+    blob = part["inlineData"]
+    kind, data = str(blob.get("mimeType") or ""), blob.get("data") or ""
+    if kind.startswith("audio/"):
+        audio = message.setdefault("audio", {"id": translation.new_id("audio_"), "data": "", "transcript": ""})
+        audio["data"] += data
+        return
+    image: Json = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+    if part.get("thoughtSignature"):
+        image["extra_content"] = {"google": {"thought_signature": part["thoughtSignature"]}}
+    message.setdefault("images", []).append(image)
+
+
+def read_gemini_citations(candidate: Json, text: str) -> list[Json]:
+    """Grounding and citations as URL citations. Google counts bytes, so cited text is looked up instead."""
+    grounding = candidate.get("groundingMetadata") or {}
+    chunks = grounding.get("groundingChunks") or ()
+    sources = [chunk.get("web") or chunk.get("retrievedContext") or {} for chunk in chunks]
+    found = []
+    for support in grounding.get("groundingSupports") or ():
+        segment = (support.get("segment") or {}).get("text") or ""
+        start = max(text.find(segment), 0)
+        for at in support.get("groundingChunkIndices") or ():
+            if isinstance(at, int) and 0 <= at < len(sources) and sources[at].get("uri"):
+                found.append((sources[at], start, start + len(segment)))
+    if not grounding.get("groundingSupports"):
+        found += [(source, 0, 0) for source in sources if source.get("uri")]
+    citations = candidate.get("citationMetadata") or {}
+    for cited in citations.get("citations") or citations.get("citationSources") or ():
+        if cited.get("uri"):
+            found.append((cited, cited.get("startIndex") or 0, cited.get("endIndex") or 0))
+    return [
+        {"type": "url_citation", "url_citation": {
+            "url": source["uri"], "title": source.get("title") or "", "start_index": start, "end_index": end,
+        }}
+        for source, start, end in found
+    ]  # fmt: skip
+
+
+def read_gemini_message(candidate: Json, translation: Translation) -> Json:
+    """A candidate's parts as a canonical message, or as the delta of one event."""
+    text, thoughts, calls = [], [], []
+    message: Json = {}
+    google: Json = {}
+    opaque: list[Json] = []
+    for part in (candidate.get("content") or {}).get("parts") or ():
+        signature = part.get("thoughtSignature")
+        if isinstance(part.get("functionCall"), dict):
+            calls.append(read_gemini_call(part, translation))
+        elif part.get("thought"):
+            thoughts.append(part.get("text") or "")
+            opaque += [part] if signature else []
+        elif isinstance(part.get("text"), str):
+            text.append(part["text"])
+            google.update({"thought_signature": signature} if signature else {})
+        elif isinstance(part.get("inlineData"), dict):
+            read_gemini_media(part, message, translation)
+        else:
+            opaque.append(part)
+    if opaque:
+        google["parts"] = opaque
+    if candidate.get("groundingMetadata"):
+        google["grounding_metadata"] = candidate["groundingMetadata"]
+    found = {"content": "".join(text), "reasoning_content": "".join(thoughts), "tool_calls": calls}
+    message.update({name: value for name, value in found.items() if value})
+    if google:
+        message["extra_content"] = {"google": google}
+    return message
+
+
+def read_gemini_logprobs(candidate: Json) -> Json | None:
+    result = candidate.get("logprobsResult")
+    if not isinstance(result, dict):
+        return None
+    tops = result.get("topCandidates") or []
+    content = []
+    for at, chosen in enumerate(result.get("chosenCandidates") or ()):
+        others = tops[at].get("candidates") or () if at < len(tops) else ()
+        content.append({**read_gemini_token(chosen), "top_logprobs": [read_gemini_token(other) for other in others]})
+    return {"content": content, "refusal": None}
+
+
+def read_gemini_token(token: Json) -> Json:
+    text = str(token.get("token") or "")
+    written = list(text.encode("utf-8", "replace"))
+    return {"token": text, "logprob": token.get("logProbability") or 0.0, "bytes": written}
+
+
+def read_gemini_finish(candidate: Json, called: bool) -> str | None:
+    """The canonical finish reason; UpstreamError where the model failed rather than ended."""
+    reason = candidate.get("finishReason")
+    if not reason or reason == "FINISH_REASON_UNSPECIFIED":
+        return None
+    if reason in GEMINI_FAILED:
+        said = candidate.get("finishMessage") or "the model's answer is unusable"
+        raise UpstreamError(f"the provider stopped with `{reason}`: {said}", code=f"upstream_{reason.lower()}")
+    if reason == "MISSING_THOUGHT_SIGNATURE":
+        said = "a tool call in the history lacks the `extra_content.google.thought_signature` it came with"
+        raise UpstreamRefused(said, code="missing_thought_signature", param="messages")
+    finish = GEMINI_FINISHES.get(reason, "stop")
+    return "tool_calls" if finish == "stop" and called else finish
+
+
+def modality_tokens(details: Any) -> dict[str, int]:
+    """Tokens by modality; `details` is a list of {"modality", "tokenCount"}."""
+    counts: dict[str, int] = {}
+    for detail in details if isinstance(details, list) else ():
+        detail = detail if isinstance(detail, dict) else {}
+        name = str(detail.get("modality"))
+        counts[name] = counts.get(name, 0) + _count(detail.get("tokenCount"))
+    return counts
+
+
+def read_gemini_usage(meta: Mapping[str, Any], searches: int = 0) -> Usage:
+    """Read usageMetadata into disjoint buckets. Prompt counts include cached ones, candidates leave thoughts out."""
+    prompt, cached = modality_tokens(meta.get("promptTokensDetails")), modality_tokens(meta.get("cacheTokensDetails"))
+    output = modality_tokens(meta.get("candidatesTokensDetails"))
+    cached_total, thoughts = _count(meta.get("cachedContentTokenCount")), _count(meta.get("thoughtsTokenCount"))
+    audio, image = (max(0, prompt.get(name, 0) - cached.get(name, 0)) for name in ("AUDIO", "IMAGE"))
+    total = _count(meta.get("promptTokenCount")) + _count(meta.get("toolUsePromptTokenCount"))
+    audio_out, image_out = output.get("AUDIO", 0), output.get("IMAGE", 0)
+    return Usage(
+        input_tokens=max(0, total - cached_total - audio - image),
+        cached_tokens=max(0, cached_total - cached.get("AUDIO", 0)),
+        output_tokens=max(0, _count(meta.get("candidatesTokenCount")) - audio_out - image_out) + thoughts,
+        reasoning_tokens=thoughts,
+        input_audio_tokens=audio,
+        cached_audio_tokens=cached.get("AUDIO", 0),
+        output_audio_tokens=audio_out,
+        input_image_tokens=image,
+        output_image_tokens=image_out,
+        searches=searches,
+    )
+
+
+def count_searches(candidates: Any, model: str) -> int:
+    total = 0
+    with contextlib.suppress(AttributeError, TypeError):  # a count must not fail the call it is about
+        total = sum(
+            len((item.get("groundingMetadata") or {}).get("webSearchQueries") or ()) for item in candidates or ()
+        )
+    return total if gemini_family(model).counts_queries else min(total, 1)
+
+
+def write_gemini_canonical_usage(usage: Usage) -> Json:
+    written = write_openai_usage(usage)
+    if usage.searches:
+        written["num_search_queries"] = usage.searches
+    return written
+
+
+@contextlib.contextmanager
+def google_shape() -> Iterator[None]:
+    """Answers are read without checks, as Google documents them; where one strays, this says so."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, InvalidRequest):
+        raise UpstreamError("the provider's answer has another shape", code="upstream_malformed") from None
+
+
+class GoogleEvents:
+    """Reads Google's event stream; a broken one may end in bare JSON, and the wrong door answers nothing else."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        *blocks, self._tail = (self._tail + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        if len(self._tail) > SSE_MAX_EVENT_BYTES:
+            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
+        return [payload for block in blocks if (payload := self._payload(block))]
+
+    def close(self) -> list[bytes]:
+        tail, self._tail = self._tail, b""
+        return [payload] if (payload := self._payload(tail)) else []
+
+    def _payload(self, block: bytes) -> bytes:
+        event = parse_sse_block(block.removeprefix(b"\xef\xbb\xbf").strip(b"\n"))
+        if event:
+            return event[1]
+        bare = block.strip()
+        return bare if bare[:1] in (b"{", b"[") else b""
+
+
+class GeminiDecoder:
+    """Reads a stream of partial answers. Ends are held until `close`: some models repeat their finishReason."""
+
+    def __init__(self, dialect: GeminiGenerate, translation: Translation) -> None:
+        self._dialect, self._translation = dialect, translation
+        self._events = GoogleEvents()
+        self._id, self._model = "", translation.model
+        self._calls: dict[int, int] = {}  # candidate -> calls seen
+        self._text: dict[int, list[str]] = {}
+        self._finish: dict[int, str] = {}
+        self._grounded: dict[int, Json] = {}
+        self._usage: Json | None = None
+        self.complete = self._closed = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for payload in self._events.feed(data) for chunk in self._read(payload)]
+
+    def close(self) -> list[Json]:
+        if self._closed:
+            return []
+        self._closed = True
+        chunks = [chunk for payload in self._events.close() for chunk in self._read(payload)]
+        for index, reason in sorted(self._finish.items()):
+            with google_shape():
+                text = "".join(self._text.get(index, ()))
+                annotations = read_gemini_citations(self._grounded.get(index, {}), text)
+            chunks.append(self._chunk(index, {"annotations": annotations} if annotations else {}, reason))
+        if self._usage is not None:
+            searches = count_searches(self._grounded.values(), self._translation.model)
+            usage = write_gemini_canonical_usage(read_gemini_usage(self._usage, searches))
+            chunks.append({**self._frame(), "choices": [], "usage": usage})
+        return chunks
+
+    def _read(self, payload: bytes) -> list[Json]:
+        events = read_event_json(b'{"all":%b}' % payload)["all"]
+        with google_shape():
+            chunks = [chunk for event in google_list(events, "") for chunk in self._read_event(event)]
+        self.complete = bool(self._finish) and self._finish.keys() >= self._calls.keys()
+        return chunks
+
+    def _read_event(self, event: Json) -> list[Json]:
+        refuse_error_event(event, self._dialect)
+        self._id = self._id or event.get("responseId") or ""
+        self._model = event.get("modelVersion") or self._model
+        if isinstance(event.get("usageMetadata"), dict):
+            self._usage = event["usageMetadata"]
+        chunks = [chunk for item in event.get("candidates") or () for chunk in self._read_candidate(item)]
+        if (event.get("promptFeedback") or {}).get("blockReason") and not self._calls:
+            chunks += self._open(0)
+            self._finish[0] = "content_filter"
+        return chunks
+
+    def _open(self, index: int) -> list[Json]:
+        if index in self._calls:
+            return []
+        self._calls[index] = 0
+        return [self._chunk(index, {"role": "assistant", "content": ""}, None)]
+
+    def _read_candidate(self, candidate: Json) -> list[Json]:
+        index = candidate.get("index") or 0
+        chunks = self._open(index)
+        delta = read_gemini_message(candidate, self._translation)
+        for call in delta.get("tool_calls") or ():
+            call["index"] = self._calls[index]
+            self._calls[index] += 1
+        self._text.setdefault(index, []).append(delta.get("content") or "")
+        grounding = {name: candidate[name] for name in ("groundingMetadata", "citationMetadata") if candidate.get(name)}
+        if grounding:
+            self._grounded[index] = {**self._grounded.get(index, {}), **grounding}
+        logprobs = read_gemini_logprobs(candidate)
+        if delta or logprobs:
+            chunks.append(self._chunk(index, delta, None))
+            if logprobs:
+                chunks[-1]["choices"][0]["logprobs"] = logprobs
+        reason = read_gemini_finish(candidate, self._calls[index] > 0)
+        if reason:
+            self._finish[index] = reason
+        elif self._finish.get(index) == "stop" and self._calls[index]:
+            self._finish[index] = "tool_calls"
+        return chunks
+
+    def _frame(self) -> Json:
+        self._id = self._id or self._translation.new_id("chatcmpl-")
+        now_s = self._translation.now_s
+        return {"id": self._id, "object": "chat.completion.chunk", "created": now_s, "model": self._model}
+
+    def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
+        return {**self._frame(), "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
+
+
+# Client side: generateContent body -> canonical request.
+
+GEMINI_READ: Final[Mapping[str, tuple[str, Callable[[Any, str], Any]]]] = {
+    "maxOutputTokens": ("max_completion_tokens", want_whole), "temperature": ("temperature", want_number),
+    "topP": ("top_p", want_number), "topK": ("top_k", want_whole), "candidateCount": ("n", want_whole),
+    "stopSequences": ("stop", want_texts), "seed": ("seed", want_whole), "logprobs": ("top_logprobs", want_whole),
+    "presencePenalty": ("presence_penalty", want_number), "frequencyPenalty": ("frequency_penalty", want_number),
+    "responseLogprobs": ("logprobs", want_flag),
+}  # fmt: skip
+PART_DATA: Final = frozenset({
+    "text", "thought", "thoughtSignature", "inlineData", "fileData", "functionCall", "functionResponse",
+})  # fmt: skip
+
+
+class GeminiParser:
+    """Reads one client's body. One object a request: it pairs results with calls on the way."""
+
+    def __init__(self, body: Json, model: str) -> None:
+        self._body = google_object(body, "body")
+        self._model = model
+        self._messages: list[Json] = []
+        self._extra: Json = {}
+        self._pending: list[tuple[str, str]] = []  # id, name of calls not yet answered
+
+    def parse(self) -> Json:
+        body = self._body
+        if "contents" not in body:
+            raise InvalidRequest("`contents` must be a non-empty array", param="contents")
+        if "systemInstruction" in body:
+            self._system(body["systemInstruction"])
+        contents = google_list(body["contents"], "contents")
+        for at, content in enumerate(contents):
+            self._content(content, at)
+        if not any(message["role"] != "system" for message in self._messages):
+            raise InvalidRequest("`contents` must hold a part", param="contents")
+        request: Json = {"model": self._model, "messages": self._messages}
+        self._tools(request)
+        self._generation(request)
+        self._rest(request)
+        if self._extra:
+            request["extra_body"] = {"gemini": self._extra}
+        return request
+
+    # -- contents
+
+    def _system(self, value: Any) -> None:
+        if isinstance(value, str):
+            value = {"parts": [{"text": value}]}
+        parts = google_list(google_object(value, "systemInstruction").get("parts") or [], "systemInstruction.parts")
+        texts = []
+        for at, part in enumerate(parts):
+            where = f"systemInstruction.parts[{at}]"
+            texts.append(want_text(google_object(part, where).get("text"), f"{where}.text"))
+        if texts:
+            self._messages.append({"role": "system", "content": "\n\n".join(texts)})
+
+    def _content(self, value: Any, turn: int) -> None:
+        where = f"contents[{turn}]"
+        content = {"parts": [{"text": value}]} if isinstance(value, str) else google_object(value, where)
+        role = content.get("role") or "user"
+        parts = google_list(content.get("parts") or [], f"{where}.parts")
+        parts = [google_object(part, f"{where}.parts[{at}]") for at, part in enumerate(parts)]
+        if role == "model":
+            self._model_turn(parts, where, turn)
+        elif role in ("user", "function", "tool"):
+            self._user_turn(parts, where)
+        else:
+            raise InvalidRequest(f"`{where}.role` must be user or model", param=f"{where}.role")
+
+    def _user_turn(self, parts: list[Json], where: str) -> None:
+        content: list[Json] = []
+        opaque: list[Json] = []
+        for at, part in enumerate(parts):
+            inside = f"{where}.parts[{at}]"
+            if "functionResponse" in part:
+                self._messages.append(self._result(part["functionResponse"], inside))
+            elif (read := self._part(part, inside)) is not None:
+                content.append(read)
+            else:
+                opaque.append(part)
+        if not content and not opaque:
+            return
+        plain = len(content) == 1 and content[0].keys() == {"type", "text"} and not opaque
+        message: Json = {"role": "user", "content": content[0]["text"] if plain else content}
+        if opaque:
+            message["extra_content"] = {"google": {"parts": opaque}}
+        self._messages.append(message)
+
+    def _part(self, part: Json, where: str) -> Json | None:
+        """One user part; None for one that only Gemini knows. What stands beside its data stays with it."""
+        if "text" in part:
+            read: Json = {"type": "text", "text": want_text(part["text"], f"{where}.text")}
+        elif "inlineData" in part:
+            read = self._inline(part["inlineData"], f"{where}.inlineData")
+        elif "fileData" in part:
+            read = self._file(part["fileData"], f"{where}.fileData")
+        elif not part:
+            raise InvalidRequest(f"`{where}` must hold text, inlineData, fileData or functionResponse", param=where)
+        else:
+            return None
+        beside = {name: value for name, value in part.items() if name not in PART_DATA}
+        return {**read, "extra_content": {"google": beside}} if beside else read
+
+    def _inline(self, value: Any, where: str) -> Json:
+        blob = google_object(value, where)
+        kind = want_text(blob.get("mimeType"), f"{where}.mimeType").lower()
+        data = standard_base64(want_text(blob.get("data"), f"{where}.data"))
+        family, _, form = kind.partition("/")
+        if family == "image":
+            return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+        if family == "audio":
+            form = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(form, form)
+            return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
+        name = blob.get("displayName") or f"file.{form.rpartition('.')[2] or 'bin'}"
+        part_type = "media" if family == "video" else "file"
+        return {"type": part_type, part_type: {"file_data": f"data:{kind};base64,{data}", "filename": name}}
+
+    def _file(self, value: Any, where: str) -> Json:
+        file = google_object(value, where)
+        uri = want_text(file.get("fileUri"), f"{where}.fileUri")
+        kind = want_text(file.get("mimeType") or "", f"{where}.mimeType")
+        if kind.startswith("image/") and uri.startswith("https://") and not GOOGLE_FILE_URL.match(uri):
+            return {"type": "image_url", "image_url": {"url": uri}}
+        part_type = "media" if kind.startswith("video/") or YOUTUBE_URL.match(uri) else "file"
+        return {"type": part_type, part_type: {"file_url": uri, **({"mime_type": kind} if kind else {})}}
+
+    def _model_turn(self, parts: list[Json], where: str, turn: int) -> None:
+        self._pending = []
+        message: Json = {"role": "assistant", "content": None}
+        google: Json = {}
+        blocks: list[Json] = []
+        for at, part in enumerate(parts):
+            self._model_part(part, message, google, blocks, f"{where}.parts[{at}]", turn)
+        if google:
+            message["extra_content"] = {"google": google}
+        if blocks:
+            message["thinking_blocks"] = blocks
+        if len(message) > 2 or message["content"]:
+            self._messages.append(message)
+
+    def _model_part(self, part: Json, message: Json, google: Json, blocks: list[Json], where: str, turn: int) -> None:
+        signature = want_text(part.get("thoughtSignature", ""), f"{where}.thoughtSignature")
+        packed = unpack_blocks(signature, f"{where}.thoughtSignature") if signature else None
+        if packed is not None:
+            blocks += packed
+            signature = ""
+        if "functionCall" in part:
+            calls = message.setdefault("tool_calls", [])
+            calls.append(self._call(part["functionCall"], signature, where, f"call_{turn}_{len(calls)}"))
+        elif part.get("thought"):
+            text = want_text(part.get("text", ""), f"{where}.text")
+            message["reasoning_content"] = message.get("reasoning_content", "") + text
+            if signature:
+                google.setdefault("parts", []).append(part)
+        elif "text" in part:
+            message["content"] = (message["content"] or "") + want_text(part["text"], f"{where}.text")
+            if signature:
+                google["thought_signature"] = signature
+        elif "inlineData" in part and (image := self._inline(part["inlineData"], where))["type"] == "image_url":
+            if signature:
+                image["extra_content"] = {"google": {"thought_signature": signature}}
+            message.setdefault("images", []).append(image)
+        else:
+            google.setdefault("parts", []).append(part)
+
+    def _call(self, value: Any, signature: str, where: str, minted: str) -> Json:
+        call = google_object(value, f"{where}.functionCall")
+        name = want_text(call.get("name"), f"{where}.functionCall.name")
+        args = want_object(call.get("args") or {}, f"{where}.functionCall.args")
+        key = want_text(call.get("id") or minted, f"{where}.functionCall.id")
+        self._pending.append((key, name))
+        read: Json = {"id": key, "type": "function", "function": {"name": name, "arguments": dump_json(args).decode()}}
+        if signature:
+            read["extra_content"] = {"google": {"thought_signature": signature}}
+        return read
+
+    def _result(self, value: Any, where: str) -> Json:
+        where += ".functionResponse"
+        answer = google_object(value, where)
+        name = want_text(answer.get("name", ""), f"{where}.name")
+        key = self._answered(want_text(answer.get("id", ""), f"{where}.id"), name, where)
+        response = want_object(answer.get("response") or {}, f"{where}.response")
+        text, is_error = self._unwrap(response)
+        message: Json = {"role": "tool", "tool_call_id": key, "content": text}
+        media = []
+        for at, part in enumerate(google_list(answer.get("parts") or [], f"{where}.parts")):
+            read = self._part(google_object(part, f"{where}.parts[{at}]"), f"{where}.parts[{at}]")
+            media += [read] if read else []
+        if media:
+            message["content"] = [{"type": "text", "text": text}, *media]
+        if is_error:
+            message["is_error"] = True
+        return message
+
+    def _unwrap(self, response: Json) -> tuple[str, bool]:
+        """The text of a result; Gemini reads a lone `output` or `error` as the result itself."""
+        if len(response) == 1:
+            name, value = next(iter(response.items()))
+            if name in ("output", "result", "error"):
+                return value if isinstance(value, str) else dump_json(value).decode(), name == "error"
+        return dump_json(response).decode(), False
+
+    def _answered(self, key: str, name: str, where: str) -> str:
+        """The id of the call that a result answers: by its id, else the first open call of that name."""
+        matches = [call for call in self._pending if call[0] == key] if key else []
+        matches = matches or [call for call in self._pending if call[1] == name]
+        if not matches:
+            raise InvalidRequest(f"`{where}` answers no functionCall of the model's turn before it", param=where)
+        self._pending.remove(matches[0])
+        return matches[0][0]
+
+    # -- tools
+
+    def _tools(self, request: Json) -> None:
+        tools: list[Json] = []
+        for at, tool in enumerate(google_list(self._body.get("tools") or [], "tools")):
+            where = f"tools[{at}]"
+            for name, value in google_object(tool, where).items():
+                if name == "functionDeclarations":
+                    functions = google_list(value, f"{where}.{name}")
+                    tools += [self._function(item, f"{where}.{name}[{n}]") for n, item in enumerate(functions)]
+                else:
+                    tools.append({"type": "native", "dialect": "gemini", "tool": {name: value}})
+        if tools:
+            request["tools"] = tools
+        config = google_object(self._body.get("toolConfig") or {}, "toolConfig")
+        calling = config.pop("functionCallingConfig", None)
+        self._extra.update({f"toolConfig.{name}": value for name, value in config.items()})
+        if calling is not None and any(tool["type"] == "function" for tool in tools):
+            self._calling(google_object(calling, "toolConfig.functionCallingConfig"), request)
+
+    def _function(self, value: Any, where: str) -> Json:
+        declaration = google_object(value, where)
+        name = want_text(declaration.pop("name", None), f"{where}.name")
+        function: Json = {"name": name}
+        if "description" in declaration:
+            function["description"] = want_text(declaration.pop("description"), f"{where}.description")
+        subset, whole = declaration.pop("parameters", None), declaration.pop("parametersJsonSchema", None)
+        if whole is not None:
+            function["parameters"] = want_object(whole, f"{where}.parametersJsonSchema")
+        else:
+            empty = {"type": "object", "properties": {}}
+            function["parameters"] = read_openapi_schema(subset, f"{where}.parameters") if subset else empty
+        if declaration:
+            self._extra.setdefault("functionDeclarations", {})[name] = declaration
+        return {"type": "function", "function": function}
+
+    def _calling(self, calling: Json, request: Json) -> None:
+        where = "toolConfig.functionCallingConfig"
+        mode = want_text(calling.pop("mode", "AUTO"), f"{where}.mode").upper()
+        names = want_texts(calling.pop("allowedFunctionNames", []), f"{where}.allowedFunctionNames")
+        self._extra.update({f"{where}.{name}": value for name, value in calling.items()})
+        plain = {"MODE_UNSPECIFIED": "auto", "AUTO": "auto", "VALIDATED": "auto", "ANY": "required", "NONE": "none"}
+        if mode not in plain:
+            raise InvalidRequest(f"`{where}.mode` must be AUTO, ANY, NONE or VALIDATED", param=f"{where}.mode")
+        if names and mode in ("ANY", "VALIDATED"):
+            chosen = [{"type": "function", "function": {"name": name}} for name in names]
+            many = {"type": "allowed_tools", "allowed_tools": {"mode": plain[mode], "tools": chosen}}
+            request["tool_choice"] = chosen[0] if len(names) == 1 and mode == "ANY" else many
+            return
+        request["tool_choice"] = plain[mode]
+        if mode == "VALIDATED":
+            self._extra[f"{where}.mode"] = mode
+
+    # -- generation
+
+    def _generation(self, request: Json) -> None:
+        config = google_object(self._body.get("generationConfig") or {}, "generationConfig")
+        for name, value in config.items():
+            where = f"generationConfig.{name}"
+            if name in GEMINI_READ:
+                to, want = GEMINI_READ[name]
+                request[to] = want(value, where)
+            elif name == "thinkingConfig":
+                self._thinking(google_object(value, where), request)
+            elif name == "responseModalities":
+                request["modalities"] = [kind.lower() for kind in want_texts(value, where)]
+            elif name not in ("responseMimeType", "responseSchema", "responseJsonSchema"):
+                self._extra[where] = value
+        self._format(config, request)
+
+    def _format(self, config: Json, request: Json) -> None:
+        kind = want_text(config.get("responseMimeType", "text/plain"), "generationConfig.responseMimeType")
+        whole = config.get("responseJsonSchema")
+        if whole is not None:
+            schema = want_object(whole, "generationConfig.responseJsonSchema")
+        elif config.get("responseSchema") is not None:
+            schema = read_openapi_schema(config["responseSchema"], "generationConfig.responseSchema")
+        else:
+            schema = {}
+        if kind == "application/json" and schema:
+            named = {"name": "response", "schema": schema}
+            request["response_format"] = {"type": "json_schema", "json_schema": named}
+        elif kind == "application/json":
+            request["response_format"] = {"type": "json_object"}
+        elif kind != "text/plain":
+            names = ("responseMimeType", "responseSchema", "responseJsonSchema")
+            self._extra.update({f"generationConfig.{name}": config[name] for name in names if name in config})
+
+    def _thinking(self, thinking: Json, request: Json) -> None:
+        where = "generationConfig.thinkingConfig"
+        level = thinking.pop("thinkingLevel", None)
+        if level is not None:
+            request["reasoning_effort"] = want_text(level, f"{where}.thinkingLevel").lower()
+            if request["reasoning_effort"] not in GEMINI_EFFORTS:
+                raise InvalidRequest(f"`{where}.thinkingLevel` is not known", param=f"{where}.thinkingLevel")
+        budget = thinking.get("thinkingBudget")
+        if budget is not None and (tokens := want_whole(budget, f"{where}.thinkingBudget")) >= 0:
+            efforts = ("none", "low", "medium", "high")
+            effort = next((name for name in efforts if tokens <= GEMINI_EFFORTS[name][1]), "high")
+            request.setdefault("reasoning_effort", effort)
+        self._extra.update({f"{where}.{name}": value for name, value in thinking.items()})
+
+    def _rest(self, request: Json) -> None:
+        tier = self._body.get("serviceTier")
+        if tier is not None:
+            tier = want_text(tier, "serviceTier").lower()
+            request["service_tier"] = "default" if tier == "standard" else tier
+        known = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "model", "serviceTier"}
+        rest = {name: value for name, value in self._body.items() if name not in known}
+        self._extra.update({name: value for name, value in rest.items() if name[:1] != "$"})
+
+
+# Canonical completion -> generateContent answer.
+
+
+def write_gemini_usage(usage: Json) -> Json:
+    read = read_openai_usage(usage)
+    thoughts = min(read.reasoning_tokens, read.completion_tokens)
+    images, audio = read.input_image_tokens, read.input_audio_tokens
+    counts = {"TEXT": read.prompt_tokens - images - audio, "IMAGE": images, "AUDIO": audio}
+    meta: Json = {
+        "promptTokenCount": read.prompt_tokens,
+        "candidatesTokenCount": read.completion_tokens - thoughts,
+        "totalTokenCount": read.prompt_tokens + read.completion_tokens,
+        "promptTokensDetails": [{"modality": name, "tokenCount": count} for name, count in counts.items() if count],
+    }
+    optional = {"thoughtsTokenCount": thoughts, "cachedContentTokenCount": read.cached_tokens}
+    return {**meta, **{name: count for name, count in optional.items() if count}}
+
+
+def write_gemini_call(call: Json) -> Json:
+    """A whole canonical tool call as a part."""
+    if call.get("type") == "custom":
+        custom = call.get("custom") or {}
+        name, args = custom.get("name"), {"input": custom.get("input") or ""}
+    else:
+        function = call.get("function") or {}
+        name, args = function.get("name"), read_arguments(function.get("arguments"))
+    part: Json = {"functionCall": {"name": name or "", "args": args}}
+    if call.get("id"):
+        part["functionCall"]["id"] = call["id"]
+    signature = google_extra(call).get("thought_signature")
+    return {**part, "thoughtSignature": signature} if signature else part
+
+
+def google_extra(holder: Json) -> Json:
+    google = (holder.get("extra_content") or {}).get("google")
+    return google if isinstance(google, dict) else {}
+
+
+def write_gemini_media(message: Json) -> list[Json]:
+    """Images and audio of an answer; one that is only named by its address is passed on as such."""
+    parts = []
+    for image in message.get("images") or ():
+        url = ((image.get("image_url") or {}).get("url") or "") if isinstance(image, dict) else ""
+        if url.startswith("data:"):
+            kind, data = read_data_uri(url, "images")
+            part: Json = {"inlineData": {"mimeType": kind, "data": data}}
+        else:
+            part = {"fileData": {"fileUri": url, "mimeType": media_type_of(url) or "image/png"}}
+        signature = google_extra(image).get("thought_signature") if isinstance(image, dict) else None
+        parts.append({**part, "thoughtSignature": signature} if signature else part)
+    audio = message.get("audio") or {}
+    if audio.get("data"):
+        parts.append({"inlineData": {"mimeType": f"audio/{audio.get('format') or 'pcm'}", "data": audio["data"]}})
+    return parts
+
+
+def write_gemini_citations(message: Json) -> Json:
+    """The groundingMetadata of an answer: Google's own, or made of its URL citations."""
+    own = google_extra(message).get("grounding_metadata")
+    if own:
+        return {"groundingMetadata": own}
+    chunks, supports = [], []
+    for annotation in message.get("annotations") or ():
+        cited = annotation.get("url_citation")
+        if not isinstance(cited, dict):
+            continue
+        chunks.append({"web": {"uri": cited.get("url"), "title": cited.get("title") or ""}})
+        if cited.get("end_index"):
+            segment = {"startIndex": cited.get("start_index") or 0, "endIndex": cited["end_index"]}
+            supports.append({"segment": segment, "groundingChunkIndices": [len(chunks) - 1]})
+    if not chunks:
+        return {}
+    return {"groundingMetadata": {"groundingChunks": chunks, **({"groundingSupports": supports} if supports else {})}}
+
+
+def write_gemini_logprobs(logprobs: Any) -> Json:
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not tokens:
+        return {}
+    chosen = [{"token": token.get("token"), "logProbability": token.get("logprob")} for token in tokens]
+    tops = [
+        {"candidates": [{"token": top.get("token"), "logProbability": top.get("logprob")} for top in tops]}
+        for tops in (token.get("top_logprobs") or () for token in tokens)
+    ]
+    return {"logprobsResult": {"chosenCandidates": chosen, "topCandidates": tops}}
+
+
+def sign_parts(parts: list[Json], calls: list[Json], signature: str, blocks: list[Any]) -> list[Json]:
+    """Hang a message's opaque state where Gemini clients look for it: the first call, else the last text."""
+    if blocks and not signature and not any("thoughtSignature" in part for part in parts + calls):
+        signature = pack_blocks(blocks)
+    if signature and calls and "thoughtSignature" not in calls[0]:
+        return [*parts, {**calls[0], "thoughtSignature": signature}, *calls[1:]]
+    if signature and parts and "text" in parts[-1] and not parts[-1].get("thought"):
+        parts = [*parts[:-1], {**parts[-1], "thoughtSignature": signature}]
+    elif signature:
+        parts = [*parts, {"text": "", "thoughtSignature": signature}]
+    return parts + calls
+
+
+def wants_thoughts(request: Json) -> bool:
+    config = request.get("generationConfig") or request.get("generation_config") or {}
+    thinking = config.get("thinkingConfig") or config.get("thinking_config") or {}
+    return bool(thinking.get("includeThoughts") or thinking.get("include_thoughts"))
+
+
+class GeminiRenderer:
+    """Writes partial answers: text as it comes; whole calls, ends and usage in one last event.
+
+    As server-sent events for `alt=sse`, else as one JSON array in pieces.
+    """
+
+    def __init__(self, request: Json) -> None:
+        self._thoughts = wants_thoughts(request)
+        self._array = request.get("$alt") != "sse"
+        self._began = False
+        self._frame: Json = {}
+        self._usage: Json | None = None
+        self._ends: dict[int, Json] = {}
+
+    def feed(self, chunk: Json) -> bytes:
+        if not self._frame:
+            self._frame = {"modelVersion": chunk.get("model") or "", "responseId": chunk.get("id") or ""}
+        self._usage = chunk.get("usage") or self._usage
+        written = []
+        for choice in chunk.get("choices") or ():
+            index = choice.get("index") or 0
+            blank: Json = {"calls": {}, "blocks": [], "google": {}, "annotations": [], "logprobs": [], "reason": None}
+            end = self._ends.setdefault(index, blank)
+            parts = self._parts(choice.get("delta") or {}, end)
+            end["reason"] = choice.get("finish_reason") or end["reason"]
+            end["logprobs"] += (choice.get("logprobs") or {}).get("content") or ()
+            if parts:
+                written.append({"content": {"parts": parts, "role": "model"}, "index": index})
+        return self._event({"candidates": written, **self._frame}) if written else b""
+
+    def _parts(self, delta: Json, end: Json) -> list[Json]:
+        google = google_extra(delta)
+        end["google"].update({name: value for name, value in google.items() if name != "parts"})
+        end["blocks"] += delta.get("thinking_blocks") or ()
+        end["annotations"] += delta.get("annotations") or ()
+        for call in delta.get("tool_calls") or ():
+            self._gather(end["calls"], call)
+        parts: list[Json] = list(google.get("parts") or ())
+        if self._thoughts and delta.get("reasoning_content"):
+            parts.append({"text": delta["reasoning_content"], "thought": True})
+        text = (delta.get("content") or "") + (delta.get("refusal") or "")
+        if text:
+            parts.append({"text": text})
+        return parts + write_gemini_media(delta)
+
+    def _gather(self, calls: dict[int, Json], delta: Json) -> None:
+        """Add one piece of a call; pieces of parallel calls may interleave, and a late id or name still counts."""
+        index = delta.get("index")
+        if not isinstance(index, int):  # without an index, an id begins the next call
+            index = len(calls) if delta.get("id") or not calls else max(calls)
+        call = calls.setdefault(index, {"type": "function", "function": {"arguments": ""}, "custom": {"input": ""}})
+        for name in ("id", "type", "extra_content"):
+            call[name] = delta.get(name) or call.get(name)
+        function, custom = delta.get("function") or {}, delta.get("custom") or {}
+        call["function"]["name"] = function.get("name") or call["function"].get("name")
+        call["function"]["arguments"] += function.get("arguments") or ""
+        call["custom"]["name"] = custom.get("name") or call["custom"].get("name")
+        call["custom"]["input"] += custom.get("input") or ""
+
+    def close(self) -> bytes:
+        candidates = [self._end(index, end) for index, end in sorted(self._ends.items())]
+        last: Json = {"candidates": candidates}
+        if self._usage:
+            last["usageMetadata"] = write_gemini_usage(self._usage)
+        return self._event({**last, **self._frame}) + (b"]" if self._array else b"")
+
+    def _end(self, index: int, end: Json) -> Json:
+        calls = [write_gemini_call(call) for _, call in sorted(end["calls"].items())]
+        parts = sign_parts([], calls, end["google"].get("thought_signature") or "", end["blocks"])
+        reason = GEMINI_CLIENT_FINISHES.get(end["reason"], "STOP")
+        message = {"annotations": end["annotations"], "extra_content": {"google": end["google"]}}
+        extras = {**write_gemini_citations(message), **write_gemini_logprobs({"content": end["logprobs"]})}
+        content = {"parts": parts or [{"text": ""}], "role": "model"}
+        return {"content": content, "finishReason": reason, "index": index, **extras}
+
+    def fail(self, error: GatewayError, request_id: str) -> bytes:
+        return self._event(gemini_error_body(error, request_id)) + (b"]" if self._array else b"")
+
+    def _event(self, value: Json) -> bytes:
+        if not self._array:
+            return b"data: %b\r\n\r\n" % dump_json(value)
+        opening, self._began = (b",\r\n" if self._began else b"["), True
+        return opening + dump_json(value)
+
+
+def gemini_error_body(error: GatewayError, request_id: str) -> Json:
+    """Google's error object: code, message, status, and typed details with the reason and our request id."""
+    metadata = {name: str(value) for name, value in error.fields.items() if name not in ("status", "details")}
+    metadata["request_id"] = request_id
+    if error.param:
+        metadata["param"] = error.param
+    reason = re.sub(r"\W", "_", error.code).upper()
+    google = "type.googleapis.com/google.rpc."
+    whole: Json = {"@type": f"{google}ErrorInfo", "reason": reason, "domain": "stockyard", "metadata": metadata}
+    details = [whole]
+    if error.retry_after_s is not None:
+        details.append({"@type": f"{google}RetryInfo", "retryDelay": f"{error.retry_after_s:g}s"})
+    theirs = error.fields.get("details")
+    theirs = [item for item in theirs if isinstance(item, dict)] if isinstance(theirs, list) else []
+    details += [item for item in theirs if not str(item.get("@type")).endswith("RetryInfo")]
+    status = GEMINI_STATUSES.get(error.status, "INVALID_ARGUMENT" if error.status < 500 else "INTERNAL")
+    return {"error": {"code": error.status, "message": error.message, "status": status, "details": details}}
+
+
+class GeminiGenerate(Dialect):
+    """Google's generateContent on the Developer API."""
+
+    name = "gemini"
+    #: Google's own SDK takes a comment line for broken JSON; an empty line says nothing in both of its stream formats.
+    heartbeat = b"\r\n"
+    #: Dotted members and native tools that this door answers with 400, or that would split calls into pieces.
+    refused: ClassVar[frozenset[str]] = frozenset({
+        "labels", "modelArmorConfig", "generationConfig.routingConfig", "generationConfig.modelSelectionConfig",
+        "generationConfig.audioTimestamp", "tools.retrieval", "tools.enterpriseWebSearch",
+        "toolConfig.functionCallingConfig.streamFunctionCallArguments",
+    })  # fmt: skip
+    labels: ClassVar[bool] = False
+    #: Addresses beyond the model's own: any public https address, gs:// buckets, the Files API.
+    web_files: ClassVar[bool] = False
+    bucket_files: ClassVar[bool] = False
+    google_files: ClassVar[bool] = True
+    sends_call_ids: ClassVar[bool] = True
+    #: How many texts one embeddings call takes.
+    embeddings_at_once: ClassVar[int] = 100
+
+    # -- client side
+
+    def parse(self, body: Json, path: Mapping[str, str]) -> Json:
+        """`path` holds `model` and `method`, as in /v1beta/models/{model}:{method}."""
+        request = GeminiParser(body, path["model"].removeprefix("models/")).parse()
+        if path.get("method", "").startswith("stream"):
+            request["stream"] = True
+        return request
+
+    def render(self, completion: Json, request: Json) -> Json:
+        thoughts = wants_thoughts(request)
+        answer: Json = {"candidates": [self._candidate(choice, thoughts) for choice in completion.get("choices") or ()]}
+        if completion.get("usage"):
+            answer["usageMetadata"] = write_gemini_usage(completion["usage"])
+        return {**answer, "modelVersion": completion.get("model") or "", "responseId": completion.get("id") or ""}
+
+    def _candidate(self, choice: Json, thoughts: bool) -> Json:
+        message = choice.get("message") or {}
+        google = google_extra(message)
+        parts: list[Json] = list(google.get("parts") or ())
+        if thoughts and message.get("reasoning_content"):
+            parts.append({"text": message["reasoning_content"], "thought": True})
+        text = (message.get("content") or "") + (message.get("refusal") or "")
+        if text:
+            parts.append({"text": text})
+        parts = [*write_gemini_media(message), *parts]
+        calls = [write_gemini_call(call) for call in message.get("tool_calls") or ()]
+        parts = sign_parts(parts, calls, google.get("thought_signature") or "", message.get("thinking_blocks") or [])
+        reason = GEMINI_CLIENT_FINISHES.get(choice.get("finish_reason") or "", "STOP")
+        candidate = {"content": {"parts": parts, "role": "model"}, "finishReason": reason}
+        extras = {**write_gemini_citations(message), **write_gemini_logprobs(choice.get("logprobs"))}
+        return {**candidate, "index": choice.get("index") or 0, **extras}
+
+    def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
+        """`request["$alt"]` is the query's `alt`: `sse` for events, anything else for a JSON array."""
+        return GeminiRenderer(request)
+
+    def stream_type_of(self, request: Json) -> str:
+        """The content type of a stream answer: it depends on the query, not on the dialect alone."""
+        return "text/event-stream" if request.get("$alt") == "sse" else "application/json; charset=UTF-8"
+
+    def wants_stream(self, request: Json, path: Mapping[str, str]) -> bool:
+        return path.get("method") == "streamGenerateContent"
+
+    def must_render(self, request: Json) -> bool:
+        return request.get("$alt") != "sse"
+
+    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
+        return error.status, gemini_error_body(error, request_id)
+
+    def render_models(self, rows: list[Json]) -> Json:
+        return {"models": [self.render_model(row) for row in rows]}
+
+    def render_model(self, row: Json) -> Json:
+        """One canonical model row; limits appear where the row knows them."""
+        embeds = row.get("mode") == "embedding" or "embed" in row["id"]
+        methods = ["embedContent", "batchEmbedContents"] if embeds else ["generateContent", "streamGenerateContent"]
+        model: Json = {"name": f"models/{row['id']}", "displayName": row.get("name") or row["id"], "version": "001"}
+        limits = {
+            "inputTokenLimit": row.get("context_window") or row.get("max_input_tokens"),
+            "outputTokenLimit": row.get("max_output_tokens"),
+        }
+        model.update({name: limit for name, limit in limits.items() if limit})
+        return {**model, "supportedGenerationMethods": [*methods, "countTokens"]}
+
+    def read_models(self, answer: Any) -> list[Json]:
+        rows = answer.get("models") or []
+        return [
+            {**row, "id": str(row["name"]).removeprefix("models/"), "owned_by": "google"}
+            for row in rows
+            if row.get("name")
+        ]
+
+    def count_tokens(self, canonical: Json, request: Json) -> Json:
+        """Answer :countTokens by an estimate: a token is four bytes of text, and media count as one image each."""
+        body = google_object(request, "body")
+        whole = google_object(body.get("generateContentRequest") or body, "generateContentRequest")
+        if "contents" not in whole:
+            raise InvalidRequest("`contents` must be a non-empty array", param="contents")
+        counted = [whole[name] for name in ("contents", "systemInstruction", "tools") if name in whole]
+        total = sum(map(estimate_gemini_tokens, counted))
+        return {"totalTokens": total, "promptTokensDetails": [{"modality": "TEXT", "tokenCount": total}]}
+
+    # -- provider side
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        model = model.removeprefix("models/")
+        path = provider.path("stream" if stream else "chat", model)
+        return path.replace("/models/tunedModels%2F", "/tunedModels/")
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        return GeminiEncoder(self, request, translation).build()
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        refuse_error_event(answer, self)
+        with google_shape():
+            choices = [self._choice(candidate, translation) for candidate in answer.get("candidates") or ()]
+        if not choices:
+            choices = [self._blocked(answer)]
+        completion: Json = {
+            "id": answer.get("responseId") or translation.new_id("chatcmpl-"),
+            "object": "chat.completion",
+            "created": translation.now_s,
+            "model": answer.get("modelVersion") or translation.model,
+            "choices": choices,
+        }
+        if isinstance(answer.get("usageMetadata"), dict):
+            searches = count_searches(answer.get("candidates"), translation.model)
+            usage = read_gemini_usage(answer["usageMetadata"], searches)
+            completion["usage"] = write_gemini_canonical_usage(usage)
+        return completion
+
+    def _choice(self, candidate: Json, translation: Translation) -> Json:
+        message = {"role": "assistant", "content": None, **read_gemini_message(candidate, translation)}
+        reason = read_gemini_finish(candidate, bool(message.get("tool_calls"))) or "stop"
+        if message["content"] is None and not message.get("tool_calls"):
+            message["content"] = ""
+        citations = read_gemini_citations(candidate, message["content"] or "")
+        if citations:
+            message["annotations"] = citations
+        choice = {"index": candidate.get("index") or 0, "message": message, "finish_reason": reason}
+        logprobs = read_gemini_logprobs(candidate)
+        return {**choice, "logprobs": logprobs} if logprobs else choice
+
+    def _blocked(self, answer: Json) -> Json:
+        if not (answer.get("promptFeedback") or {}).get("blockReason"):
+            raise UpstreamError("the provider's answer has no `candidates`", code="upstream_malformed")
+        message = {"role": "assistant", "content": ""}
+        return {"index": 0, "message": message, "finish_reason": "content_filter"}
+
+    def decoder(self, translation: Translation) -> GeminiDecoder:
+        return GeminiDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        meta = answer.get("usageMetadata")
+        if not isinstance(meta, dict):
+            return None
+        return read_gemini_usage(meta, count_searches(answer.get("candidates"), answer.get("modelVersion") or ""))
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        """Google's details say what its status hides: a bad key is a 400, and waiting times are details too."""
+        members = read_error_members(body)
+        details = [item for item in members.get("details") or () if isinstance(item, dict)]
+        reason = next((str(item["reason"]) for item in details if item.get("reason")), "")
+        text = str(members.get("message") or f"the provider answered {status}")
+        bad_key = reason == "API_KEY_INVALID" or (status == 400 and "api key" in text.lower())
+        code = reason or str(members.get("status") or "") or None
+        if status == 400 and "exceeds the maximum number of tokens" in text:
+            code = "context_length_exceeded"
+        return upstream_failure(
+            status, text, code=code, bad_key=bad_key, retry_after_s=read_retry_delay_s(details),
+            fields={"status": members["status"], "details": details} if members.get("status") and not bad_key else {},
+        )  # fmt: skip
+
+    # -- embeddings
+
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        """An OpenAI embeddings request as `batchEmbedContents`; notes the texts' length for an estimate of usage."""
+        options, contents = self._embedding_options(request, translation)
+        model = f"models/{translation.model.removeprefix('models/')}"
+        return {"requests": [{"model": model, "content": content, **options} for content in contents]}
+
+    def _embedding_options(self, request: Json, translation: Translation) -> tuple[Json, list[Json]]:
+        texts = read_embedding_texts(request.get("input"))
+        translation.names["embedding_bytes"] = [len(text.encode("utf-8", "replace")) for text in texts]
+        contents: list[Json] = [{"parts": [{"text": text}]} for text in texts]
+        options: Json = {}
+        if request.get("dimensions") is not None:
+            options["outputDimensionality"] = want_whole(request["dimensions"], "dimensions")
+        extra = want_object(request.get("extra_body") or {}, "extra_body")
+        for dialect, members in extra.items():
+            members = google_object(members, f"extra_body.{dialect}")
+            if dialect == "gemini":
+                given = want_list(members.pop("contents", contents), "extra_body.gemini.contents")
+                contents = [want_object(content, "extra_body.gemini.contents") for content in given]
+                options.update(members)
+            else:
+                for name in members:
+                    translation.drop(name)
+        for name, value in request.items():
+            if value is not None and name not in ("model", "input", "dimensions", "encoding_format", "extra_body"):
+                translation.drop(name)
+        return options, contents
+
+    def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
+        refuse_error_event(answer, self)
+        with google_shape():
+            vectors, tokens = self._vectors(answer)
+        if not tokens:
+            tokens = sum(-(-size // 4) for size in translation.names.get("embedding_bytes") or ())
+        rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
+
+    def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
+        items = answer.get("embeddings") or ([answer["embedding"]] if answer.get("embedding") else None)
+        if not isinstance(items, list):
+            raise UpstreamError("the provider's answer has no `embeddings`", code="upstream_malformed")
+        tokens = _count((answer.get("usageMetadata") or {}).get("promptTokenCount"))
+        return [item.get("values") or [] for item in items], tokens
+
+    def parse_embeddings(self, body: Json, path: Mapping[str, str]) -> Json:
+        """`:embedContent` and `:batchEmbedContents` as an OpenAI embeddings request for one or more texts."""
+        body = google_object(body, "body")
+        single = path.get("method") == "embedContent"
+        items = [body] if single else google_list(body.get("requests") or [], "requests")
+        if not items:
+            raise InvalidRequest("`requests` must be a non-empty array", param="requests")
+        reads = [self._embed_item(item, "body" if single else f"requests[{at}]") for at, item in enumerate(items)]
+        options = reads[0][2]
+        if any(other != options for *_, other in reads):
+            raise InvalidRequest("all `requests` must have the same options", param="requests")
+        request: Json = {"model": path["model"].removeprefix("models/"), "input": [text for text, *_ in reads]}
+        if "outputDimensionality" in options:
+            request["dimensions"] = want_whole(options.pop("outputDimensionality"), "outputDimensionality")
+        if not all(plain for _, plain, _ in reads):
+            options["contents"] = [google_object(item, "requests")["content"] for item in items]
+        return {**request, "extra_body": {"gemini": options}} if options else request
+
+    def _embed_item(self, item: Any, where: str) -> tuple[str, bool, Json]:
+        """One request's text, whether that is all of its content, and its options."""
+        item = google_object(item, where)
+        content = item.pop("content", None)
+        content = {"parts": [{"text": content}]} if isinstance(content, str) else content
+        content = google_object(content, f"{where}.content")
+        item.pop("model", None)
+        nested = google_object(item.pop("embedContentConfig", {}), f"{where}.embedContentConfig")
+        parts = google_list(content.get("parts") or [], f"{where}.content.parts")
+        parts = [google_object(part, f"{where}.content.parts[{at}]") for at, part in enumerate(parts)]
+        if not parts:
+            raise InvalidRequest(f"`{where}.content` must hold a part", param=f"{where}.content")
+        text = "".join(want_text(part.get("text", ""), f"{where}.content.parts.text") for part in parts)
+        plain = all(part.keys() == {"text"} for part in parts)
+        return text, plain, {**nested, **{name: value for name, value in item.items() if name[:1] != "$"}}
+
+    def render_embeddings(self, answer: Json, request: Json, path: Mapping[str, str]) -> Json:
+        """Canonical vectors for `path["method"]`: one `embedding`, or `embeddings` in the order of the requests."""
+        rows = sorted(answer.get("data") or (), key=lambda row: row.get("index") or 0)
+        vectors = [{"values": row["embedding"]} for row in rows]
+        tokens = _count((answer.get("usage") or {}).get("prompt_tokens"))
+        meta: Json = {"usageMetadata": {"promptTokenCount": tokens, "totalTokenCount": tokens}} if tokens else {}
+        if path.get("method") == "embedContent":
+            return {"embedding": vectors[0], **meta}
+        return {"embeddings": vectors, **meta}
+
+
+class GeminiVertex(GeminiGenerate):
+    """generateContent on Vertex AI: other paths (in the provider's row), labels, buckets, and `:predict` embeddings."""
+
+    name = "vertex"
+    refused: ClassVar[frozenset[str]] = frozenset({
+        "store", "tools.fileSearch", "tools.mcpServers", "toolConfig.includeServerSideToolInvocations",
+        "toolConfig.functionCallingConfig.streamFunctionCallArguments",
+    })  # fmt: skip
+    labels = True
+    web_files = True
+    bucket_files = True
+    google_files = False
+    sends_call_ids = False
+    embeddings_at_once = 1
+
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        options, contents = self._embedding_options(request, translation)
+        named = {"taskType": "task_type", "title": "title"}
+        extras = {named[name]: options.pop(name) for name in named if name in options}
+        instances = []
+        for content in contents:
+            parts = [want_object(part, "content.parts") for part in want_list(content.get("parts"), "content.parts")]
+            if any("text" not in part for part in parts):
+                translation.drop("contents", "Vertex AI's :predict embeds text only")
+            texts = [want_text(part.get("text") or "", "content.parts.text") for part in parts]
+            instances.append({"content": "".join(texts), **extras})
+        return {"instances": instances, **({"parameters": options} if options else {})}
+
+    def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
+        if not isinstance(answer.get("predictions"), list):
+            return super()._vectors(answer)
+        found = [item.get("embeddings") or {} for item in answer["predictions"]]
+        tokens = sum(_count((item.get("statistics") or {}).get("token_count")) for item in found)
+        return [item.get("values") or [] for item in found], tokens
+
+
+def read_embedding_texts(value: Any) -> list[str]:
+    """The texts of an OpenAI embeddings input; token arrays mean nothing to another tokenizer."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("`input` must be text or an array of texts: token ids mean nothing here", param="input")
+    return texts
+
+
+def read_retry_delay_s(details: list[Json]) -> float | None:
+    """Seconds from a RetryInfo detail such as {"retryDelay": "37.5s"}."""
+    for detail in details:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)s", str(detail.get("retryDelay") or ""))
+        if match:
+            return float(match[1])
+    return None
+
+
+def estimate_gemini_tokens(value: Any) -> int:
+    if isinstance(value, str):
+        return -(-len(value.encode("utf-8", "replace")) // 4)
+    if isinstance(value, list):
+        return sum(map(estimate_gemini_tokens, value))
+    if not isinstance(value, dict):
+        return 1 if value is not None else 0
+    total = 0
+    for name, child in value.items():
+        if camel_case(name) in ("inlineData", "fileData"):
+            total += GEMINI_IMAGE_TOKENS
+        elif camel_case(name) not in ("role", "thoughtSignature"):
+            total += estimate_gemini_tokens(child)
+    return total
+
+
 # ===== Providers ======================================================================================================
 # Whom we call: one frozen row a provider, nothing but facts; `dialect` says how its bytes look. A difference between
 # two compatible providers is a field of the row, so no code outside this table asks for a provider by name. Rows are
@@ -1149,6 +3455,20 @@ OPENAI_PATHS: Final[Mapping[str, str]] = {
     "rerank": "/rerank",
     "files": "/files",
     "batches": "/batches",
+}
+GEMINI_PATHS: Final[Mapping[str, str]] = {
+    "chat": "/v1beta/models/{model}:generateContent",
+    "stream": "/v1beta/models/{model}:streamGenerateContent?alt=sse",
+    "embeddings": "/v1beta/models/{model}:batchEmbedContents",
+    "count_tokens": "/v1beta/models/{model}:countTokens",
+    "models": "/v1beta/models?pageSize=1000",
+    "images": "/v1beta/openai/images/generations",
+}
+VERTEX_PATHS: Final[Mapping[str, str]] = {
+    "chat": "/models/{model}:generateContent",
+    "stream": "/models/{model}:streamGenerateContent?alt=sse",
+    "embeddings": "/models/{model}:predict",
+    "count_tokens": "/models/{model}:countTokens",
 }
 #: Parameters that clients of the OpenAI dialect may send; `drops` and `renames` must name some of them.
 OPENAI_PARAMETERS: Final = frozenset(
@@ -1195,6 +3515,14 @@ class Provider:
     #: `stream_options`: usage in a stream must be asked for; `always`: it comes unasked and asking may be an error.
     stream_usage: str = "stream_options"
     reasoning_apart: bool = False
+    #: Wants the reasoning of earlier turns back as `reasoning_content`.
+    replays_reasoning: bool = False
+    #: Parameters of other client dialects that this provider does not know.
+    foreign_drops: frozenset[str] = frozenset()
+    #: Client dialects that pass through although `dialect` is another: the provider has a door for them.
+    also_speaks: frozenset[str] = frozenset()
+    #: Picks another dialect for a canonical request and model, where the usual door would refuse it; "" for the usual.
+    choose_dialect: Callable[[Json, str], str] | None = None
     #: Answers need rewriting even for a client of the same dialect (content lists, foreign finish reasons).
     rewrites_answers: bool = False
     key_optional: bool = False
@@ -1202,6 +3530,8 @@ class Provider:
     requires: tuple[str, ...] = ()
     variants: tuple[Variant, ...] = ()
     retired: str = ""
+    #: The key variable holds the path of a Google credentials file, from which tokens are got.
+    key_is_file: bool = False
     #: Whether closing the connection stops the provider's billing for a plain or streamed call.
     cancel_stops_billing: bool = True
 
@@ -1402,8 +3732,17 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     ),
     Provider(
         id="gemini", name="Google Gemini", key_env=("GOOGLE_API_KEY", "GEMINI_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
-        base_url="https://generativelanguage.googleapis.com/v1beta/openai", offers=_offers("embeddings images"),
+        base_url="https://generativelanguage.googleapis.com", dialect="gemini", auth_header="x-goog-api-key", auth_prefix="",
+        offers=_offers("stream embeddings count_tokens images"), stream_usage="always", paths=GEMINI_PATHS,
         pattern=r"(models/)?(gemini-|gemma-(?=[^:]*$)|learnlm-|imagen-|veo-)", cancel_stops_billing=False,
+    ),
+    Provider(
+        id="vertex", name="Google Vertex AI", key_env=("GOOGLE_APPLICATION_CREDENTIALS", "VERTEX_ACCESS_TOKEN"),
+        base_url="https://{VERTEX_HOST|=aiplatform.googleapis.com}", dialect="vertex", requires=("GOOGLE_CLOUD_PROJECT",),
+        offers=_offers("stream embeddings count_tokens") - {"models"}, stream_usage="always", cancel_stops_billing=False,
+        paths={name: f"/v1/projects/{{GOOGLE_CLOUD_PROJECT}}/locations/{{GOOGLE_CLOUD_LOCATION|=global}}/publishers/google{path}"
+               for name, path in VERTEX_PATHS.items()},
+        variants=(Variant("GOOGLE_APPLICATION_CREDENTIALS", {"key_is_file": True}),),
     ),
     Provider(
         id="github_models", name="GitHub Models", key_env=(), base_url="https://models.github.ai/inference",
@@ -1508,7 +3847,7 @@ def configure_provider(row: Provider, variables: Mapping[str, str]) -> Configure
     if any(not variables.get(name) for name in row.requires) and not base_name:
         return None
     for variant in row.variants:
-        if variables.get(variant.env) and not (variant.env == source == row.key_env[0] and base_name):
+        if variables.get(variant.env):
             row = dataclasses.replace(row, **variant.changes)
     paths = {name: fill_template(path, variables) for name, path in row.paths.items()}
     row = dataclasses.replace(row, paths=paths)
@@ -1527,7 +3866,9 @@ def enabling_variable(row: Provider) -> str:
 # ===== Dialect register ===============================================================================================
 # The dialects by the names that provider rows and endpoints use; the table is checked against it at import.
 
-DIALECTS: Final[Mapping[str, Dialect]] = {dialect.name: dialect for dialect in (OpenAiChat(),)}
+DIALECTS: Final[Mapping[str, Dialect]] = {
+    dialect.name: dialect for dialect in (OpenAiChat(), GeminiGenerate(), GeminiVertex())
+}
 PROVIDERS_BY_ID: Final = check_providers(PROVIDERS, DIALECTS)
 
 
@@ -3769,6 +6110,14 @@ LIMIT_HEADERS: Final = tuple(
 )
 
 
+#: The verbs that translate each kind of call: client's parse and render, provider's encode and decode.
+VERBS_OF_KIND: Final[Mapping[str, tuple[str, str]]] = {
+    "chat": ("encode", "decode"),
+    "embeddings": ("encode_embeddings", "decode_embeddings"),
+    "rerank": ("encode_rerank", "decode_rerank"),
+}
+
+
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
@@ -3788,7 +6137,7 @@ class Gateway:
         self.in_flight = 0
         self.internal_errors = 0
         self._key_turn: collections.Counter[str] = collections.Counter()
-        self._heads: dict[tuple[str, str, str, str], tuple[Origin, bytes]] = {}
+        self._heads: dict[tuple[Any, ...], tuple[Origin, bytes]] = {}
         self._models_at_s: dict[str, float] = {}
         self._models: dict[str, list[Json]] = {}
 
@@ -3816,6 +6165,8 @@ class Gateway:
             self.read(call)
             if call.stream:
                 return await self.stream(call, client)
+            if call.endpoint.kind == "count_tokens":
+                return await self.count(call)
             return await self.complete(call)
         except GatewayError as error:
             return self.refuse(call, error)
@@ -3850,16 +6201,29 @@ class Gateway:
         if not isinstance(model, str) or not model:
             raise InvalidRequest("`model` must be a string that names a model, see GET /v1/models", param="model")
         call.model = model
-        stream = request.get("stream")
-        if stream is not None and not isinstance(stream, bool):
-            raise InvalidRequest("`stream` must be true or false", param="stream")
-        call.stream = bool(stream) and call.endpoint.streams
-        if call.endpoint.kind == "chat":
-            call.canonical = DIALECTS[call.endpoint.dialect].parse(request, call.path_parameters)
+        dialect = DIALECTS[call.endpoint.dialect]
+        call.stream = call.endpoint.streams and dialect.wants_stream(request, call.path_parameters)
+        if call.endpoint.kind in ("chat", "count_tokens"):
+            call.canonical = dialect.parse(request, call.path_parameters)
+        elif call.endpoint.kind == "embeddings":
+            call.canonical = dialect.parse_embeddings(request, call.path_parameters)
+        if "$alt" in call.path_parameters:
+            call.request = {**request, "$alt": call.path_parameters["$alt"]}
 
     async def complete(self, call: Call) -> Reply:
         """A plain call: the first attempt that succeeds."""
         return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+
+    async def count(self, call: Call) -> Reply:
+        """Count input tokens: the provider's own count where it speaks the client's dialect, else an estimate."""
+        [target, *_] = await self.route(call)
+        client = DIALECTS[call.endpoint.dialect]
+        row = target.provider.row
+        if "count_tokens" in row.offers and DIALECTS[row.dialect].family == client.family:
+            return await self.attempted(call, target, self.attempt_plain)
+        call.provider, call.upstream_model, call.status = row.id, target.model, 200
+        call.answer = dump_json(client.count_tokens(call.canonical or {}, call.request))
+        return Reply(200, [("content-type", "application/json"), *self.answer_headers(call)], call.answer)
 
     async def stream(self, call: Call, client: Client) -> Reply | None:
         """A streamed call: the first attempt that reaches its first content decides; after that nothing is retried."""
@@ -3872,7 +6236,7 @@ class Gateway:
             if not streamed.started:
                 raise
             call.status, call.error = error.status, error.code
-            client.send(streamed.renderer().fail(error, call.id))
+            client.send(streamed.renderer.fail(error, call.id))
             client.end_stream(broken=True)
         finally:
             streamed.close()
@@ -3964,11 +6328,19 @@ class Gateway:
                 call, target, read_usage(outgoing.dialect, document, target.provider.row), finish_reason_of(document)
             )
             return body
-        completion = outgoing.dialect.decode(document, outgoing.translation)
+        completion = getattr(outgoing.dialect, VERBS_OF_KIND[outgoing.kind][1])(document, outgoing.translation)
         usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
         self.learn(call, target, usage, finish_reason_of(completion))
         call.dropped = outgoing.translation.dropped
-        return dump_json(DIALECTS[call.endpoint.dialect].render(completion, call.request))
+        return dump_json(self.rendered(call, completion))
+
+    @staticmethod
+    def rendered(call: Call, completion: Json) -> Json:
+        """A canonical answer in the client's dialect."""
+        client = DIALECTS[call.endpoint.dialect]
+        if call.endpoint.kind == "embeddings":
+            return client.render_embeddings(completion, call.request, call.path_parameters)
+        return client.render(completion, call.request) if call.endpoint.kind == "chat" else completion
 
     def learn(self, call: Call, target: Target, usage: Usage | None, finish_reason: str) -> None:
         call.finish_reason = finish_reason
@@ -4026,26 +6398,47 @@ class Gateway:
                 raise
             return self.router.targets(call.model, forced)
 
-    def prepare(self, call: Call, target: Target) -> Outgoing:
+    def prepare(self, call: Call, target: Target, canonical: Json | None = None) -> Outgoing:
         """One attempt's request: the client's bytes where they may pass, else the translated ones."""
-        row = target.provider.row
-        dialect = DIALECTS[row.dialect]
-        kind = call.endpoint.kind
+        row, kind = target.provider.row, call.endpoint.kind
+        dialect = self.dialect_for(call, target)
         translation = None
-        if kind == "chat" and (dialect.name != call.endpoint.dialect or row.rewrites_answers):
+        if kind in VERBS_OF_KIND and (self.is_foreign(call, dialect, row) or canonical is not None):
             translation = self.translation(call, target)
-            body = dump_json(dialect.encode(call.canonical or {}, translation))
+            encode = getattr(dialect, VERBS_OF_KIND[kind][0])
+            body = dump_json(encode(canonical or call.canonical or call.request, translation))
             call.dropped = translation.dropped
         else:
             body = self.passing_body(call, target, dialect)
         path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
-        origin, head = self.request_head(target.provider, path, call)
+        origin, head = self.request_head(target.provider, dialect, path, call)
         call.sent_body = body if body is not call.body else b""
         return Outgoing(origin, head, body, dialect, translation, kind)
 
+    @staticmethod
+    def dialect_for(call: Call, target: Target) -> Dialect:
+        """The provider's dialect for this call: its own, the client's where it has a door for that, or the one it must be."""
+        row = target.provider.row
+        if call.endpoint.dialect in row.also_speaks:
+            return DIALECTS[call.endpoint.dialect]
+        chosen = row.choose_dialect(call.canonical, target.model) if row.choose_dialect and call.canonical else ""
+        return DIALECTS[chosen or row.dialect]
+
+    @staticmethod
+    def is_foreign(call: Call, dialect: Dialect, row: Provider) -> bool:
+        client = DIALECTS[call.endpoint.dialect]
+        return (
+            dialect.family != client.family
+            or row.rewrites_answers
+            or (call.stream and client.must_render(call.request))
+        )
+
     def translation(self, call: Call, target: Target) -> Translation:
         strict = call.headers.get("x-stockyard-strict", "").lower() in ("1", "true", "on")
-        return Translation(target.model, target.provider.row, call.stream, int(self.clock()), self.new_id, strict)
+        foreign = call.endpoint.dialect != "openai"
+        return Translation(
+            target.model, target.provider.row, call.stream, int(self.clock()), self.new_id, strict, foreign
+        )
 
     def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
         """The client's own bytes, changed only where the provider's row or the model name demands it."""
@@ -4066,25 +6459,22 @@ class Gateway:
                 body = dump_json({**request, "stream_options": {**options, "include_usage": True}})
         return body
 
-    def request_head(self, provider: ConfiguredProvider, path: str, call: Call) -> tuple[Origin, bytes]:
+    def request_head(
+        self, provider: ConfiguredProvider, dialect: Dialect, path: str, call: Call
+    ) -> tuple[Origin, bytes]:
         """The head of a request up to its length. A key is written only into heads for its own provider's origin."""
         key = self.next_key(provider)
-        memo = (provider.id, path, key, call.endpoint.dialect)
+        passed = tuple(
+            [(name, clean_header(text)) for name in dialect.forwarded_headers if (text := call.headers.get(name))]
+        )
+        memo = (provider.id, path, key, dialect.name, passed)
         found = self._heads.get(memo)
         if found is None:
-            found = self._heads[memo] = (self.upstream.origin(provider.base_url), build_head(provider, path, key))
             if len(self._heads) > 4096:
-                self._heads = {memo: found}
-        extra = [
-            f"{name}: {value}\r\n"
-            for name in DIALECTS[provider.row.dialect].forwarded_headers
-            if (value := call.headers.get(name))
-        ]
-        return (
-            (found[0], "".join(extra).encode("latin-1", "ignore").join([found[1][:-16], b"content-length: "]))
-            if extra
-            else found
-        )
+                self._heads.clear()
+            head = build_head(provider, dialect, path, key, passed)
+            found = self._heads[memo] = (self.upstream.origin(provider.base_url), head)
+        return found
 
     def next_key(self, provider: ConfiguredProvider) -> str:
         """The provider's keys in turn."""
@@ -4116,7 +6506,10 @@ class Gateway:
         if call.status == 0:
             call.status = 200
             client.begin_stream(
-                [("content-type", DIALECTS[call.endpoint.dialect].stream_type), *self.answer_headers(call)]
+                [
+                    ("content-type", DIALECTS[call.endpoint.dialect].stream_type_of(call.request)),
+                    *self.answer_headers(call),
+                ]
             )
 
     # -- models
@@ -4146,7 +6539,7 @@ class Gateway:
         if provider.base_url.startswith("builtin:"):
             return [{"id": "echo", "object": "model", "created": 0, "owned_by": "stockyard"}]
         dialect = DIALECTS[provider.row.dialect]
-        head = build_head(provider, provider.row.path("models", ""), self.next_key(provider), method="GET")
+        head = build_head(provider, dialect, provider.row.path("models", ""), self.next_key(provider), method="GET")
         outgoing = Outgoing(self.upstream.origin(provider.base_url), head, b"", dialect, None, "models")
         answer = await self.fetch(Target(provider, ""), outgoing)
         if answer.status >= 300:
@@ -4193,6 +6586,7 @@ class StreamedCall:
         self._written_s = gateway.tick()
         self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._relay: Relay | None = None
+        self.renderer = self._new_renderer()
 
     @property
     def sent_content(self) -> bool:
@@ -4202,7 +6596,7 @@ class StreamedCall:
     def started(self) -> bool:
         return self._call.status != 0
 
-    def renderer(self) -> Renderer:
+    def _new_renderer(self) -> Renderer:
         return self._dialect.renderer(self._call.request, self._gateway.new_id, int(self._gateway.clock()))
 
     async def attempt(self, call: Call, target: Target) -> None:
@@ -4226,7 +6620,8 @@ class StreamedCall:
         assert call.transcript is not None
         if outgoing.translation is not None:
             decoder = outgoing.dialect.decoder(outgoing.translation)
-            return TranslatingFlow(decoder, self.renderer(), call.transcript, cost_of)
+            self.renderer = self._new_renderer()
+            return TranslatingFlow(decoder, self.renderer, call.transcript, cost_of)
         if isinstance(outgoing.dialect, OpenAiChat):
             asked = bool((call.request.get("stream_options") or {}).get("include_usage"))
             return OpenAiFlow(outgoing.dialect, target.provider.row, asked, call.transcript, cost_of)
@@ -4285,14 +6680,21 @@ def finish_reason_of(document: Json) -> str:
     )
 
 
-def build_head(provider: ConfiguredProvider, path: str, key: str, method: str = "POST") -> bytes:
+def build_head(
+    provider: ConfiguredProvider,
+    dialect: Dialect,
+    path: str,
+    key: str,
+    passed: Sequence[tuple[str, str]] = (),
+    method: str = "POST",
+) -> bytes:
     """A request's head up to `content-length: `, bound to the provider's origin.
 
     Provider keys and paths are checked when they are configured or encoded; a control character here would be ours.
     """
     parts = urllib.parse.urlsplit(provider.base_url)
     row = provider.row
-    fixed = {**DIALECTS[row.dialect].fixed_headers, **provider.headers}
+    fixed = {**dialect.fixed_headers, **provider.headers, **dict(passed)}
     lines = [f"{method} {parts.path}{path} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
     if key:
         lines.append(f"{row.auth_header}: {row.auth_prefix}{key}")
@@ -4638,6 +7040,13 @@ UPLOAD_ENDPOINTS: Final = (
     Endpoint("translations", "/v1/audio/translations", upload=True),
     Endpoint("image_edits", "/v1/images/edits", upload=True),
 )
+GEMINI_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
+    "generateContent": Endpoint("chat", "/v1beta/models:generateContent", "gemini", streams=True),
+    "streamGenerateContent": Endpoint("chat", "/v1beta/models:streamGenerateContent", "gemini", streams=True),
+    "embedContent": Endpoint("embeddings", "/v1beta/models:embedContent", "gemini"),
+    "batchEmbedContents": Endpoint("embeddings", "/v1beta/models:batchEmbedContents", "gemini"),
+    "countTokens": Endpoint("count_tokens", "/v1beta/models:countTokens", "gemini"),
+}
 PROXY_ENDPOINT: Final = Endpoint("passthrough", "/proxy", upload=True)
 GATEWAY_KEY: Final = web.AppKey("gateway", Gateway)
 GUARD_KEY: Final = web.AppKey("guard", RequestGuard)
@@ -4762,6 +7171,10 @@ async def answer_call(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY_KEY]
     endpoint = request.match_info.route.resource.endpoint  # type: ignore[union-attr]
     call = gateway.begin(endpoint, request.headers, b"", client_ip(request), dict(request.match_info))
+    return await read_and_run(request, gateway, call)
+
+
+async def read_and_run(request: web.Request, gateway: Gateway, call: Call) -> web.StreamResponse:
     try:
         call.body = await read_body(request, gateway)
     except GatewayError as error:
@@ -4769,6 +7182,18 @@ async def answer_call(request: web.Request) -> web.StreamResponse:
         response.force_close()
         return response
     return await run_call(request, gateway, call)
+
+
+async def answer_gemini(request: web.Request) -> web.StreamResponse:
+    """Gemini's routes: the model and the method stand in the path, `alt` in the query."""
+    gateway = request.app[GATEWAY_KEY]
+    model, _, method = request.match_info["target"].rpartition(":")
+    endpoint = GEMINI_ENDPOINTS.get(method)
+    if endpoint is None or not model:
+        raise NotFound(f"no method {clean_header(method, 40)!r} is served; known are {', '.join(GEMINI_ENDPOINTS)}")
+    parameters = {"model": model.removeprefix("models/"), "method": method, "$alt": request.query.get("alt", "json")}
+    call = gateway.begin(endpoint, request.headers, b"", client_ip(request), parameters)
+    return await read_and_run(request, gateway, call)
 
 
 async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.StreamResponse:
@@ -5078,17 +7503,29 @@ async def get_ready(request: web.Request) -> web.Response:
     return json_response({"status": trouble or "ready"}, status=503 if trouble else 200)
 
 
+def list_dialect(request: web.Request) -> Dialect:
+    """Whose list of models a client expects: Gemini's and Anthropic's SDKs name themselves in a header."""
+    if (
+        request.path.startswith("/v1beta")
+        or "x-goog-api-key" in request.headers
+        or "x-goog-api-client" in request.headers
+    ):
+        return DIALECTS["gemini"]
+    return DIALECTS["anthropic" if "anthropic-version" in request.headers and "anthropic" in DIALECTS else "openai"]
+
+
 async def get_models(request: web.Request) -> web.Response:
-    return json_response({"object": "list", "data": await request.app[GATEWAY_KEY].models()})
+    return json_response(list_dialect(request).render_models(await request.app[GATEWAY_KEY].models()))
 
 
 async def get_model(request: web.Request) -> web.Response:
-    gateway, name = request.app[GATEWAY_KEY], request.match_info["id"]
+    gateway, name = request.app[GATEWAY_KEY], request.match_info["id"].removeprefix("models/")
     for row in await gateway.models():
         if name in (row["id"], f"{row['provider']}/{row['id']}"):
-            return json_response({**row, "id": name})
+            return json_response(list_dialect(request).render_model({**row, "id": name}))
     target = gateway.router.targets(name)[0]  # known by prefix though not listed; else UnknownModel
-    return json_response(gateway.public_model(target.provider.id, {"id": target.model}) | {"id": name})
+    row = {**gateway.public_model(target.provider.id, {"id": target.model}), "id": name}
+    return json_response(list_dialect(request).render_model(row))
 
 
 async def get_requests(request: web.Request) -> web.Response:
@@ -5217,6 +7654,10 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow(ALL_METHODS, "/proxy/{provider}/{path:.*}", pass_proxy, "client", spends=True),
     RouteRow("GET", "/v1/models", get_models, "client"),
     RouteRow("GET", "/v1/models/{id:.+}", get_model, "client"),
+    RouteRow("POST", "/v1/models/{target:.+}", answer_gemini, "client", spends=True),
+    RouteRow("GET", "/v1beta/models", get_models, "client"),
+    RouteRow("GET", "/v1beta/models/{id:.+}", get_model, "client"),
+    RouteRow("POST", "/v1beta/models/{target:.+}", answer_gemini, "client", spends=True),
     RouteRow("GET", "/health", get_health, "anyone"),
     RouteRow("GET", "/ready", get_ready, "anyone"),
     RouteRow("GET", "/api/requests", get_requests, "admin"),
@@ -5270,7 +7711,10 @@ async def boundary(
 
 
 def dialect_of_path(path: str) -> Dialect:
-    return DIALECTS["openai"]
+    return DIALECTS[next((name for prefix, name in PATH_DIALECTS if path.startswith(prefix)), "openai")]
+
+
+PATH_DIALECTS: Final = (("/v1beta/", "gemini"),)
 
 
 def odd_request(request: web.Request) -> GatewayError | None:
@@ -5400,9 +7844,21 @@ def load_admin_key(settings: Settings) -> str:
     return path.read_text().strip()
 
 
+def derived_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Variables that follow from others: Vertex has a host for every location."""
+    location = variables.get("GOOGLE_CLOUD_LOCATION", "global")
+    hosts = {
+        "global": "aiplatform.googleapis.com",
+        "us": "aiplatform.us.rep.googleapis.com",
+        "eu": "aiplatform.eu.rep.googleapis.com",
+    }
+    return {**variables, "VERTEX_HOST": hosts.get(location, f"{location}-aiplatform.googleapis.com")}
+
+
 def configured_providers(variables: Mapping[str, str]) -> dict[str, ConfiguredProvider]:
     """All providers that the variables turn on; SettingsError for a bad URL or key."""
     found: dict[str, ConfiguredProvider] = {}
+    variables = derived_variables(variables)
     for row in PROVIDERS:
         try:
             provider = configure_provider(row, variables)

@@ -338,6 +338,18 @@ def test_older_builds_are_deleted_once_nothing_runs_from_them(zipapp: Path, root
     assert unrelated.is_dir()
 
 
+def test_a_running_build_is_not_deleted_by_the_next(zipapp: Path, tmp_path: Path, home: Path) -> None:
+    next_build = rewritten(zipapp, tmp_path / "stockyard", lambda members: changed_manifest(members, note="next"))
+    runtime = home / ".stockyard/runtime"
+    with serving(zipapp, home) as (_server, port):
+        running = extraction(runtime)
+        assert_runs(next_build, HOME=home)
+        assert running.is_dir()
+        assert health_status(port) == 200
+    assert_runs(next_build, HOME=home)
+    assert not running.exists()
+
+
 # ---- What the environment may change ---------------------------------------------------------------------------------
 
 
