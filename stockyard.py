@@ -5924,6 +5924,144 @@ class Upstream:
         await asyncio.sleep(0)
 
 
+class PlainAnswer:
+    """Gathers a provider's whole answer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.done: asyncio.Future[None] = loop.create_future()
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status, self.headers = status, headers
+
+    def data(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > UPSTREAM_MAX_BODY_BYTES:
+            self.fail(UpstreamError("the provider's answer is too large", code="upstream_too_large"))
+        else:
+            self._parts.append(data)
+
+    def end(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: UpstreamError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    @property
+    def body(self) -> bytes:
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+# ----- Google credentials ---------------------------------------------------------------------------------------------
+# Vertex wants a short-lived token, got with a credentials file: a service account signs a claim (RS256), a user's file
+# holds a refresh token. Source: https://developers.google.com/identity/protocols/oauth2/service-account
+
+SHA256_DIGEST_INFO: Final = bytes.fromhex("3031300d060960864801650304020105000420")
+GOOGLE_SCOPE: Final = "https://www.googleapis.com/auth/cloud-platform"
+
+
+def read_der(data: bytes, at: int) -> tuple[int, bytes, int]:
+    """One DER element at an offset: its tag, its content, where the next begins."""
+    tag, length, start = data[at], data[at + 1], at + 2
+    if length & 0x80:
+        start = at + 2 + (length & 0x7F)
+        length = int.from_bytes(data[at + 2 : start])
+    return tag, data[start : start + length], start + length
+
+
+def read_rsa_key(pem: str) -> tuple[int, int]:
+    """Modulus and private exponent of a PKCS #8 RSA key."""
+    der = base64.b64decode("".join(line for line in pem.strip().splitlines() if "-----" not in line))
+    _, outer, _ = read_der(der, 0)
+    at = read_der(outer, 0)[2]  # version
+    at = read_der(outer, at)[2]  # algorithm
+    _, inner, _ = read_der(read_der(outer, at)[1], 0)
+    numbers: list[int] = []
+    at = 0
+    while at < len(inner) and len(numbers) < 4:
+        _, content, at = read_der(inner, at)
+        numbers.append(int.from_bytes(content))
+    return numbers[1], numbers[3]
+
+
+def sign_rs256(message: bytes, pem: str) -> bytes:
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, section 8.2.1)."""
+    modulus, exponent = read_rsa_key(pem)
+    size = (modulus.bit_length() + 7) // 8
+    info = SHA256_DIGEST_INFO + hashlib.sha256(message).digest()
+    padded = b"\x00\x01" + b"\xff" * (size - len(info) - 3) + b"\x00" + info
+    return pow(int.from_bytes(padded), exponent, modulus).to_bytes(size)
+
+
+def google_grant(credentials: Json, now_s: int) -> tuple[str, bytes]:
+    """Where to ask for a token with a credentials file, and the form to send. UpstreamError for an unknown kind."""
+    uri = credentials.get("token_uri") or "https://oauth2.googleapis.com/token"
+    if credentials.get("type") == "authorized_user":
+        names = ("client_id", "client_secret", "refresh_token")
+        form = {"grant_type": "refresh_token", **{name: credentials.get(name, "") for name in names}}
+    elif credentials.get("type") == "service_account":
+        claim = {
+            "iss": credentials["client_email"],
+            "scope": GOOGLE_SCOPE,
+            "aud": uri,
+            "iat": now_s,
+            "exp": now_s + 3600,
+        }
+        parts = [
+            base64.urlsafe_b64encode(dump_json(part)).rstrip(b"=") for part in ({"alg": "RS256", "typ": "JWT"}, claim)
+        ]
+        signature = sign_rs256(b".".join(parts), credentials["private_key"])
+        assertion = b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+        form = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": assertion}
+    else:
+        kind = clean_kind(credentials.get("type"))
+        raise UpstreamError(f"Google credentials of the kind {kind} are not understood", code="upstream_misconfigured")
+    return uri, urllib.parse.urlencode(form).encode()
+
+
+def clean_kind(kind: Any) -> str:
+    return repr(kind)[:40]
+
+
+class GoogleTokens:
+    """Tokens by credentials file, asked for anew a minute before they end."""
+
+    def __init__(self, upstream: Upstream, clock: Callable[[], float]) -> None:
+        self._upstream, self._clock = upstream, clock
+        self._tokens: dict[str, tuple[str, float]] = {}
+
+    def current(self, path: str) -> str:
+        return self._tokens[path][0]
+
+    async def refresh(self, path: str) -> None:
+        """Have a fresh token for a file. UpstreamError where none can be had."""
+        if path in self._tokens and self._tokens[path][1] > self._clock() + 60:
+            return
+        try:
+            credentials = orjson.loads(await asyncio.to_thread(Path(path).read_bytes))
+            uri, form = google_grant(credentials, int(self._clock()))
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            what = f"GOOGLE_APPLICATION_CREDENTIALS cannot be used ({type(error).__name__})"
+            raise UpstreamError(what, code="upstream_misconfigured") from error
+        parts = urllib.parse.urlsplit(uri)
+        head = (
+            f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/x-www-form-urlencoded\r\n"
+        )
+        request = f"{head}accept-encoding: identity\r\ncontent-length: {len(form)}\r\n\r\n".encode() + form
+        answer = PlainAnswer(self._upstream.loop)
+        await self._upstream.send(self._upstream.origin(uri), request, answer)
+        await answer.done
+        document = orjson.loads(answer.body) if answer.status == 200 else {}
+        if not document.get("access_token"):
+            raise UpstreamError(f"Google refused a token ({answer.status})", code="upstream_authentication")
+        self._tokens[path] = (document["access_token"], self._clock() + float(document.get("expires_in") or 3600))
+
+
 # ===== Gateway ========================================================================================================
 # One object holds what a process needs, and `answer` is the life of a call. It takes and gives plain values and knows no
 # web framework: whatever carries a request in (the lane, or aiohttp) makes a `Call` and offers a `Client` to stream to.
@@ -5963,39 +6101,6 @@ class Outgoing:
 
     def to_bytes(self) -> bytes:
         return b"%b%d\r\n\r\n%b" % (self.head, len(self.body), self.body)
-
-
-class PlainAnswer:
-    """Gathers a provider's whole answer."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.status = 0
-        self.headers: Mapping[str, str] = {}
-        self.done: asyncio.Future[None] = loop.create_future()
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def head(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status, self.headers = status, headers
-
-    def data(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > UPSTREAM_MAX_BODY_BYTES:
-            self.fail(UpstreamError("the provider's answer is too large", code="upstream_too_large"))
-        else:
-            self._parts.append(data)
-
-    def end(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
-
-    def fail(self, error: UpstreamError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    @property
-    def body(self) -> bytes:
-        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
 
 class Relay:
@@ -6136,6 +6241,7 @@ class Gateway:
         self.draining = False
         self.in_flight = 0
         self.internal_errors = 0
+        self.google_tokens = GoogleTokens(upstream, clock)
         self._key_turn: collections.Counter[str] = collections.Counter()
         self._heads: dict[tuple[Any, ...], tuple[Origin, bytes]] = {}
         self._models_at_s: dict[str, float] = {}
@@ -6263,6 +6369,8 @@ class Gateway:
         call.attempts.append(line)
         call.provider, call.upstream_model = target.provider.id, target.model
         try:
+            if target.provider.row.key_is_file:
+                await self.google_tokens.refresh(target.provider.keys[0])
             result = await attempt(call, target)
             line.status = 200
             return result
@@ -6477,7 +6585,9 @@ class Gateway:
         return found
 
     def next_key(self, provider: ConfiguredProvider) -> str:
-        """The provider's keys in turn."""
+        """The provider's keys in turn; where the key is a file, the token got with it."""
+        if provider.row.key_is_file:
+            return self.google_tokens.current(provider.keys[0])
         if len(provider.keys) < 2:
             return provider.keys[0] if provider.keys else ""
         self._key_turn[provider.id] += 1
