@@ -6861,15 +6861,15 @@ STATUS_LINES: Final = {
 }  # fmt: skip
 
 
-def hot_endpoint(message: Any) -> Endpoint | None:
-    """The endpoint of a request that the lane may take: hot path, known length, nothing odd about it."""
+def hot_endpoint(message: Any, max_body_bytes: int) -> Endpoint | None:
+    """The endpoint of a request that the lane may take: hot path, known and fit length, nothing odd about it."""
     endpoint = HOT_ENDPOINTS.get(message.path)
     if endpoint is None or message.method != "POST" or message.chunked or message.upgrade or message.compression:
         return None
     headers = message.headers
     if message.version != aiohttp.HttpVersion11 or "expect" in headers or "content-encoding" in headers:
         return None
-    return endpoint
+    return endpoint if int(headers.get("content-length", 0)) <= max_body_bytes else None
 
 
 class Lane(RequestHandler):
@@ -6924,7 +6924,11 @@ class Lane(RequestHandler):
 
     def _sort(self, message: Any, payload: Any) -> None:
         """Take a request into the lane, or hand it to aiohttp."""
-        endpoint = None if isinstance(message, ErrorMessage) or self._is_aiohttp_busy() else hot_endpoint(message)
+        endpoint = (
+            None
+            if isinstance(message, ErrorMessage) or self._is_aiohttp_busy()
+            else hot_endpoint(message, self.gateway.max_body_bytes)
+        )
         if endpoint is None:
             self._hand_over(message, payload)
         else:
@@ -6944,28 +6948,26 @@ class Lane(RequestHandler):
             self._pause_reading_for_buffer()
 
     def _try_begin(self) -> None:
-        """Begin the awaited call once its body is whole; a body that is late or too large is refused."""
+        """Begin the awaited call once its body is whole; a body that is late is refused."""
         assert self._awaited is not None
         message, payload, endpoint = self._awaited
-        limit = self.gateway.max_body_bytes
-        if payload.total_bytes > limit or int(message.headers.get("content-length", 0)) > limit:
-            self._awaited = None
-            self._begin(message, b"", endpoint, too_large=True)
-        elif payload.is_eof():
+        if payload.is_eof():
             self._awaited = None  # first: reading may call back into data_received
             self._begin(message, payload.read_nowait() if payload.total_bytes else b"", endpoint)
         elif self._body_timer is None:
-            payload.set_read_chunk_size(limit)  # else the parser would stop reading before the body is whole
+            payload.set_read_chunk_size(
+                self.gateway.max_body_bytes
+            )  # else the parser would pause before the body is whole
             self._body_timer = self._loop.call_later(self.gateway.settings.body_timeout, self._body_is_late)
 
-    def _begin(self, message: Any, body: bytes, endpoint: Endpoint, too_large: bool = False) -> None:
+    def _begin(self, message: Any, body: bytes, endpoint: Endpoint) -> None:
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
-        self._keep = not message.should_close and not too_large
+        self._keep = not message.should_close
         self._sent_head = False
         call = self._call = self.gateway.begin(endpoint, message.headers, body, self._client_ip())
-        self._task = self._loop.create_task(self._serve(call, too_large))
+        self._task = self._loop.create_task(self._serve(call))
 
     def _client_ip(self) -> str:
         peer = self.peername
@@ -6983,9 +6985,9 @@ class Lane(RequestHandler):
 
     # -- the call
 
-    async def _serve(self, call: Call, too_large: bool) -> None:
+    async def _serve(self, call: Call) -> None:
         try:
-            refusal = too_large_error(self.gateway) if too_large else self.guard.check(call.headers)
+            refusal = self.guard.check(call.headers)
             reply = self.gateway.turn_away(call, refusal) if refusal else await self.gateway.answer(call, self)
             if reply is not None:
                 self._write_plain(reply, self._keep)
