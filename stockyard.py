@@ -636,6 +636,8 @@ class Call:
     request: Json = {}  # noqa: RUF012 - replaced, never changed
     path_parameters: Mapping[str, str] = {}
     dropped: Sequence[str] = ()
+    #: The request was changed before it was read (a resumed conversation), so its bytes cannot pass.
+    must_translate: bool = False
 
     def __init__(
         self,
@@ -902,6 +904,9 @@ class Dialect:
         """The content type of a streamed answer."""
         return self.stream_type
 
+    def refuse_elsewhere(self, canonical: Json) -> None:
+        """InvalidRequest where a request cannot be sent to a provider of any other dialect."""
+
     def must_render(self, request: Json) -> bool:
         """Whether an answer must be rendered anew even from a provider of the same dialect."""
         return False
@@ -968,6 +973,119 @@ class Dialect:
         """A provider's list of models as rows with an `id`; some answer a bare array."""
         rows = answer if isinstance(answer, list) else answer.get("data") or answer.get("models") or []
         return [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+
+
+# ----- OpenAI model facts ---------------------------------------------------------------------------------------------
+# What one family of models takes, as rows: which refuse sampling parameters while they reason, which take function
+# tools only on /responses. Both OpenAI dialects ask these rows, nobody asks for a model by name. To add a model, add a
+# row: the longest prefix wins that ends where the name ends, or before `-`, `:` or `@`.
+# Sources: https://developers.openai.com/api/docs/guides/reasoning, /latest-model and /deployment-checklist; docs.x.ai.
+
+SAMPLING_DEFAULTS: Final[Mapping[str, Any]] = {
+    "temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False,
+    "top_logprobs": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a model takes. The defaults are those of a current reasoning model.
+
+    `active` says that it reasons where no effort is asked for, `sampling` that it takes sampling parameters even then;
+    `chat` that /chat/completions serves it; `chat_tools` when that endpoint takes function tools: `any`, `no_effort`
+    (only where effort is absent or none), `effort_none` (only where effort is none) or `never`.
+    """
+
+    reasons: bool = True
+    active: bool = True
+    sampling: bool = False
+    takes_effort: bool = True
+    takes_none: bool = False
+    takes_minimal: bool = False
+    takes_stop: bool = False
+    chat: bool = True
+    chat_tools: str = "any"
+
+    def effort(self, asked: str | None) -> str | None:
+        """The effort to send for `asked`: itself, the nearest the model takes, or None for none at all."""
+        if asked is None or not self.reasons or not self.takes_effort:
+            return None
+        if asked == "none" and not self.takes_none:
+            return "minimal" if self.takes_minimal else "low"
+        return "low" if asked == "minimal" and not self.takes_minimal else asked
+
+    def reasoning_active(self, asked: str | None) -> bool:
+        effort = self.effort(asked)
+        return self.reasons and (self.active if effort is None else effort != "none")
+
+    def refused(self, request: Json) -> list[str]:
+        """The members of a chat request that this model answers with a 400."""
+        names = [] if self.takes_stop or request.get("stop") is None else ["stop"]
+        if not self.sampling and self.reasoning_active(_effort_of(request)):
+            names += [name for name in SAMPLING_DEFAULTS if request.get(name) is not None]
+        return names
+
+    def needs_responses(self, request: Json) -> bool:
+        """Whether this chat request must be sent to /responses and its answer translated back."""
+        if not self.chat:
+            return True
+        effort = self.effort(_effort_of(request))
+        open_to = {"any": True, "no_effort": effort in (None, "none"), "effort_none": effort == "none", "never": False}
+        return bool(request.get("tools")) and not open_to[self.chat_tools]
+
+
+def _effort_of(request: Json) -> str | None:
+    effort = request.get("reasoning_effort")
+    return effort if isinstance(effort, str) else None
+
+
+UNKNOWN_MODEL: Final = ModelFacts(active=False, sampling=True, takes_none=True, takes_minimal=True, takes_stop=True)
+PLAIN: Final = ModelFacts(reasons=False, active=False, takes_stop=True)
+OPT_IN: Final = ModelFacts(active=False, takes_none=True, takes_minimal=True)
+FIXED: Final = ModelFacts(takes_effort=False)
+RESPONSES_ONLY: Final = ModelFacts(chat=False, chat_tools="never")
+GROK: Final = ModelFacts(sampling=True, takes_none=True)
+
+OPENAI_MODELS: Final[Mapping[str, ModelFacts]] = {
+    # Never asked for what they do not have; not OpenAI's to serve.
+    "gpt-oss": UNKNOWN_MODEL,
+    # A name newer than these rows: reasons, takes tools where every model takes them.
+    "gpt": ModelFacts(chat_tools="never"),
+    "gpt-3.5": PLAIN, "gpt-4": PLAIN, "gpt-4o": PLAIN, "gpt-4.1": PLAIN, "gpt-4.5": PLAIN, "chatgpt": PLAIN,
+    "o1": ModelFacts(takes_stop=True), "o3": ModelFacts(), "o4": ModelFacts(),
+    "o1-pro": RESPONSES_ONLY, "o3-pro": RESPONSES_ONLY, "o3-deep-research": RESPONSES_ONLY,
+    "o4-mini-deep-research": RESPONSES_ONLY, "codex": RESPONSES_ONLY, "computer-use": RESPONSES_ONLY,
+    "gpt-5": ModelFacts(takes_minimal=True),
+    "gpt-5-chat": PLAIN, "gpt-5-pro": RESPONSES_ONLY, "gpt-5-codex": RESPONSES_ONLY,
+    "gpt-5.1": OPT_IN, "gpt-5.1-chat": FIXED, "gpt-5.1-codex": RESPONSES_ONLY,
+    "gpt-5.2": OPT_IN, "gpt-5.2-chat": FIXED, "gpt-5.2-pro": RESPONSES_ONLY,
+    "gpt-5.2-codex": ModelFacts(active=False, takes_none=True, chat=False, chat_tools="never"),
+    "gpt-5.3": OPT_IN, "gpt-5.3-chat": FIXED,
+    "gpt-5.3-codex": ModelFacts(active=False, takes_none=True, chat=False, chat_tools="never"),
+    "gpt-5.4": ModelFacts(active=False, takes_none=True, takes_minimal=True, chat_tools="no_effort"),
+    "gpt-5.4-pro": RESPONSES_ONLY,
+    "gpt-5.5": ModelFacts(takes_none=True, takes_minimal=True, chat_tools="no_effort"),
+    "gpt-5.5-pro": RESPONSES_ONLY,
+    "gpt-5.6": ModelFacts(takes_none=True, chat_tools="no_effort"),
+    "gpt-6-astra": ModelFacts(chat_tools="never"),
+    "gpt-6-sol": ModelFacts(takes_none=True, chat_tools="effort_none"),
+    "gpt-6-luna": ModelFacts(takes_none=True, chat_tools="effort_none"),
+    "gpt-6.1-sol": ModelFacts(chat_tools="never"),
+    "gpt-6.2": ModelFacts(chat_tools="never"),
+    # xAI's, so that its Responses door needs no dialect of its own.
+    "grok": GROK, "grok-4.5": ModelFacts(sampling=True),
+    "grok-4.20": ModelFacts(sampling=True, takes_effort=False),
+}  # fmt: skip
+
+
+def openai_model_facts(model: str) -> ModelFacts:
+    """The row of `model`; a vendor (`openai/…`) or fine-tune (`ft:…`) mark in front does not matter."""
+    name = model.lower().rpartition("/")[2].removeprefix("ft:")
+    ends = sorted((at for at, letter in enumerate(name) if letter in "-:@"), reverse=True)
+    for end in (len(name), *ends):
+        if name[:end] in OPENAI_MODELS:
+            return OPENAI_MODELS[name[:end]]
+    return UNKNOWN_MODEL
 
 
 # ----- OpenAI chat ----------------------------------------------------------------------------------------------------
@@ -1290,6 +1408,1729 @@ class OpenAiChat(Dialect):
             fields={name: value for name, value in members.items() if name not in known},
             bad_key=status == 400 and ("api key" in text.lower() or "api_key" in text.lower()),
         )  # fmt: skip
+
+
+# ----- OpenAI Responses -----------------------------------------------------------------------------------------------
+# Input items and chat messages tell the same conversation, cut differently: one assistant turn is several items here.
+# `ResponsesReader` and `ResponsesWriter` turn one into the other, `ResponsesDecoder` and `ResponsesRenderer` do it for
+# streams. Upstream nothing is stored (`store: false`), so reasoning travels encrypted inside its items; these are kept
+# whole in `thinking_blocks`, with `calls_before` and `text_before` where they stood later in their turn, and go back to
+# that place. The other way round, opaque state of other providers (signatures) travels through Responses clients as the
+# `encrypted_content` of a reasoning item, marked by STATE_MARK: bytes with that mark must not be passed through.
+# The state behind `previous_response_id` is a list of items: see `stored_items` and `resume`.
+# Source: https://platform.openai.com/docs/api-reference/responses and recorded traffic.
+
+STATE_MARK: Final = "stockyard.1."
+#: Where the gateway puts the items an `item_reference` may name: {id: item}. Read by `parse`, never sent.
+ITEMS_KEY: Final = "stockyard_items"
+
+SAME_IN_CHAT: Final = frozenset({
+    "metadata", "moderation", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "temperature", "top_p", "user",
+})  # fmt: skip
+#: Read by `parse` itself, or (store, include_obfuscation) without meaning for whoever answers in the provider's place.
+READ_IN_RESPONSES: Final = SAME_IN_CHAT | {
+    "model", "input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice", "top_logprobs",
+    "include", "store", "stream", "stream_options", ITEMS_KEY,
+}  # fmt: skip
+READ_IN_CHAT: Final = SAME_IN_CHAT | SAMPLING_DEFAULTS.keys() | {
+    "model", "messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "response_format", "verbosity",
+    "tools", "tool_choice", "stream", "stream_options", "stop", "extra_body",
+}  # fmt: skip
+#: Chat members without a counterpart whose given value asks for nothing, and so is not a loss.
+CHAT_DEFAULTS: Final[Mapping[str, Any]] = {
+    **SAMPLING_DEFAULTS, "n": 1, "store": False, "modalities": ["text"], "stop": [], "functions": [],
+}  # fmt: skip
+#: Members whose default says nothing, so that they need not travel.
+RESPONSES_DEFAULTS: Final[Mapping[str, Any]] = {"background": False, "truncation": "disabled"}
+
+#: What the model's host did on its own side; another host does without it. All other items carry the conversation.
+HOST_ITEMS: Final = frozenset({
+    "reasoning", "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
+    "mcp_list_tools",
+})  # fmt: skip
+ITEM_PREFIXES: Final = {"message": "msg_", "reasoning": "rs_", "function_call": "fc_", "custom_tool_call": "ctc_"}
+#: Failures told inside a 200, by code or type.
+FAILURE_STATUSES: Final = {
+    "rate_limit_exceeded": 429, "rate_limit_error": 429, "too_many_requests": 429, "insufficient_quota": 429,
+    "slow_down": 429, "request_rate_limit_exceeded": 429, "server_error": 500, "server_is_overloaded": 503,
+    "service_unavailable_error": 503, "overloaded": 503, "invalid_prompt": 400, "invalid_request_error": 400,
+    "invalid_request": 400, "context_length_exceeded": 400, "bio_policy": 400, "image_content_policy_violation": 400,
+    "misalignment_policy_violation": 400, "invalid_image": 400, "invalid_image_url": 400, "image_too_large": 400,
+    "invalid_api_key": 401, "authentication_error": 401,
+}  # fmt: skip
+
+JSON_KINDS: Final = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a whole number"}
+
+
+def expect_json(value: Any, kind: type, where: str) -> Any:
+    """Give back `value` if it is of `kind`; InvalidRequest names the place otherwise."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InvalidRequest(f"`{where}` must be {JSON_KINDS[kind]}", param=where)
+    return value
+
+
+def optional_json(value: Any, kind: type, where: str) -> Any:
+    """The same where null or nothing stands for an empty one."""
+    return kind() if value is None else expect_json(value, kind, where)
+
+
+def expect_objects(value: Any, where: str) -> list[tuple[str, Json]]:
+    """An array of objects with the place of each; null stands for an empty one."""
+    members = enumerate(optional_json(value, list, where))
+    return [(f"{where}[{at}]", expect_json(member, dict, f"{where}[{at}]")) for at, member in members]
+
+
+def pack_state(blocks: list[Json]) -> str:
+    """Opaque blocks as the text of an `encrypted_content`; `unpack_state` is the inverse, byte for byte."""
+    return STATE_MARK + base64.urlsafe_b64encode(dump_json(blocks)).decode()
+
+
+def unpack_state(text: str, where: str) -> list[Json]:
+    try:
+        blocks = orjson.loads(base64.urlsafe_b64decode(text.removeprefix(STATE_MARK)))
+    except (binascii.Error, ValueError):
+        blocks = None
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise InvalidRequest(f"`{where}` was changed since Stockyard wrote it: give it back as it came", param=where)
+    return blocks
+
+
+def reasoning_text(item: Json) -> str:
+    """The readable text of a reasoning item: the raw chain where a host shows it, else the summary."""
+    for name, joint in (("content", ""), ("summary", "\n\n")):
+        parts = item.get(name)
+        texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        if text := joint.join(text for text in texts if isinstance(text, str)):
+            return text
+    return ""
+
+
+# Tools: flat here, nested in chat; grammars of custom tools likewise. Custom tools as functions serve targets that know
+# functions only: one text argument `input`, taken out again on the way back.
+
+CUSTOM_AS_FUNCTION: Final = {
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def read_tool(tool: Json, where: str) -> tuple[Json, Json]:
+    """A Responses tool as a chat tool, and its members that chat has no place for."""
+    kind = expect_json(tool.get("type"), str, f"{where}.type")
+    if kind == "function":
+        expect_json(tool.get("name"), str, f"{where}.name")
+        names = ("name", "description", "parameters", "strict")
+        function = {name: tool[name] for name in names if tool.get(name) is not None}
+        rest = {name: value for name, value in tool.items() if name not in (*names, "type") and value is not None}
+        return {"type": "function", "function": function}, rest
+    if kind == "custom":
+        custom = {name: value for name, value in tool.items() if name != "type" and value is not None}
+        expect_json(custom.get("name"), str, f"{where}.name")
+        grammar = custom.get("format")
+        if isinstance(grammar, dict) and grammar.get("type") == "grammar":
+            inner = {name: value for name, value in grammar.items() if name != "type"}
+            custom["format"] = {"type": "grammar", "grammar": inner}
+        return {"type": "custom", "custom": custom}, {}
+    return {"type": "native", "dialect": "responses", "tool": tool}, {}
+
+
+def write_custom_tool(custom: Json) -> Json:
+    form = custom.get("format")
+    if isinstance(form, dict) and isinstance(form.get("grammar"), dict):
+        return {**custom, "type": "custom", "format": {"type": "grammar", **form["grammar"]}}
+    return {**custom, "type": "custom"}
+
+
+def read_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
+    """A Responses tool choice as chat's; None for the choice of a provider's own tool."""
+    if isinstance(choice, str):
+        return choice
+    kind = expect_json(choice, dict, where).get("type")
+    if kind in ("function", "custom"):
+        return {"type": kind, kind: {"name": expect_json(choice.get("name"), str, f"{where}.name")}}
+    if kind == "allowed_tools":
+        tools = [read_tool_choice(tool, place) or tool for place, tool in expect_objects(choice.get("tools"), where)]
+        return {"type": kind, kind: {"mode": choice.get("mode", "auto"), "tools": tools}}
+    return None
+
+
+def write_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
+    if isinstance(choice, str):
+        return choice
+    kind = expect_json(choice, dict, where).get("type")
+    if kind in ("function", "custom"):
+        return {"type": kind, "name": expect_json(choice.get(kind), dict, f"{where}.{kind}").get("name")}
+    if kind == "allowed_tools":
+        allowed = expect_json(choice.get(kind), dict, f"{where}.{kind}")
+        tools = [write_tool_choice(tool, place) for place, tool in expect_objects(allowed.get("tools"), where)]
+        return {"type": kind, "mode": allowed.get("mode", "auto"), "tools": tools}
+    return choice
+
+
+def customs_as_functions(request: Json) -> tuple[Json, frozenset[str]]:
+    """A canonical request whose custom tools became functions, and their names; the same request if it has none."""
+    tools = [tool for _, tool in expect_objects(request.get("tools"), "tools")]
+    customs = [expect_json(tool.get("custom"), dict, "tools.custom") for tool in tools if tool.get("type") == "custom"]
+    if not customs:
+        return request, frozenset()
+    messages = [
+        {**message, "tool_calls": [_custom_as_call(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list) else message
+        for _, message in expect_objects(request.get("messages"), "messages")
+    ]  # fmt: skip
+    changed = {**request, "messages": messages, "tools": [_custom_as_tool(tool) for tool in tools]}
+    if isinstance(request.get("tool_choice"), dict):
+        changed["tool_choice"] = _custom_as_choice(request["tool_choice"])
+    return changed, frozenset(str(custom.get("name")) for custom in customs)
+
+
+def _custom_as_tool(tool: Json) -> Json:
+    if tool.get("type") != "custom":
+        return tool
+    custom = tool["custom"]
+    form = custom.get("format") or {}
+    grammar = form.get("grammar") if isinstance(form, dict) else None
+    text = str(custom.get("description") or "")
+    if isinstance(grammar, dict):
+        text += f"\n\n`input` must follow this {grammar.get('syntax')} grammar:\n{grammar.get('definition')}"
+    function = {"name": custom.get("name"), "description": text.strip(), "parameters": CUSTOM_AS_FUNCTION}
+    return {"type": "function", "function": function}
+
+
+def _custom_as_call(call: Any) -> Any:
+    if not isinstance(call, dict) or call.get("type") != "custom":
+        return call
+    custom = expect_json(call.get("custom"), dict, "tool_calls.custom")
+    arguments = dump_json({"input": custom.get("input") or ""}).decode()
+    kept = {name: value for name, value in call.items() if name != "custom"}
+    return {**kept, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
+
+
+def _custom_as_choice(choice: Json) -> Json:
+    if choice.get("type") == "custom":
+        return {"type": "function", "function": choice.get("custom")}
+    allowed = choice.get("allowed_tools")
+    if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
+        return choice
+    tools = [_custom_as_choice(tool) if isinstance(tool, dict) else tool for tool in allowed["tools"]]
+    return {**choice, "allowed_tools": {**allowed, "tools": tools}}
+
+
+def custom_input(arguments: str) -> str:
+    """The text a custom tool gets from the arguments of the function it was sent as."""
+    try:
+        value = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return arguments
+    text = value.get("input") if isinstance(value, dict) else None
+    return text if isinstance(text, str) else arguments
+
+
+class ResponsesReader:
+    """Reads input items into canonical messages.
+
+    Reasoning, calls and texts of one assistant turn become one message. A tool result that holds more than text is told
+    as its text, with the rest in a user message after the results. What chat has no place for is left in `extra`.
+    """
+
+    def __init__(self, items: Json) -> None:
+        self.messages: list[Json] = []
+        self.extra: Json = {}
+        self._items = items
+        self._turn: Json | None = None
+        self._attached: list[Json] = []
+
+    def read(self, place: str, item: Json) -> None:
+        kind: str = expect_json(item.get("type") or ("message" if "role" in item else None), str, f"{place}.type")
+        if kind not in ("function_call_output", "custom_tool_call_output"):
+            self._attach()
+        self.READERS.get(kind, ResponsesReader._native)(self, place, item)
+
+    def close(self) -> list[Json]:
+        self._attach()
+        self._end_turn()
+        return self.messages
+
+    def _open_turn(self) -> Json:
+        if self._turn is None:
+            self._turn = {"role": "assistant", "content": None}
+            self.messages.append(self._turn)
+        return self._turn
+
+    def _end_turn(self) -> None:
+        """Drop a turn of nothing but reasoning: an aborted one, which no provider takes back."""
+        turn, self._turn = self._turn, None
+        if turn is None or turn["content"] is not None or turn.get("tool_calls") or turn.get("refusal"):
+            return
+        if all(block.get("item", block).get("type") in HOST_ITEMS for block in turn.get("thinking_blocks") or ()):
+            self.messages.remove(turn)
+        else:
+            turn["content"] = ""
+
+    def _attach(self) -> None:
+        if self._attached:
+            self.messages.append({"role": "user", "content": self._attached})
+            self._attached = []
+
+    def _reference(self, place: str, item: Json) -> None:
+        name = expect_json(item.get("id"), str, f"{place}.id")
+        if not isinstance(self._items.get(name), dict):
+            raise InvalidRequest(f"Item with id '{name}' not found.", status=404, code="item_not_found", param=place)
+        if self._items[name].get("type") == "item_reference":
+            raise InvalidRequest(f"`{place}` refers to another reference", param=place)
+        self.read(place, self._items[name])
+
+    def _message(self, place: str, item: Json) -> None:
+        role = expect_json(item.get("role"), str, f"{place}.role")
+        if role not in ("user", "assistant", "system", "developer"):
+            raise InvalidRequest(f"`{place}.role` must be user, assistant, system or developer", param=f"{place}.role")
+        parts = self._parts(item.get("content"), f"{place}.content")
+        if role == "assistant":
+            self._said(parts, item)
+            return
+        self._end_turn()
+        plain = len(parts) == 1 and parts[0].keys() == {"type", "text"}
+        content: Any = parts[0]["text"] if plain else parts or ""
+        self.messages.append({"role": role, "content": content})
+
+    def _said(self, parts: list[Json], item: Json) -> None:
+        turn = self._open_turn()
+        if refusal := "".join(part["refusal"] for part in parts if part["type"] == "refusal"):
+            turn["refusal"] = turn.get("refusal", "") + refusal
+        parts = [part for part in parts if part["type"] != "refusal"]
+        if all(part.keys() == {"type", "text"} for part in parts) and not isinstance(turn["content"], list):
+            text = "".join(part["text"] for part in parts)
+            turn["content"] = f"{turn['content']}\n\n{text}" if turn["content"] and text else turn["content"] or text
+        else:
+            before = turn["content"] if isinstance(turn["content"], list) else []
+            before = before or ([{"type": "text", "text": turn["content"]}] if turn["content"] else [])
+            turn["content"] = before + parts
+        if item.get("phase") is not None:
+            self.extra.setdefault("input.phase", {})[str(len(self.messages) - 1)] = item["phase"]
+
+    def _parts(self, content: Any, place: str) -> list[Json]:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise InvalidRequest(f"`{place}` must be a string or an array of parts", param=place)
+        return [self._part(where, part) for where, part in expect_objects(content, place)]
+
+    def _part(self, place: str, part: Json) -> Json:
+        kind = part.get("type")
+        if kind in ("input_text", "output_text", "text"):
+            read: Json = {"type": "text", "text": expect_json(part.get("text"), str, f"{place}.text")}
+        elif kind == "refusal":
+            read = {"type": "refusal", "refusal": expect_json(part.get("refusal"), str, f"{place}.refusal")}
+        elif kind == "input_image":
+            read = self._image(place, part)
+        elif kind == "input_file":
+            names = ("file_data", "file_url", "file_id", "filename", "detail")
+            read = {"type": "file", "file": {name: part[name] for name in names if part.get(name) is not None}}
+        elif kind == "input_audio":
+            read = {"type": "input_audio", "input_audio": expect_json(part.get("input_audio"), dict, place)}
+        else:
+            raise InvalidRequest(f"`{place}.type` is {kind!r}, which is no content part", param=f"{place}.type")
+        if part.get("prompt_cache_breakpoint") is not None:
+            read["prompt_cache_breakpoint"] = part["prompt_cache_breakpoint"]
+        return read
+
+    def _image(self, place: str, part: Json) -> Json:
+        detail = {"detail": part["detail"]} if part.get("detail") is not None else {}
+        if part.get("file_id") is not None and part.get("image_url") is None:
+            return {"type": "file", "file": {"file_id": part["file_id"], "image": True, **detail}}
+        url = expect_json(part.get("image_url"), str, f"{place}.image_url")
+        return {"type": "image_url", "image_url": {"url": url, **detail}}
+
+    def _call(self, place: str, item: Json) -> None:
+        name = expect_json(item.get("name"), str, f"{place}.name")
+        call: Json = {"id": expect_json(item.get("call_id"), str, f"{place}.call_id")}
+        if item["type"] == "custom_tool_call":
+            text = expect_json(item.get("input"), str, f"{place}.input")
+            call.update(type="custom", custom={"name": name, "input": text})
+        else:
+            text = expect_json(item.get("arguments"), str, f"{place}.arguments")
+            call.update(type="function", function={"name": name, "arguments": text})
+        if item.get("namespace") is not None:
+            self.extra.setdefault("input.namespace", {})[call["id"]] = item["namespace"]
+        turn = self._open_turn()
+        turn.setdefault("tool_calls", []).append(self._restore(turn, call))
+
+    def _restore(self, turn: Json, call: Json) -> Json:
+        """Give a call the signature that travelled ahead of it."""
+        for block in turn.get("thinking_blocks") or ():
+            if block.get("type") == "extra_content" and block.get("call_id") == call["id"]:
+                call["extra_content"] = block.get("extra_content")
+                turn["thinking_blocks"].remove(block)
+                break
+        return call
+
+    def _result(self, place: str, item: Json) -> None:
+        call_id = expect_json(item.get("call_id"), str, f"{place}.call_id")
+        parts = self._parts(item.get("output"), f"{place}.output")
+        self._end_turn()
+        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
+        others = [part for part in parts if part["type"] != "text"]
+        if others:
+            self._attached += [{"type": "text", "text": f"Attached to the result of {call_id}:"}, *others]
+        content = text or ("The result is attached to the next message." if others else "")
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
+
+    def _reasoning(self, place: str, item: Json) -> None:
+        secret, turn = item.get("encrypted_content"), self._open_turn()
+        if isinstance(secret, str) and secret.startswith(STATE_MARK):
+            for block in unpack_state(secret, f"{place}.encrypted_content"):
+                self._give_back(turn, block)
+        elif secret or item.get("content"):
+            self._place(turn, {"type": "reasoning_item", "item": item})
+        if text := reasoning_text(item):
+            before = turn.get("reasoning_content")
+            turn["reasoning_content"] = f"{before}\n\n{text}" if before else text
+
+    def _give_back(self, turn: Json, block: Json) -> None:
+        """Put a block of ours back: a signature to what it signs (a call still to come takes it itself)."""
+        signed = [turn] if block.get("call_id") is None else turn.get("tool_calls") or ()
+        for holder in signed if block.get("type") == "extra_content" else ():
+            if holder.get("id") == block.get("call_id"):
+                holder["extra_content"] = block.get("extra_content")
+                return
+        turn.setdefault("thinking_blocks", []).append(block)
+
+    def _native(self, place: str, item: Json) -> None:
+        self._place(self._open_turn(), {"type": "reasoning_item", "item": item})
+
+    def _place(self, turn: Json, block: Json) -> None:
+        calls, text = len(turn.get("tool_calls") or ()), turn["content"] is not None
+        placed = {**block, **({"calls_before": calls} if calls else {}), **({"text_before": True} if text else {})}
+        turn.setdefault("thinking_blocks", []).append(placed)
+
+    READERS: ClassVar[Mapping[str, Callable[[ResponsesReader, str, Json], None]]] = {
+        "message": _message, "function_call": _call, "custom_tool_call": _call, "reasoning": _reasoning,
+        "function_call_output": _result, "custom_tool_call_output": _result, "item_reference": _reference,
+    }  # fmt: skip
+
+
+class ResponsesWriter:
+    """Writes canonical messages as input items; `extra` is what `ResponsesReader` left."""
+
+    def __init__(self, dialect: OpenAiResponses, translation: Translation, extra: Json) -> None:
+        self.items: list[Json] = []
+        self._dialect, self._translation = dialect, translation
+        told = {} if dialect.closed else extra
+        self._phases = optional_json(told.get("input.phase"), dict, "input.phase")
+        self._namespaces = optional_json(told.get("input.namespace"), dict, "input.namespace")
+        self._customs: set[str] = set()
+
+    def write(self, at: int, message: Json) -> None:
+        place, role = f"messages[{at}]", message.get("role")
+        for name in ("name", "audio", "images", "function_call", "is_error"):
+            if message.get(name):
+                self._translation.drop(f"messages.{name}")
+        if message.get("cache_control"):
+            self._translation.drop("cache_control")
+        if role in ("user", "system", "developer"):
+            self.items.append({"role": role, "content": self._content(message.get("content"), place)})
+        elif role == "assistant":
+            self._turn(message, place, self._phases.get(str(at)))
+        elif role == "tool":
+            self._result(message, place)
+        else:
+            raise InvalidRequest(f"`{place}.role` {role!r} has no place in this dialect", param=f"{place}.role")
+
+    def _content(self, content: Any, place: str, text_type: str = "input_text") -> Any:
+        if content is None or isinstance(content, str):
+            return content or ""
+        parts = [self._part(part, where, text_type) for where, part in expect_objects(content, f"{place}.content")]
+        return [part for part in parts if part is not None]
+
+    def _part(self, part: Json, place: str, text_type: str) -> Json | None:
+        kind = part.get("type")
+        if part.get("cache_control"):
+            self._translation.drop("cache_control")
+        mark = {name: part[name] for name in ("prompt_cache_breakpoint",) if part.get(name) is not None}
+        if kind == "text":
+            return {"type": text_type, "text": expect_json(part.get("text"), str, f"{place}.text"), **mark}
+        if kind == "refusal":
+            return {"type": "refusal", "refusal": part.get("refusal")}
+        if kind == "image_url":
+            image = expect_json(part.get("image_url"), dict, f"{place}.image_url")
+            detail = {"detail": image["detail"]} if image.get("detail") else {}
+            return {"type": "input_image", "image_url": image.get("url"), **detail, **mark}
+        if kind == "input_audio":
+            return {"type": "input_audio", "input_audio": part.get("input_audio"), **mark}
+        if kind == "file":
+            file = expect_json(part.get("file"), dict, f"{place}.file")
+            rest = {name: value for name, value in file.items() if name != "image"}
+            return {"type": "input_image" if file.get("image") else "input_file", **rest, **mark}
+        self._translation.drop(f"content.{kind}")
+        return None
+
+    def _turn(self, message: Json, place: str, phase: Any) -> None:
+        """One assistant turn: reasoning where it stood, the text, then the calls with theirs in front."""
+        blocks = self._blocks(message, place)
+        calls = [call for _, call in expect_objects(message.get("tool_calls"), f"{place}.tool_calls")]
+        self.items += [item for before, text, item in blocks if not before and not text]
+        content = self._content(message.get("content"), place, "output_text")
+        if message.get("refusal"):
+            content = [{"type": "output_text", "text": content}] if content and isinstance(content, str) else content
+            content = [*(content or ()), {"type": "refusal", "refusal": message["refusal"]}]
+        if content:
+            said = {"role": "assistant", "content": content}
+            self.items.append({**said, "phase": phase} if phase is not None else said)
+        for at, call in enumerate(calls):
+            self.items += [item for before, text, item in blocks if before == at and (before or text)]
+            self._call(call, f"{place}.tool_calls[{at}]")
+        last = len(calls)
+        self.items += [item for before, text, item in blocks if before >= last and (before or text)]
+
+    def _blocks(self, message: Json, place: str) -> list[tuple[int, bool, Json]]:
+        """The items among the opaque blocks, with where they stood. Those of another provider stay behind."""
+        found = []
+        for where, block in expect_objects(message.get("thinking_blocks"), f"{place}.thinking_blocks"):
+            item, origin = block.get("item"), block.get("provider")
+            mine = origin is None or origin == self._translation.provider.id
+            if block.get("type") != "reasoning_item" or not mine or not self._dialect.takes_items:
+                self._translation.drop("thinking_blocks")
+                continue
+            before = block.get("calls_before")
+            at = before if isinstance(before, int) else 0
+            found.append((at, bool(block.get("text_before")), expect_json(item, dict, f"{where}.item")))
+        if message.get("reasoning_content") and not any(item.get("type") == "reasoning" for _, _, item in found):
+            self._translation.drop("reasoning_content")
+        if message.get("extra_content"):
+            self._translation.drop("extra_content")
+        return found
+
+    def _call(self, call: Json, place: str) -> None:
+        kind = "custom" if call.get("type") == "custom" else "function"
+        inner = expect_json(call.get(kind), dict, f"{place}.{kind}")
+        call_id = fit_call_id(expect_json(call.get("id"), str, f"{place}.id"))
+        if call.get("extra_content"):
+            self._translation.drop("extra_content")
+        space = self._namespaces.get(call["id"])
+        named = {"call_id": call_id, "name": inner.get("name"), **({"namespace": space} if space is not None else {})}
+        if kind == "custom":
+            self._customs.add(call_id)
+            self.items.append({"type": "custom_tool_call", **named, "input": inner.get("input") or ""})
+        else:
+            self.items.append({"type": "function_call", **named, "arguments": inner.get("arguments") or "{}"})
+
+    def _result(self, message: Json, place: str) -> None:
+        call_id = fit_call_id(expect_json(message.get("tool_call_id"), str, f"{place}.tool_call_id"))
+        kind = "custom_tool_call_output" if call_id in self._customs else "function_call_output"
+        output = self._content(message.get("content"), place)
+        if isinstance(output, list) and all(part.keys() == {"type", "text"} for part in output):
+            output = "\n".join(part["text"] for part in output)
+        self.items.append({"type": kind, "call_id": call_id, "output": output})
+
+
+def fit_call_id(call_id: str) -> str:
+    """Call ids end at 64 characters here; a longer one becomes its digest, the same in call and result."""
+    return call_id if len(call_id) <= 64 else f"call_{hashlib.sha256(call_id.encode()).hexdigest()[:40]}"
+
+
+def responses_usage(usage: Json | None) -> Json | None:
+    """Canonical usage in the words of this dialect, with the details its SDKs insist on."""
+    if not usage:
+        return None
+    read = read_openai_usage(usage)
+    written = read.cache_write_5m_tokens + read.cache_write_1h_tokens
+    cached = read.cached_tokens + read.cached_audio_tokens
+    return {
+        "input_tokens": read.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+        "output_tokens": read.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": read.reasoning_tokens},
+        "total_tokens": read.prompt_tokens + read.completion_tokens,
+    }
+
+
+def read_annotation(annotation: Json) -> Json:
+    if annotation.get("type") != "url_citation":
+        return annotation
+    return {"type": "url_citation", "url_citation": {name: annotation[name] for name in annotation if name != "type"}}
+
+
+def write_annotation(annotation: Json) -> Json:
+    inner = annotation.get("url_citation")
+    if not isinstance(inner, dict):
+        return annotation
+    return {"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", "url": "", **inner}
+
+
+def cited_results(item: Json) -> list[Json]:
+    """Perplexity names its sources in an item of their own; they are citations of the whole text."""
+    results = [result for result in item.get("results") or () if isinstance(result, dict) and result.get("url")]
+    sources = [{"url": result["url"], "title": result.get("title") or ""} for result in results]
+    return [{"type": "url_citation", "url_citation": {"start_index": 0, "end_index": 0, **one}} for one in sources]
+
+
+def image_of(item: Json) -> Json:
+    kind = item.get("output_format") or "png"
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{item['result']}"}}
+
+
+@dataclass(slots=True)
+class ItemProgress:
+    """One output item: where its turn stood when it began, and how many characters of which part were told on.
+
+    With these a final text only adds what its deltas left out.
+    """
+
+    calls_before: int
+    text_before: bool
+    call: int | None = None
+    custom: bool = False
+    held: bool = False
+    sent: dict[Any, int] = field(default_factory=dict)
+    thoughts: str = ""
+    done: bool = False
+
+    def rest(self, key: Any, full: Any) -> str:
+        if not isinstance(full, str):
+            return ""
+        start = self.sent.get(key, 0)
+        self.sent[key] = max(start, len(full))
+        return full[start:]
+
+
+@contextlib.contextmanager
+def malformed_is_theirs() -> Iterator[None]:
+    """Members of another type than documented are the provider's failure, not ours."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        raise UpstreamError("the provider sent an event of an unknown shape", code="upstream_malformed") from cause
+
+
+class ResponsesDecoder:
+    """Reads a Responses stream into canonical chunks.
+
+    Deltas are told on as they come. What only an item's end, or the whole response at the very end, says is added then,
+    so that missing events cost nothing but time. A plain answer is read by the same code, as a stream of its end alone.
+    """
+
+    def __init__(self, dialect: OpenAiResponses, translation: Translation) -> None:
+        self._dialect, self._translation = dialect, translation
+        self._events = SseReader()
+        self._items: dict[Any, ItemProgress] = {}
+        self._head: Json = {}
+        self._out: list[Json] = []
+        self._calls = 0
+        self._texts = False
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return self._read_all(self._events.feed(data))
+
+    def close(self) -> list[Json]:
+        return self._read_all(self._events.close())
+
+    def _read_all(self, events: Iterable[tuple[str, bytes]]) -> list[Json]:
+        self._out = []
+        for name, payload in events:
+            if not self.complete and payload.strip() != b"[DONE]":
+                event = read_event_json(payload)
+                self.read(str(event.get("type") or name), event)
+        return self._out
+
+    def read(self, kind: str, event: Json) -> None:
+        if kind == "error" or (event.get("error") and "response" not in event):
+            raise self._dialect.failure(event.get("error") or event)
+        reader = self.READERS.get(kind)
+        if reader is not None:
+            with malformed_is_theirs():
+                reader(self, event)
+
+    def finish(self, response: Json) -> list[Json]:
+        """Read the final response: what was not told yet, why it ended, and what it took."""
+        self._dialect.refuse_failed(response)
+        self._open(response)
+        output = response.get("output")
+        for at, item in enumerate(output if isinstance(output, list) else ()):
+            if isinstance(item, dict):
+                self._end_item(self._item_at(at), item)
+        self._emit({}, self._reason(response))
+        usage = self._dialect.read_usage(response)
+        if usage is not None:
+            self._out.append({**self._head, "choices": [], "usage": self._dialect.canonical_usage(usage)})
+        self.complete = True
+        return self._out
+
+    def _reason(self, response: Json) -> str:
+        why = (response.get("incomplete_details") or {}).get("reason")
+        if response.get("status") == "incomplete":
+            return "content_filter" if why == "content_filter" else "length"
+        return "tool_calls" if self._calls else "stop"
+
+    def _open(self, response: Json) -> None:
+        if self._head:
+            return
+        made = response.get("created_at")
+        self._head = {
+            "id": response.get("id") or self._translation.new_id("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": int(made) if isinstance(made, int | float) else self._translation.now_s,
+            "model": response.get("model") or self._translation.model,
+        }
+        self._emit({"role": "assistant", "content": ""})
+
+    def _emit(self, delta: Json, reason: str | None = None, logprobs: Any = None) -> None:
+        if not self._head:
+            self._open({})
+        choice: Json = {"index": 0, "delta": delta, "finish_reason": reason}
+        if logprobs:
+            choice["logprobs"] = {"content": logprobs, "refusal": None}
+        self._out.append({**self._head, "choices": [choice]})
+
+    def _progress(self, event: Json) -> ItemProgress:
+        at = event.get("output_index")
+        key = at if isinstance(at, int) else event.get("item_id") or (event.get("item") or {}).get("id")
+        return self._item_at(key)
+
+    def _item_at(self, key: Any) -> ItemProgress:
+        if key not in self._items:
+            self._items[key] = ItemProgress(calls_before=self._calls, text_before=self._texts)
+        return self._items[key]
+
+    def _created(self, event: Json) -> None:
+        self._open(event.get("response") or {})
+
+    def _added(self, event: Json) -> None:
+        item, progress = event.get("item") or {}, self._progress(event)
+        if item.get("type") in ("function_call", "custom_tool_call"):
+            self._start_call(progress, item)
+
+    def _start_call(self, progress: ItemProgress, item: Json) -> None:
+        if progress.call is not None or not item.get("name"):
+            return
+        progress.call, self._calls = self._calls, self._calls + 1
+        wrapped = item["name"] in (self._translation.names.get("custom_tools") or ())
+        progress.custom = wrapped or item["type"] == "custom_tool_call"
+        progress.held = wrapped
+        kind, text = ("custom", "input") if progress.custom else ("function", "arguments")
+        call_id = item.get("call_id") or item.get("id") or self._translation.new_id("call_")
+        inner = {"name": item["name"], text: ""}
+        self._emit({"tool_calls": [{"index": progress.call, "id": call_id, "type": kind, kind: inner}]})
+
+    def _argue(self, progress: ItemProgress, text: str) -> None:
+        if text:
+            kind, name = ("custom", "input") if progress.custom else ("function", "arguments")
+            self._emit({"tool_calls": [{"index": progress.call, kind: {name: text}}]})
+
+    def _call_delta(self, event: Json) -> None:
+        progress, text = self._progress(event), event.get("delta")
+        if progress.call is not None and not progress.held and isinstance(text, str):
+            progress.sent["call"] = progress.sent.get("call", 0) + len(text)
+            self._argue(progress, text)
+
+    def _text_delta(self, event: Json) -> None:
+        self._delta(event, ("text", event.get("content_index")), "content")
+
+    def _refusal_delta(self, event: Json) -> None:
+        self._delta(event, ("refusal", event.get("content_index")), "refusal")
+
+    def _thought_delta(self, event: Json) -> None:
+        self._think(event, "content", event.get("content_index"))
+
+    def _summary_delta(self, event: Json) -> None:
+        self._think(event, "summary", event.get("summary_index"))
+
+    def _think(self, event: Json, kind: str, at: Any) -> None:
+        """A host may tell both its chain and a summary of it: the first kind to come is the one told on."""
+        progress = self._progress(event)
+        progress.thoughts = progress.thoughts or kind
+        if progress.thoughts == kind:
+            if kind == "summary" and at and not progress.sent.get((kind, at)):
+                self._emit({"reasoning_content": "\n\n"})
+            self._delta(event, (kind, at), "reasoning_content")
+
+    def _delta(self, event: Json, key: Any, name: str) -> None:
+        text = event.get("delta")
+        if isinstance(text, str) and text:
+            progress = self._progress(event)
+            progress.sent[key] = progress.sent.get(key, 0) + len(text)
+            self._texts = self._texts or name != "reasoning_content"
+            self._emit({name: text}, logprobs=event.get("logprobs"))
+
+    def _annotated(self, event: Json) -> None:
+        if isinstance(event.get("annotation"), dict):
+            key = ("annotations", event.get("content_index"))
+            progress = self._progress(event)
+            progress.sent[key] = progress.sent.get(key, 0) + 1
+            self._emit({"annotations": [read_annotation(event["annotation"])]})
+
+    def _done(self, event: Json) -> None:
+        if isinstance(event.get("item"), dict):
+            self._end_item(self._progress(event), event["item"])
+
+    def _end_item(self, progress: ItemProgress, item: Json) -> None:
+        if progress.done:
+            return
+        progress.done = True
+        self.ENDERS.get(str(item.get("type")), ResponsesDecoder._end_native)(self, progress, item)
+
+    def _end_message(self, progress: ItemProgress, item: Json) -> None:
+        for at, part in enumerate(item.get("content") or ()):
+            if not isinstance(part, dict):
+                continue
+            for kind, name in (("text", "content"), ("refusal", "refusal")):
+                if text := progress.rest((kind, at), part.get(kind)):
+                    self._texts = True
+                    self._emit({name: text}, logprobs=part.get("logprobs"))
+            notes = [note for note in part.get("annotations") or () if isinstance(note, dict)]
+            fresh = notes[progress.sent.get(("annotations", at), 0) :]
+            if fresh:
+                self._emit({"annotations": [read_annotation(note) for note in fresh]})
+
+    def _end_call(self, progress: ItemProgress, item: Json) -> None:
+        self._start_call(progress, item)
+        if progress.held:
+            self._argue(progress, custom_input(item.get("arguments") or ""))
+        elif progress.call is not None:
+            full = item.get("input") if item["type"] == "custom_tool_call" else item.get("arguments")
+            self._argue(progress, progress.rest("call", full))
+
+    def _end_reasoning(self, progress: ItemProgress, item: Json) -> None:
+        if not progress.thoughts and (text := reasoning_text(item)):
+            self._emit({"reasoning_content": text})
+        self._end_native(progress, item)
+
+    def _end_native(self, progress: ItemProgress, item: Json) -> None:
+        if not self._dialect.takes_items:
+            return
+        block: Json = {"type": "reasoning_item", "item": item, "provider": self._translation.provider.id}
+        if progress.calls_before:
+            block["calls_before"] = progress.calls_before
+        if progress.text_before:
+            block["text_before"] = True
+        self._emit({"thinking_blocks": [block]})
+
+    def _end_image(self, progress: ItemProgress, item: Json) -> None:
+        if isinstance(item.get("result"), str):
+            self._emit({"images": [image_of(item)]})
+
+    def _end_results(self, progress: ItemProgress, item: Json) -> None:
+        if sources := cited_results(item):
+            self._emit({"annotations": sources})
+
+    def _completed(self, event: Json) -> None:
+        self.finish(event.get("response") or {})
+
+    def _failed(self, event: Json) -> None:
+        response = event.get("response") or {}
+        raise self._dialect.failure(response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"})
+
+    READERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, Json], None]]] = {
+        "response.created": _created, "response.in_progress": _created, "response.output_item.added": _added,
+        "response.output_text.delta": _text_delta, "response.refusal.delta": _refusal_delta,
+        "response.reasoning_text.delta": _thought_delta, "response.reasoning_summary_text.delta": _summary_delta,
+        "response.output_text.annotation.added": _annotated, "response.output_item.done": _done,
+        "response.function_call_arguments.delta": _call_delta, "response.custom_tool_call_input.delta": _call_delta,
+        "response.completed": _completed, "response.incomplete": _completed,
+        "response.failed": _failed, "response.cancelled": _failed,
+    }  # fmt: skip
+    ENDERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, ItemProgress, Json], None]]] = {
+        "message": _end_message, "function_call": _end_call, "custom_tool_call": _end_call,
+        "reasoning": _end_reasoning, "image_generation_call": _end_image, "search_results": _end_results,
+    }  # fmt: skip
+
+
+def join_chunks(chunks: Sequence[Json]) -> Json:
+    """Whole canonical chunks as one completion."""
+    message: Json = {"role": "assistant", "content": None}
+    calls: dict[int, Json] = {}
+    completion: Json = {**chunks[0], "object": "chat.completion", "choices": []}
+    choice: Json = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    for chunk in chunks:
+        if chunk.get("usage"):
+            completion["usage"] = chunk["usage"]
+        for part in chunk["choices"]:
+            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+            if tokens := (part.get("logprobs") or {}).get("content"):
+                before = choice["logprobs"]["content"] if choice["logprobs"] else []
+                choice["logprobs"] = {"content": before + tokens, "refusal": None}
+            _join_delta(message, calls, part.get("delta") or {})
+    if calls:
+        message["tool_calls"] = list(calls.values())
+    completion["choices"] = [choice]
+    return completion
+
+
+def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
+    for name, value in delta.items():
+        if name == "tool_calls":
+            for piece in value or ():
+                _join_call(calls, piece)
+        elif isinstance(value, list):
+            message.setdefault(name, []).extend(value)
+        elif name != "role" and value:
+            message[name] = (message.get(name) or "") + value
+
+
+def _join_call(calls: dict[int, Json], piece: Json) -> None:
+    kind, text = ("custom", "input") if "custom" in piece else ("function", "arguments")
+    blank = {"id": piece.get("id"), "type": kind, kind: {"name": "", text: ""}}
+    call = calls.setdefault(piece.get("index") or 0, blank)
+    inner = piece.get(kind) or {}
+    call[kind]["name"] = call[kind]["name"] or inner.get("name") or ""
+    call[kind][text] += inner.get(text) or ""
+
+
+#: Members of the client's request that its response repeats, with what stands for a missing one.
+REPEATED: Final[Mapping[str, Any]] = {
+    "background": False, "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
+    "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "service_tier": "default", "store": True,
+    "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0,
+    "top_p": None, "truncation": "disabled", "user": None,
+}  # fmt: skip
+
+
+def response_shell(request: Json, response_id: str, now_s: int) -> Json:
+    """A response that has just begun."""
+    repeated = {name: request[name] if request.get(name) is not None else REPEATED[name] for name in REPEATED}
+    head = {"id": response_id, "object": "response", "created_at": now_s, "status": "in_progress", "error": None}
+    return {**head, "incomplete_details": None, "model": request.get("model"), "output": [], **repeated, "usage": None}
+
+
+@dataclass(slots=True)
+class OpenItem:
+    """An output item on its way: the text so far of the part (or call) that is open, and state that ends with it."""
+
+    at: int
+    item: Json
+    part: Json | None = None
+    text: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    blocks: list[Json] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class OpenCall:
+    """A tool call on its way; `open` once its item was announced, `closed` when all of it was told."""
+
+    call_id: str
+    name: str = ""
+    custom: bool = False
+    text: list[str] = field(default_factory=list)
+    blocks: list[Json] = field(default_factory=list)
+    open: OpenItem | None = None
+    closed: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the arguments are complete: only then can nothing but another call follow."""
+        text = "".join(self.text)
+        try:
+            return text.rstrip().endswith("}") and isinstance(orjson.loads(text), dict)
+        except orjson.JSONDecodeError:
+            return False
+
+
+class ResponsesRenderer:
+    """Writes canonical chunks as the events of this dialect, one item after the other.
+
+    Text and reasoning close each other; the first tool call streams, further ones wait until it is whole. `response` is
+    the answer so far. The end is written in `close`, when the usage is known; `fail` writes an `error` event, on whose
+    `error` member the official SDKs raise, and then `response.failed`, so that no response is left without its end.
+    """
+
+    def __init__(self, request: Json, new_id: Callable[[str], str], now_s: int) -> None:
+        self.response = response_shell(request, new_id("resp_"), now_s)
+        self._new_id = new_id
+        self._events: list[bytes] = []
+        self._sequence = 0
+        self._begun = False
+        self._prose: OpenItem | None = None
+        self._calls: list[OpenCall] = []
+        self._by_index: dict[Any, OpenCall] = {}
+        self._state: list[Json] = []
+        self._finish = "stop"
+        self._usage: Json | None = None
+        tools = request.get("tools")
+        customs = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+        self._customs = {tool.get("name") for tool in customs if tool.get("type") == "custom"}
+
+    def feed(self, chunk: Json) -> bytes:
+        self._events.clear()
+        self._begin(chunk)
+        if chunk.get("usage"):
+            self._usage = chunk["usage"]
+        for choice in chunk.get("choices") or ():
+            if not choice.get("index"):
+                self._read(choice)
+        return b"".join(self._events)
+
+    def close(self) -> bytes:
+        self._events.clear()
+        self._begin({})
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._finish)
+        status = "incomplete" if reason else "completed"
+        self._end_prose(status)
+        for call in self._calls:
+            self._open_call(call)
+            self._end_call(call, status)
+        self._end_state()
+        self.response["status"] = status
+        self.response["incomplete_details"] = {"reason": reason} if reason else None
+        self.response["usage"] = responses_usage(self._usage)
+        self._emit(f"response.{status}", response=self.response)
+        return b"".join(self._events)
+
+    def fail(self, error: GatewayError, request_id: str) -> bytes:
+        self._events.clear()
+        self._begin({})
+        members = openai_error_body(error, request_id)["error"]
+        flat = {"code": error.code, "message": error.message, "param": error.param}
+        self._emit("error", **flat, error=members)
+        self._cut()
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": error.code, "message": error.message}
+        self.response["usage"] = responses_usage(self._usage)
+        self._emit("response.failed", response=self.response)
+        return b"".join(self._events)
+
+    def _cut(self) -> None:
+        """Leave open items as they are, so that the failed response shows what had come."""
+        prose = self._prose
+        if prose is not None and prose.part is not None and prose.item["type"] == "message":
+            name = "refusal" if prose.part["type"] == "refusal" else "text"
+            prose.item["content"].append({**prose.part, name: "".join(prose.text)})
+        for item in self.response["output"]:
+            if item.get("status") == "in_progress":
+                item["status"] = "incomplete"
+
+    def _emit(self, kind: str, **members: Any) -> None:
+        self._events.append(sse_event({"type": kind, "sequence_number": self._sequence, **members}, kind))
+        self._sequence += 1
+
+    def _begin(self, chunk: Json) -> None:
+        if not self._begun:
+            self._begun = True
+            self.response["model"] = chunk.get("model") or self.response["model"]
+            self._emit("response.created", response=self.response)
+            self._emit("response.in_progress", response=self.response)
+
+    def _read(self, choice: Json) -> None:
+        delta = choice.get("delta") or {}
+        if text := delta.get("reasoning_content") or delta.get("reasoning"):
+            self._think(text)
+        for block in delta.get("thinking_blocks") or ():
+            self._keep(block)
+        if delta.get("extra_content"):
+            self._state.append({"type": "extra_content", "extra_content": delta["extra_content"]})
+        logprobs = (choice.get("logprobs") or {}).get("content") or []
+        if delta.get("content"):
+            self._say("output_text", delta["content"], logprobs)
+        if delta.get("refusal"):
+            self._say("refusal", delta["refusal"], [])
+        for annotation in delta.get("annotations") or ():
+            self._annotate(write_annotation(annotation))
+        for image in delta.get("images") or ():
+            self._show(image)
+        for piece in delta.get("tool_calls") or ():
+            self._call(piece)
+        self._finish = choice.get("finish_reason") or self._finish
+
+    # -- items
+
+    def _open_item(self, item: Json) -> OpenItem:
+        """Announce an item. It stands in the response from its first event on, so that a failure shows it."""
+        opened = OpenItem(len(self.response["output"]), item)
+        self._emit("response.output_item.added", output_index=opened.at, item=item)
+        self.response["output"].append(item)
+        return opened
+
+    def _end_item(self, opened: OpenItem, status: str | None = None) -> None:
+        if status:
+            opened.item["status"] = status
+        self._emit("response.output_item.done", output_index=opened.at, item=opened.item)
+
+    def _tell(self, opened: OpenItem, kind: str, **members: Any) -> None:
+        self._emit(f"response.{kind}", item_id=opened.item["id"], output_index=opened.at, **members)
+
+    def _end_prose(self, status: str = "completed") -> None:
+        prose, self._prose = self._prose, None
+        if prose is not None and prose.item["type"] == "reasoning":
+            self._end_thoughts(prose)
+        elif prose is not None:
+            self._end_part(prose)
+            self._end_item(prose, status)
+
+    def _prose_of(self, kind: str) -> OpenItem:
+        if self._prose is None or self._prose.item["type"] != kind:
+            self._end_prose()
+            item: Json = {"id": self._new_id(ITEM_PREFIXES[kind]), "type": kind}
+            if kind == "reasoning":
+                item["summary"] = []
+            else:
+                item.update(status="in_progress", role="assistant", content=[])
+            self._prose = self._open_item(item)
+        return self._prose
+
+    # -- reasoning
+
+    def _think(self, text: str) -> None:
+        prose = self._prose_of("reasoning")
+        if prose.part is None:
+            prose.part = {"type": "summary_text", "text": ""}
+            self._tell(prose, "reasoning_summary_part.added", summary_index=0, part=prose.part)
+        prose.text.append(text)
+        self._tell(prose, "reasoning_summary_text.delta", summary_index=0, delta=text)
+
+    def _end_thoughts(self, prose: OpenItem) -> None:
+        if prose.part is not None:
+            text = prose.part["text"] = "".join(prose.text)
+            prose.item["summary"] = [prose.part]
+            self._tell(prose, "reasoning_summary_text.done", summary_index=0, text=text)
+            self._tell(prose, "reasoning_summary_part.done", summary_index=0, part=prose.part)
+        if prose.blocks:
+            prose.item["encrypted_content"] = pack_state(prose.blocks)
+        self._end_item(prose)
+
+    def _keep(self, block: Json) -> None:
+        """An opaque block ends the reasoning it belongs to; an item that stands alone is given as it came."""
+        item = block.get("item")
+        thinking = self._prose is not None and self._prose.item["type"] == "reasoning"
+        if block.get("type") == "reasoning_item" and isinstance(item, dict) and not thinking:
+            self._end_prose()
+            kind = str(item.get("type"))
+            return self._end_item(self._open_item({"id": self._new_id(ITEM_PREFIXES.get(kind, "item_")), **item}))
+        self._prose_of("reasoning").blocks.append(block)
+        return self._end_prose()
+
+    def _end_state(self) -> None:
+        if self._state:
+            self._prose_of("reasoning").blocks += self._state
+            self._state = []
+            self._end_prose()
+
+    # -- text
+
+    def _say(self, kind: str, text: str, logprobs: list[Any]) -> None:
+        prose = self._part_of(kind)
+        prose.text.append(text)
+        prose.logprobs += logprobs
+        at = len(prose.item["content"])
+        if kind == "refusal":
+            self._tell(prose, "refusal.delta", content_index=at, delta=text)
+        else:
+            self._tell(prose, "output_text.delta", content_index=at, delta=text, logprobs=logprobs)
+
+    def _part_of(self, kind: str) -> OpenItem:
+        prose = self._prose_of("message")
+        if prose.part is not None and prose.part["type"] != kind:
+            self._end_part(prose)
+        if prose.part is None:
+            blank: Json = {"text": "", "annotations": [], "logprobs": []} if kind == "output_text" else {"refusal": ""}
+            prose.part = {"type": kind, **blank}
+            self._tell(prose, "content_part.added", content_index=len(prose.item["content"]), part=prose.part)
+        return prose
+
+    def _end_part(self, prose: OpenItem) -> None:
+        part, prose.part = prose.part, None
+        if part is None:
+            return
+        at, text = len(prose.item["content"]), "".join(prose.text)
+        if part["type"] == "refusal":
+            part["refusal"] = text
+            self._tell(prose, "refusal.done", content_index=at, refusal=text)
+        else:
+            part.update(text=text, logprobs=prose.logprobs)
+            self._tell(prose, "output_text.done", content_index=at, text=text, logprobs=prose.logprobs)
+        self._tell(prose, "content_part.done", content_index=at, part=part)
+        prose.item["content"].append(part)
+        prose.text, prose.logprobs = [], []
+
+    def _annotate(self, annotation: Json) -> None:
+        prose = self._part_of("output_text")
+        notes = prose.part["annotations"] if prose.part else []
+        where = {"content_index": len(prose.item["content"]), "annotation_index": len(notes)}
+        self._tell(prose, "output_text.annotation.added", **where, annotation=annotation)
+        notes.append(annotation)
+
+    def _show(self, image: Json) -> None:
+        """A picture in the answer, as the item of the picture tool."""
+        url = str((image.get("image_url") or {}).get("url") or "")
+        self._end_prose()
+        item = {"id": self._new_id("ig_"), "type": "image_generation_call", "status": "in_progress", "result": None}
+        opened = self._open_item(item)
+        item["result"] = url.partition(";base64,")[2] or url
+        self._end_item(opened, "completed")
+
+    # -- calls
+
+    def _call(self, piece: Json) -> None:
+        call = self._call_of(piece)
+        inner = piece.get("custom") or piece.get("function") or {}
+        call.name = call.name or inner.get("name") or ""
+        call.custom = call.custom or "custom" in piece
+        if piece.get("extra_content"):
+            state = {"type": "extra_content", "call_id": call.call_id, "extra_content": piece["extra_content"]}
+            call.blocks.append(state)
+        text = inner.get("input" if call.custom else "arguments") or ""
+        if call.closed:
+            return
+        if text:
+            call.text.append(text)
+        if call.open is not None:
+            self._argue(call, text)
+        elif call.name and self._free(call):
+            self._open_call(call)
+
+    def _call_of(self, piece: Json) -> OpenCall:
+        """The call a piece belongs to. Some hosts leave `index` out or always send 0: then a new id is a new call."""
+        at, call_id = piece.get("index"), piece.get("id")
+        known = self._by_index.get(at if at is not None else call_id)
+        named = (piece.get("function") or piece.get("custom") or {}).get("name")
+        if at is None and call_id is None and not named and self._calls:
+            known = self._calls[-1]
+        if known is None or (call_id and named and call_id != known.call_id):
+            known = OpenCall(call_id or self._new_id("call_"))
+            self._calls.append(known)
+            self._by_index[at if at is not None else known.call_id] = known
+        return known
+
+    def _free(self, call: OpenCall) -> bool:
+        """Whether `call` may stream: every earlier one is told, or is whole and now is."""
+        for earlier in self._calls:
+            if earlier is call:
+                return True
+            if not earlier.closed and (earlier.open is None or earlier.custom or not earlier.whole):
+                return False
+            self._end_call(earlier, "completed")
+        return True
+
+    def _wrapped(self, call: OpenCall) -> bool:
+        """Whether a custom tool of the client was sent on as a function."""
+        return not call.custom and call.name in self._customs
+
+    def _open_call(self, call: OpenCall) -> None:
+        if call.open is not None or call.closed:
+            return
+        self._end_prose()
+        self._end_blocks(call)
+        custom = call.custom or self._wrapped(call)
+        kind, text = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
+        named = {"call_id": call.call_id, "name": call.name, text: ""}
+        call.open = self._open_item(
+            {"id": self._new_id(ITEM_PREFIXES[kind]), "type": kind, "status": "in_progress", **named}
+        )
+        self._argue(call, "".join(call.text))
+
+    def _end_blocks(self, call: OpenCall) -> None:
+        if call.blocks:
+            self._prose_of("reasoning").blocks += call.blocks
+            call.blocks = []
+            self._end_prose()
+
+    def _argue(self, call: OpenCall, text: str) -> None:
+        if text and call.open is not None and not self._wrapped(call):
+            kind = "custom_tool_call_input" if call.custom else "function_call_arguments"
+            self._tell(call.open, f"{kind}.delta", delta=text)
+
+    def _end_call(self, call: OpenCall, status: str) -> None:
+        if call.closed or call.open is None:
+            return
+        call.closed = True
+        text, wrapped = "".join(call.text), self._wrapped(call)
+        if wrapped:
+            text = custom_input(text)
+            self._tell(call.open, "custom_tool_call_input.delta", delta=text)
+        elif not call.custom and text.strip() in ("", "null"):
+            if not text:
+                self._tell(call.open, "function_call_arguments.delta", delta="{}")
+            text = "{}"
+        if call.custom or wrapped:
+            call.open.item["input"] = text
+            self._tell(call.open, "custom_tool_call_input.done", input=text)
+        else:
+            call.open.item["arguments"] = text
+            self._tell(call.open, "function_call_arguments.done", name=call.name, arguments=text)
+        self._end_item(call.open, status)
+        self._end_blocks(call)
+
+
+class SilentResponsesRenderer(ResponsesRenderer):
+    """Builds the same response without writing events: how a plain answer is made."""
+
+    def _emit(self, kind: str, **members: Any) -> None:
+        pass
+
+
+def message_deltas(message: Json) -> Iterator[Json]:
+    """A whole message as deltas in the order its items stood."""
+    blocks = [block for block in message.get("thinking_blocks") or () if isinstance(block, dict)]
+    items = [block for block in blocks if block.get("type") == "reasoning_item"]
+    late = [block for block in items if block.get("calls_before") or block.get("text_before")]
+    if not any((block.get("item") or {}).get("type") == "reasoning" for block in items):
+        yield {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
+    yield {"thinking_blocks": [block for block in blocks if block not in late]}
+    yield {name: message.get(name) for name in ("content", "refusal", "annotations", "images", "extra_content")}
+    calls = message.get("tool_calls") or ()
+    for at, call in enumerate(calls):
+        yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) == at]}
+        yield {"tool_calls": [{**call, "index": at}]}
+    yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) >= len(calls)]}
+
+
+class OpenAiResponses(Dialect):
+    """Both sides of OpenAI's Responses API. A stricter host is a subclass with other class attributes."""
+
+    name = "responses"
+    forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
+    #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
+    custom_tools: ClassVar[bool] = True
+    takes_items: ClassVar[bool] = True
+    closed: ClassVar[bool] = False
+    #: Members sent with every call that was translated.
+    fixed: ClassVar[Mapping[str, Any]] = {"store": False}
+    #: Chat members that are not sent.
+    unsent: ClassVar[frozenset[str]] = frozenset()
+    #: The efforts the host's schema lists; empty where the model alone decides.
+    efforts: ClassVar[frozenset[str]] = frozenset()
+    min_output_tokens: ClassVar[int] = 16
+
+    # -- client side
+
+    def parse(self, body: Json, path: Mapping[str, str]) -> Json:
+        """A Responses body as a canonical request.
+
+        `previous_response_id` must have been resolved by `resume`; items that `item_reference`s name stand in the
+        body's ITEMS_KEY member. What only a Responses provider can carry ends in `extra_body.responses`, under its
+        dotted path; `refuse_foreign` says which of that no other provider may be asked without.
+        """
+        request: Json = {"model": expect_json(body.get("model"), str, "model")}
+        reader = ResponsesReader(optional_json(body.get(ITEMS_KEY), dict, ITEMS_KEY))
+        request["messages"] = self._messages(body, reader)
+        request.update({name: body[name] for name in SAME_IN_CHAT if body.get(name) is not None})
+        for name, chat_name in (("stream", "stream"), ("max_output_tokens", "max_completion_tokens")):
+            if body.get(name) is not None:
+                request[chat_name] = expect_json(body[name], bool if name == "stream" else int, name)
+        extra = reader.extra
+        self._read_shape(body, request, extra)
+        self._read_tools(body, request, extra)
+        self._read_include(body, request, extra)
+        for name, value in body.items():
+            if name not in READ_IN_RESPONSES and value is not None and value != RESPONSES_DEFAULTS.get(name):
+                extra[name] = value
+        if extra:
+            request["extra_body"] = {self.name: extra}
+        return request
+
+    def _messages(self, body: Json, reader: ResponsesReader) -> list[Json]:
+        if body.get("instructions") is not None:
+            text = expect_json(body["instructions"], str, "instructions")
+            reader.messages += [{"role": "system", "content": text}] if text else []
+        given = body.get("input")
+        if isinstance(given, str):
+            reader.messages.append({"role": "user", "content": given})
+        elif isinstance(given, list):
+            for place, item in expect_objects(given, "input"):
+                reader.read(place, item)
+        elif given is not None or body.get("prompt") is None:
+            raise InvalidRequest("`input` must be a string or an array of items", param="input")
+        messages = reader.close()
+        if not messages and body.get("prompt") is None:
+            raise InvalidRequest("`input` holds no message", param="input")
+        return messages
+
+    def _read_shape(self, body: Json, request: Json, extra: Json) -> None:
+        """`reasoning` and `text`: one member of each has a place in chat, or two."""
+        reasoning = optional_json(body.get("reasoning"), dict, "reasoning")
+        text = optional_json(body.get("text"), dict, "text")
+        for group, members, known in (("reasoning", reasoning, ("effort",)), ("text", text, ("format", "verbosity"))):
+            rest = {f"{group}.{name}": value for name, value in members.items() if name not in known}
+            extra.update({name: value for name, value in rest.items() if value is not None})
+        if reasoning.get("effort") is not None:
+            request["reasoning_effort"] = expect_json(reasoning["effort"], str, "reasoning.effort")
+        if text.get("verbosity") is not None:
+            request["verbosity"] = text["verbosity"]
+        form = optional_json(text.get("format"), dict, "text.format")
+        if form.get("type") == "json_schema":
+            inner = {name: value for name, value in form.items() if name != "type" and value is not None}
+            request["response_format"] = {"type": "json_schema", "json_schema": inner}
+        elif form and form != {"type": "text"}:
+            request["response_format"] = form
+
+    def _read_tools(self, body: Json, request: Json, extra: Json) -> None:
+        tools = []
+        for place, tool in expect_objects(body.get("tools"), "tools"):
+            read, rest = read_tool(tool, place)
+            tools.append(read)
+            for name, value in rest.items():
+                extra.setdefault(f"tools.{name}", {})[tool["name"]] = value
+        if tools:
+            request["tools"] = tools
+        if body.get("tool_choice") is not None:
+            choice = read_tool_choice(body["tool_choice"])
+            (extra if choice is None else request)["tool_choice"] = body["tool_choice"] if choice is None else choice
+
+    def _read_include(self, body: Json, request: Json, extra: Json) -> None:
+        include = optional_json(body.get("include"), list, "include")
+        if "message.output_text.logprobs" in include:
+            request["logprobs"] = True
+        if body.get("top_logprobs"):
+            request.update(logprobs=True, top_logprobs=expect_json(body["top_logprobs"], int, "top_logprobs"))
+        known = ("message.output_text.logprobs", "reasoning.encrypted_content")
+        if rest := [name for name in include if name not in known]:
+            extra["include"] = rest
+
+    def refuse_elsewhere(self, canonical: Json) -> None:
+        refuse_foreign(canonical)
+
+    def render(self, completion: Json, request: Json) -> Json:
+        """A canonical completion as a response. Its ids come from the completion's, which should be Stockyard's own."""
+        stem = str(completion.get("id") or "").removeprefix("resp_").removeprefix("chatcmpl-")
+        count = iter(range(1_000_000))
+        made = completion.get("created")
+
+        def new_id(prefix: str) -> str:
+            at = next(count)
+            return f"{prefix}{stem}{f'_{at}' if at else ''}"
+
+        renderer = SilentResponsesRenderer(request, new_id, made if isinstance(made, int) else 0)
+        renderer.feed({"model": completion.get("model"), "choices": []})
+        for choice in completion.get("choices") or ():
+            for delta in message_deltas(choice.get("message") or {}):
+                told = {"logprobs": choice.get("logprobs")} if delta.get("content") else {}
+                renderer.feed({"choices": [{"index": choice.get("index"), "delta": delta, **told}]})
+            renderer.feed({"choices": [{"index": choice.get("index"), "finish_reason": choice.get("finish_reason")}]})
+        renderer.feed({"usage": completion.get("usage")})
+        renderer.close()
+        return renderer.response
+
+    def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
+        return ResponsesRenderer(request, new_id, now_s)
+
+    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
+        return error.status, openai_error_body(error, request_id)
+
+    # -- provider side
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        return "/responses"
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        if not self.custom_tools:
+            request, translation.names["custom_tools"] = customs_as_functions(request)
+        facts = openai_model_facts(translation.model)
+        extra = self._extra(request, translation)
+        body: Json = {"model": translation.model, **self._conversation(request, translation, extra), **self.fixed}
+        if translation.stream:
+            body["stream"] = True
+        same = SAME_IN_CHAT - self.unsent
+        body.update({name: request[name] for name in sorted(same) if request.get(name) is not None})
+        self._write_tools(body, request, translation, extra)
+        self._write_shape(body, request, translation, facts)
+        self._write_sampling(body, request, translation, facts)
+        self._note_losses(request, translation)
+        self._merge(body, extra, translation)
+        return body
+
+    def _extra(self, request: Json, translation: Translation) -> Json:
+        """What a client of this dialect said beyond chat; the other dialects' extras cannot be carried."""
+        extras = optional_json(request.get("extra_body"), dict, "extra_body")
+        for dialect, members in extras.items():
+            if dialect != OpenAiResponses.name:
+                for name in members if isinstance(members, dict) else (dialect,):
+                    translation.drop(name)
+        return dict(optional_json(extras.get(OpenAiResponses.name), dict, "extra_body"))
+
+    def _conversation(self, request: Json, translation: Translation, extra: Json) -> Json:
+        """`instructions` from a first system message that is plain text, `input` from the rest."""
+        messages = expect_objects(request.get("messages"), "messages")
+        writer = ResponsesWriter(self, translation, extra)
+        first = messages[0][1] if messages else {}
+        plain = isinstance(first.get("content"), str) and first["content"] and not first.get("cache_control")
+        lead = len(messages) > 1 and plain and first.get("role") in ("system", "developer")
+        for at, (_, message) in enumerate(messages):
+            if at or not lead:
+                writer.write(at, message)
+        return {**({"instructions": first["content"]} if lead else {}), "input": writer.items}
+
+    def _write_tools(self, body: Json, request: Json, translation: Translation, extra: Json) -> None:
+        tools = [self._tool(tool, place, translation) for place, tool in expect_objects(request.get("tools"), "tools")]
+        body["tools"] = [tool for tool in tools if tool is not None]
+        for name in [name for name in extra if name.startswith("tools.") and not self.closed]:
+            values = optional_json(extra[name], dict, name)
+            for tool in body["tools"]:
+                if tool.get("type") == "function" and tool.get("name") in values:
+                    tool[name.removeprefix("tools.")] = values[tool["name"]]
+        if not body["tools"]:
+            del body["tools"]
+            body.pop("parallel_tool_calls", None)
+        elif request.get("tool_choice") is not None:
+            body["tool_choice"] = self._tool_choice(write_tool_choice(request["tool_choice"]))
+
+    def _tool_choice(self, choice: Any) -> Any:
+        return choice
+
+    def _tool(self, tool: Json, place: str, translation: Translation) -> Json | None:
+        kind = tool.get("type") or ("function" if "function" in tool else None)
+        if tool.get("cache_control"):
+            translation.drop("cache_control")
+        if kind == "native" and tool.get("dialect") == OpenAiResponses.name:
+            return expect_json(tool.get("tool"), dict, f"{place}.tool")  # type: ignore[no-any-return]
+        if kind == "custom":
+            return write_custom_tool(expect_json(tool.get("custom"), dict, f"{place}.custom"))
+        if kind != "function":
+            translation.drop(f"tools.{tool.get('dialect') or kind}")
+            return None
+        function = expect_json(tool.get("function"), dict, f"{place}.function")
+        expect_json(function.get("name"), str, f"{place}.function.name")
+        # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
+        lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
+        given = {name: value for name, value in function.items() if value is not None}
+        return {"type": "function", **lenient, **given}
+
+    def _write_shape(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
+        limits = [request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None]
+        if limits:
+            limit = expect_json(limits[0], int, "max_completion_tokens")
+            if limit < self.min_output_tokens:
+                translation.drop("max_completion_tokens", f"the least is {self.min_output_tokens}")
+            body["max_output_tokens"] = max(limit, self.min_output_tokens)
+        asked = request.get("reasoning_effort")
+        if asked is not None:
+            effort = facts.effort(expect_json(asked, str, "reasoning_effort"))
+            effort = effort if not self.efforts or effort in self.efforts else None
+            if effort != asked and not (asked == "none" and not facts.reasons):
+                translation.drop("reasoning_effort", f"the model knows no effort `{asked}`")
+            if effort is not None:
+                body["reasoning"] = {"effort": effort}
+        if request.get("response_format") is not None:
+            self._write_format(body, expect_json(request["response_format"], dict, "response_format"))
+        if request.get("verbosity") is not None and "verbosity" not in self.unsent:
+            body.setdefault("text", {})["verbosity"] = request["verbosity"]
+        if facts.reasons and not self.closed:
+            body["include"] = ["reasoning.encrypted_content"]
+
+    def _write_format(self, body: Json, form: Json) -> None:
+        if form.get("type") == "json_schema":
+            inner = expect_json(form.get("json_schema"), dict, "response_format.json_schema")
+            form = {"type": "json_schema", "name": "response", **inner}
+        body.setdefault("text", {})["format"] = form
+
+    def _write_sampling(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
+        for name in facts.refused(request):
+            body.pop(name, None)
+            if request[name] != CHAT_DEFAULTS[name]:
+                translation.drop(name, "not while the model reasons")
+        if "logprobs" in self.unsent or "logprobs" in facts.refused(request) or request.get("logprobs") is not True:
+            return
+        body.setdefault("include", []).append("message.output_text.logprobs")
+        if request.get("top_logprobs"):
+            body["top_logprobs"] = request["top_logprobs"]
+
+    def _note_losses(self, request: Json, translation: Translation) -> None:
+        silent = {"presence_penalty", "frequency_penalty", "logit_bias", "stop"} | self.unsent
+        for name, value in request.items():
+            lost = name in silent or name not in READ_IN_CHAT
+            if lost and value is not None and value != CHAT_DEFAULTS.get(name):
+                translation.drop(name)
+
+    def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
+        """Give back what this dialect's own clients said: whole members, and dotted ones in their group."""
+        for name, value in extra.items():
+            group, _, member = name.partition(".")
+            if group in ("input", "tools") and member:
+                continue
+            if name == "include":
+                body["include"] = list(dict.fromkeys([*body.get("include", ()), *optional_json(value, list, name)]))
+            elif member:
+                body.setdefault(group, {})[member] = value
+            else:
+                body[name] = value
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        if not isinstance(answer.get("output"), list) and not answer.get("error"):
+            raise UpstreamError("the provider's answer has no `output`", code="upstream_malformed")
+        if answer.get("status") in ("queued", "in_progress"):
+            raise UpstreamError("the provider answered before it had finished", code="upstream_malformed")
+        with malformed_is_theirs():
+            return join_chunks(ResponsesDecoder(self, translation).finish(answer))
+
+    def decoder(self, translation: Translation) -> Decoder:
+        return ResponsesDecoder(self, translation)
+
+    def canonical_usage(self, usage: Usage) -> Json:
+        """Usage in chat's words; the number of searches rides along under the name `read_openai_usage` knows."""
+        written = write_openai_usage(usage)
+        return {**written, "num_search_queries": usage.searches} if usage.searches else written
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        usage = answer.get("usage")
+        if not isinstance(usage, dict):
+            return None
+        output = answer.get("output")
+        items = [item for item in output if isinstance(item, dict)] if isinstance(output, list) else []
+        calls = [item.get("action") or {} for item in items if item.get("type") == "web_search_call"]
+        searches = sum(1 for action in calls if action.get("type", "search") == "search")
+        told = (usage.get("tool_calls_details") or {}).get("search_web") or {}
+        searches = searches or (told.get("invocation") if isinstance(told, dict) else 0) or 0
+        return read_openai_usage(usage)._replace(searches=searches)
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        return OpenAiChat().read_error(status, body)
+
+    def failure(self, error: Any) -> UpstreamError:
+        """An error told inside a 200, in a stream or as a failed response."""
+        members = error if isinstance(error, dict) else {"message": str(error)}
+        code, kind = members.get("code"), members.get("type")
+        status = code if isinstance(code, int) and 400 <= code < 600 else None
+        status = status or FAILURE_STATUSES.get(str(code)) or FAILURE_STATUSES.get(str(kind)) or 502
+        told = {name: value for name, value in members.items() if name != "sequence_number" and value is not None}
+        if kind == "error":
+            told.pop("type")
+        return self.read_error(status, dump_json({"error": told}))
+
+    def refuse_failed(self, response: Json) -> None:
+        """Raise for a response that ended without an answer, which is a 200 here."""
+        status = response.get("status")
+        if status in ("failed", "cancelled") or (response.get("error") and status != "completed"):
+            raise self.failure(response.get("error") or {"message": f"the response was {status}"})
+
+
+class PerplexityAgent(OpenAiResponses):
+    """Perplexity's Agent API: the same shape with a closed schema, where any unknown member is a 400.
+
+    Source: https://docs.perplexity.ai (Agent API) and its guide for leaving Sonar chat completions.
+    """
+
+    name = "perplexity"
+    family = "perplexity"  # its schema is closed: bytes of Responses clients do not pass
+    forwarded_headers = ()
+    custom_tools = False
+    takes_items = False
+    closed = True
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    efforts = frozenset({"minimal", "low", "medium", "high", "xhigh", "max"})
+    unsent = frozenset({
+        "logprobs", "top_logprobs", "moderation", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "user", "verbosity",
+    })  # fmt: skip
+    #: Names of the retired chat API and what stands in their place; searching is asked for, it is not automatic.
+    models: ClassVar[Mapping[str, Json]] = {
+        "sonar": {"model": "perplexity/sonar", "tools": [{"type": "web_search"}]},
+        "sonar-pro": {"preset": "low"},
+        "sonar-reasoning": {"preset": "low"},
+        "sonar-reasoning-pro": {"preset": "low"},
+        "sonar-deep-research": {"preset": "medium"},
+    }
+    #: Vendors whose models need a limit, and the one sent where the client gave none.
+    needed_output_tokens: ClassVar[Mapping[str, int]] = {"anthropic": 8192}
+    #: Where the search options of the retired chat API stand in the search tool.
+    filters: ClassVar[frozenset[str]] = frozenset({
+        "search_domain_filter", "search_recency_filter", "search_after_date_filter", "search_before_date_filter",
+        "last_updated_after_filter", "last_updated_before_filter",
+    })  # fmt: skip
+    kept: ClassVar[frozenset[str]] = frozenset({
+        "background", "language_preference", "max_steps", "max_tool_calls", "models", "preset", "previous_response_id",
+        "tool_choice", "truncation",
+    })  # fmt: skip
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        search = self._search_tool(request)
+        used = self.filters | {"num_search_results", "web_search_options", "language_preference"}
+        body = super().encode({name: value for name, value in request.items() if name not in used}, translation)
+        if request.get("language_preference") is not None:
+            body["language_preference"] = request["language_preference"]
+        replaced = self.models.get(translation.model)
+        if replaced is not None:
+            del body["model"]
+            body.update({name: value for name, value in replaced.items() if name != "tools"})
+        wanted = [{**tool, **search} for tool in (replaced or {}).get("tools", [])] or ([search] if search else [])
+        if wanted and not any(tool.get("type") == "web_search" for tool in body.get("tools", ())):
+            body["tools"] = [*wanted, *body.get("tools", ())]
+        vendor = translation.model.partition("/")[0]
+        if vendor in self.needed_output_tokens:
+            body.setdefault("max_output_tokens", self.needed_output_tokens[vendor])
+        return body
+
+    def _search_tool(self, request: Json) -> Json:
+        """The search options of a chat client, as the tool they became; empty where none was given."""
+        options = optional_json(request.get("web_search_options"), dict, "web_search_options")
+        names = ("search_context_size", "user_location")
+        tool = {name: options[name] for name in names if options.get(name) is not None}
+        if request.get("num_search_results") is not None:
+            tool["max_results"] = request["num_search_results"]
+        if filters := {name: request[name] for name in sorted(self.filters) if request.get(name) is not None}:
+            tool["filters"] = filters
+        return {"type": "web_search", **tool} if tool else {}
+
+    def _tool_choice(self, choice: Any) -> Any:
+        """A function is named without a type here."""
+        return {"name": choice["name"]} if isinstance(choice, dict) and choice.get("type") == "function" else choice
+
+    def _write_format(self, body: Json, form: Json) -> None:
+        body["response_format"] = form
+
+    def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
+        for name in sorted(extra.keys() - self.kept):
+            translation.drop(name)
+        super()._merge(body, {name: value for name, value in extra.items() if name in self.kept}, translation)
+
+
+# ----- Responses state ------------------------------------------------------------------------------------------------
+# A stored response is the list of its items: what came in, what went out. The lists of a chain, in order, are what
+# `previous_response_id` stands for; instructions are not part of it.
+
+
+def input_items(request: Json) -> list[Json]:
+    """The request's own input as items; a plain string is a user message."""
+    given = request.get("input")
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+
+
+def stored_items(request: Json, response: Json) -> list[Json]:
+    """What to keep so that `response` can be continued: every input item (with an id, references resolved), then the
+    output. Given the client's own body the list holds this turn alone; given the resumed one it holds the whole chain.
+    """
+    stem = str(response.get("id") or "").removeprefix("resp_")
+    known = request.get(ITEMS_KEY)
+    items = []
+    for at, item in enumerate(input_items(request)):
+        if item.get("type") == "item_reference" and isinstance(known, dict):
+            item = known.get(item.get("id"), item)
+        kind = str(item.get("type") or "message")
+        prefix = ITEM_PREFIXES.get(kind, "item_")
+        items.append({"type": kind, **item, "id": item.get("id") or f"{prefix}{stem}_in{at}"})
+    return items + list(response.get("output") or ())
+
+
+def resume(request: Json, previous_items: Sequence[Json]) -> Json:
+    """The request with the earlier items in front of its own, and without its `previous_response_id`."""
+    rest = {name: value for name, value in request.items() if name != "previous_response_id"}
+    return {**rest, "input": [*previous_items, *input_items(request)]}
+
+
+def referenced_ids(request: Json) -> list[str]:
+    """The ids that `item_reference`s in the input name, for the gateway to look up into ITEMS_KEY."""
+    found = [item.get("id") for item in input_items(request) if item.get("type") == "item_reference"]
+    return [name for name in found if isinstance(name, str)]
+
+
+def refuse_foreign(request: Json) -> None:
+    """InvalidRequest where a canonical request holds what no provider but a Responses one may be asked without.
+
+    To be asked before a call is translated to any other dialect: these are not options but the conversation itself.
+    """
+    extra = (request.get("extra_body") or {}).get(OpenAiResponses.name) or {}
+    if extra.get("previous_response_id") is not None:
+        message = f"Previous response with id '{extra['previous_response_id']}' not found."
+        raise InvalidRequest(message, code="previous_response_not_found", param="previous_response_id")
+    for name in ("conversation", "prompt", "background"):
+        if extra.get(name):
+            raise InvalidRequest(f"`{name}` needs a provider of OpenAI's Responses API", param=name)
+    for message in request.get("messages") or ():
+        for block in message.get("thinking_blocks") or ():
+            kind = (block.get("item") or {}).get("type") if isinstance(block, dict) else None
+            if kind is not None and block.get("type") == "reasoning_item" and kind not in HOST_ITEMS:
+                message = f"an input item `{kind}` needs a provider of OpenAI's Responses API"
+                raise InvalidRequest(message, param="input")
 
 
 # ----- Gemini ---------------------------------------------------------------------------------------------------------
@@ -3606,11 +5447,19 @@ def _adapt_deepseek(body: Json, translation: Translation) -> None:
     ]  # fmt: skip
 
 
+def _openai_door(canonical: Json, model: str) -> str:
+    """The newest OpenAI models take function tools on /responses only."""
+    return "responses" if openai_model_facts(model).needs_responses(canonical) else ""
+
+
 def _adapt_openai(body: Json, translation: Translation) -> None:
-    """`max_tokens` is a 400 on o-series and gpt-5 and later, which know `max_completion_tokens` only."""
+    """`max_tokens` is a 400 on o-series and gpt-5 and later; what a reasoning model refuses and other clients send goes."""
     if "max_tokens" in body and re.match(r"(o[134](-|$)|gpt-([5-9]|\d\d)|codex-)", translation.model):
         body.setdefault("max_completion_tokens", body["max_tokens"])
         del body["max_tokens"]
+    for name in openai_model_facts(translation.model).refused(body) if translation.foreign else ():
+        del body[name]
+        translation.drop(name)
 
 
 def _one_cap(name: str) -> Mapping[str, str]:
@@ -3619,6 +5468,7 @@ def _one_cap(name: str) -> Mapping[str, str]:
 
 
 _MAX_TOKENS = _one_cap("max_tokens")
+_NATIVE_RESPONSES = frozenset({"responses"})
 
 # The columns of a row: whose, which variables, where; what bare names are its own; what it offers; its quirks.
 PROVIDERS: Final[tuple[Provider, ...]] = (
@@ -3626,6 +5476,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         id="openai", name="OpenAI", key_env=("OPENAI_API_KEY",), base_url="https://api.openai.com/v1",
         pattern=r"gpt-(?!oss)|chatgpt-|o[134](?=-|$)|codex-|computer-use-|ft:gpt-|text-embedding-(3|ada)-|gpt-image-|dall-e-|tts-|whisper-|omni-moderation-|sora-",
         offers=frozenset(OPENAI_PATHS) - {"rerank"}, adapt=_adapt_openai, adapts=frozenset({"max_tokens"}),
+        also_speaks=_NATIVE_RESPONSES, choose_dialect=_openai_door, foreign_drops=_drops("top_k"),
         headers={"openai-organization": "{OPENAI_ORG_ID}", "openai-project": "{OPENAI_PROJECT_ID}"},
     ),
     Provider(
@@ -3653,6 +5504,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     Provider(
         id="deepseek", name="DeepSeek", key_env=("DEEPSEEK_API_KEY",), base_url="https://api.deepseek.com",
         pattern=r"deepseek-(?!ai/)(?!r1:)(?=[^:/]+$)", offers=_offers("responses"), renames=_MAX_TOKENS, adapt=_adapt_deepseek,
+        also_speaks=_NATIVE_RESPONSES, replays_reasoning=True,
         aliases={
             "deepseek-chat": {"model": "deepseek-flash", "thinking": {"type": "disabled"}},
             "deepseek-reasoner": {"model": "deepseek-flash", "thinking": {"type": "enabled"}},
@@ -3660,16 +5512,17 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     ),
     Provider(
         id="xai", name="xAI", key_env=("XAI_API_KEY",), base_url="https://api.x.ai/v1", pattern=r"grok-",
-        offers=_offers("responses images embeddings files batches"), reasoning_apart=True,
+        offers=_offers("responses images embeddings files batches"), reasoning_apart=True, also_speaks=_NATIVE_RESPONSES,
     ),
     Provider(
         id="openrouter", name="OpenRouter", key_env=("OPENROUTER_API_KEY",), base_url="https://openrouter.ai/api/v1",
-        offers=_offers("completions embeddings responses"), renames=_MAX_TOKENS,
+        offers=_offers("completions embeddings responses"), renames=_MAX_TOKENS, also_speaks=_NATIVE_RESPONSES,
     ),
     Provider(
         id="azure", name="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
         base_url="{AZURE_OPENAI_ENDPOINT}/openai/v1", requires=("AZURE_OPENAI_ENDPOINT",),
-        auth_header="api-key", auth_prefix="",
+        auth_header="api-key", auth_prefix="", also_speaks=_NATIVE_RESPONSES, choose_dialect=_openai_door,
+        adapt=_adapt_openai, adapts=frozenset({"max_tokens"}), foreign_drops=_drops("top_k"),
         offers=_offers("embeddings responses completions images image_edits speech transcriptions translations files batches"),
         variants=(
             Variant("AZURE_OPENAI_AD_TOKEN", {"auth_header": "authorization", "auth_prefix": "Bearer "}),
@@ -3684,16 +5537,16 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     ),
     Provider(
         id="ollama", name="Ollama", key_env=("OLLAMA_API_KEY",), base_url="http://localhost:11434/v1", base_env=("OLLAMA_HOST",),
-        key_optional=True, pattern=r"(?!ft:)[^/:]+:[^/:]+$", offers=_offers("completions embeddings responses"),
+        key_optional=True, pattern=r"(?!ft:)[^/:]+:[^/:]+$", renames=_MAX_TOKENS, offers=_offers("completions embeddings responses"),
         variants=(Variant("OLLAMA_API_KEY", {"base_url": "https://ollama.com/v1"}),),
     ),
     Provider(
-        id="lmstudio", name="LM Studio", key_env=("LMSTUDIO_API_KEY",), base_url="http://localhost:1234/v1", key_optional=True,
+        id="lmstudio", name="LM Studio", key_env=("LMSTUDIO_API_KEY",), base_url="http://localhost:1234/v1", key_optional=True, renames=_MAX_TOKENS,
         offers=_offers("completions embeddings responses"),
     ),
     Provider(
         id="openai_compatible", name="OpenAI-compatible server (vLLM, llama.cpp, …)", key_env=("OPENAI_COMPATIBLE_API_KEY",),
-        base_url="http://localhost:8000/v1", key_optional=True, offers=frozenset(OPENAI_PATHS),
+        base_url="http://localhost:8000/v1", key_optional=True, renames=_MAX_TOKENS, offers=frozenset(OPENAI_PATHS),
     ),
     Provider(
         id="cerebras", name="Cerebras", key_env=("CEREBRAS_API_KEY",), base_url="https://api.cerebras.ai/v1", pattern=r"zai-glm-",
@@ -3709,7 +5562,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     ),
     Provider(
         id="moonshot", name="Moonshot AI", key_env=("MOONSHOT_API_KEY", "MOONSHOTAI_API_KEY"), base_url="https://api.moonshot.ai/v1",
-        pattern=r"kimi-|moonshot-", offers=_offers("responses files batches"),
+        pattern=r"kimi-|moonshot-", replays_reasoning=True, renames=_MAX_TOKENS, offers=_offers("responses files batches"),
     ),
     Provider(
         id="zai", name="Z.ai", key_env=("ZAI_API_KEY", "ZHIPU_API_KEY"), base_url="https://api.z.ai/api/paas/v4", pattern=r"glm-",
@@ -3723,6 +5576,10 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     Provider(
         id="sambanova", name="SambaNova", key_env=("SAMBANOVA_API_KEY",), base_url="https://api.sambanova.ai/v1",
         offers=_offers("embeddings"), drops=_drops("n logprobs top_logprobs logit_bias seed frequency_penalty presence_penalty"),
+    ),
+    Provider(
+        id="perplexity", name="Perplexity", key_env=("PERPLEXITY_API_KEY", "PPLX_API_KEY"), base_url="https://api.perplexity.ai/v1",
+        dialect="perplexity", pattern=r"sonar(?=-|$)", offers=_offers("responses") - {"models"}, stream_usage="always",
     ),
     Provider(
         id="cohere", name="Cohere", key_env=("CO_API_KEY", "COHERE_API_KEY"), base_env=("CO_API_URL",),
@@ -3867,7 +5724,8 @@ def enabling_variable(row: Provider) -> str:
 # The dialects by the names that provider rows and endpoints use; the table is checked against it at import.
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
-    dialect.name: dialect for dialect in (OpenAiChat(), GeminiGenerate(), GeminiVertex())
+    dialect.name: dialect
+    for dialect in (OpenAiChat(), OpenAiResponses(), PerplexityAgent(), GeminiGenerate(), GeminiVertex())
 }
 PROVIDERS_BY_ID: Final = check_providers(PROVIDERS, DIALECTS)
 
@@ -4961,6 +6819,7 @@ class Flow:
         self.content_seen = False
         self.usage: Usage | None = None
         self.finish_reason = ""
+        self.answer_id = ""
         self._cost_of = cost_of
 
     @property
@@ -5140,6 +6999,7 @@ class NativeFlow(Flow):
         return run
 
     def _learn(self, chunk: Json) -> None:
+        self.answer_id = self.answer_id or str(chunk.get("id") or "")
         self.transcript.add_chunk(chunk)
         self.observe(chunk)
         if chunk.get("usage"):
@@ -5199,6 +7059,11 @@ MIGRATIONS: Final = (
     );
     CREATE INDEX requests_by_time ON requests (ts_ms);
     CREATE TABLE blocks (block INTEGER PRIMARY KEY, compressed INTEGER NOT NULL, bodies BLOB NOT NULL);
+    """,
+    """
+    CREATE TABLE responses (
+        id TEXT PRIMARY KEY, ts_ms INTEGER NOT NULL, key_id TEXT NOT NULL, provider TEXT NOT NULL, response BLOB, items BLOB
+    );
     """,
 )
 
@@ -5268,6 +7133,13 @@ def public_row(row: sqlite3.Row) -> Json:
     return {name: values[name] for name in LOG_FIELDS}
 
 
+class Write(NamedTuple):
+    """A statement of ours for the writer thread, beside the log rows of its group."""
+
+    sql: str
+    parameters: tuple[Any, ...]
+
+
 class StoreError(RuntimeError):
     """The data directory or the database cannot be used; the message says what to do."""
 
@@ -5329,7 +7201,7 @@ class LogStore:
         self.last_error = ""
         self._bodies = bodies
         self._connection = open_writer(path, full_sync)
-        self._queue: collections.deque[Call | threading.Event] = collections.deque()
+        self._queue: collections.deque[Call | Write | threading.Event] = collections.deque()
         self._wake = threading.Event()
         self._closing = False
         self._reader: sqlite3.Connection | None = None
@@ -5348,6 +7220,11 @@ class LogStore:
         self._queue.append(call)
         if not self._wake.is_set():
             self._wake.set()
+
+    def put_write(self, sql: str, *parameters: Any) -> None:
+        """Hand one statement over, to be committed with the rows around it."""
+        self._queue.append(Write(sql, parameters))
+        self._wake.set()
 
     async def flush(self) -> None:
         """Return once everything handed over before is committed."""
@@ -5379,23 +7256,29 @@ class LogStore:
 
     def _commit_group(self) -> None:
         calls: list[Call] = []
+        writes: list[Write] = []
         barriers: list[threading.Event] = []
         while self._queue and len(calls) < COMMIT_MAX_ROWS:
             item = self._queue.popleft()
             if isinstance(item, threading.Event):
                 barriers.append(item)
+            elif isinstance(item, Write):
+                writes.append(item)
             else:
                 calls.append(item)
-        if calls:
-            self._write(calls)
+        if calls or writes:
+            self._write(calls, writes)
         for barrier in barriers:
             barrier.set()
 
-    def _write(self, calls: list[Call]) -> None:
+    def _write(self, calls: list[Call], writes: Sequence[Write] = ()) -> None:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
-            insert_rows(connection, self._rows(calls))
+            if calls:
+                insert_rows(connection, self._rows(calls))
+            for write in writes:
+                connection.execute(write.sql, write.parameters)
             connection.execute("COMMIT")
             self.last_error = ""
         except sqlite3.Error as error:
@@ -5552,6 +7435,50 @@ def body_json(body: bytes) -> Any:
         return orjson.loads(body) if body else None
     except orjson.JSONDecodeError:
         return body.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response of /v1/responses that may be continued: whole where Stockyard keeps it, else only whose it is."""
+
+    id: str
+    provider: str
+    response: Json | None
+    items: list[Json]
+
+
+def keep_response(
+    store: LogStore, call: Call, response_id: str, response: Json | None, items: list[Json] | None
+) -> None:
+    packed = [zlib.compress(dump_json(value), 1) if value is not None else None for value in (response, items)]
+    row = (response_id, call.ts_ms, call.key_id, call.provider, *packed)
+    store.put_write("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", *row)
+
+
+def find_response(store: LogStore, response_id: str, key_id: str) -> StoredResponse | None:
+    """A stored response of this key; another key's is not found."""
+    rows = store.read("SELECT * FROM responses WHERE id = ? AND key_id = ?", (response_id, key_id))
+    if not rows:
+        return None
+    response, items = (
+        orjson.loads(zlib.decompress(rows[0][name])) if rows[0][name] else None for name in ("response", "items")
+    )
+    return StoredResponse(response_id, rows[0]["provider"], response, items or [])
+
+
+def find_items(store: LogStore, ids: Sequence[str], key_id: str) -> dict[str, Json]:
+    """Stored items by id, from this key's newest responses."""
+    wanted, found = set(ids), cast(dict[str, Json], {})
+    rows = store.read(
+        "SELECT items FROM responses WHERE key_id = ? AND items IS NOT NULL ORDER BY ts_ms DESC LIMIT 1000", (key_id,)
+    )
+    for row in rows:
+        for item in orjson.loads(zlib.decompress(row["items"])):
+            if item.get("id") in wanted:
+                found.setdefault(item["id"], item)
+        if len(found) == len(wanted):
+            break
+    return found
 
 
 SPEND_BY: Final[Mapping[str, str]] = {
@@ -6269,6 +8196,9 @@ class Gateway:
         try:
             self.admit(call)
             self.read(call)
+            if call.endpoint.dialect == "responses":
+                await self.recall(call)
+            self.interpret(call)
             if call.stream:
                 return await self.stream(call, client)
             if call.endpoint.kind == "count_tokens":
@@ -6307,7 +8237,10 @@ class Gateway:
         if not isinstance(model, str) or not model:
             raise InvalidRequest("`model` must be a string that names a model, see GET /v1/models", param="model")
         call.model = model
-        dialect = DIALECTS[call.endpoint.dialect]
+
+    def interpret(self, call: Call) -> None:
+        """The canonical request, which translation, routing and guardrails read."""
+        request, dialect = call.request, DIALECTS[call.endpoint.dialect]
         call.stream = call.endpoint.streams and dialect.wants_stream(request, call.path_parameters)
         if call.endpoint.kind in ("chat", "count_tokens"):
             call.canonical = dialect.parse(request, call.path_parameters)
@@ -6315,6 +8248,36 @@ class Gateway:
             call.canonical = dialect.parse_embeddings(request, call.path_parameters)
         if "$alt" in call.path_parameters:
             call.request = {**request, "$alt": call.path_parameters["$alt"]}
+
+    async def recall(self, call: Call) -> None:
+        """Put what a stateful request refers to in its place: earlier turns and items that Stockyard keeps."""
+        request, store = call.request, self.store
+        previous, ids = request.get("previous_response_id"), referenced_ids(request)
+        call.must_translate = STATE_MARK.encode() in call.body
+        request.pop(ITEMS_KEY, None)
+        if not isinstance(previous, str) and not ids:
+            return
+        await store.flush()
+        stored = (
+            await asyncio.to_thread(find_response, store, previous, call.key_id) if isinstance(previous, str) else None
+        )
+        items = await asyncio.to_thread(find_items, store, ids, call.key_id) if ids else {}
+        if stored is not None and stored.response is not None:
+            request = resume(request, stored.items)
+            call.must_translate = True
+        if items:
+            request = {**request, ITEMS_KEY: items}
+            call.must_translate = True
+        call.request = request
+
+    def remember(self, call: Call, response: Json | None, native: bool) -> None:
+        """Keep a response that may be continued or fetched: whole, or only whose it is where the provider keeps it."""
+        if response is None or call.endpoint.dialect != "responses" or call.request.get("store") is False:
+            return
+        response_id = response.get("id")
+        if isinstance(response_id, str) and response_id:
+            kept = (None, None) if native else (response, stored_items(call.request, response))
+            keep_response(self.store, call, response_id, *kept)
 
     async def complete(self, call: Call) -> Reply:
         """A plain call: the first attempt that succeeds."""
@@ -6337,6 +8300,8 @@ class Gateway:
         try:
             await self.first_success(call, streamed.attempt, may_retry=lambda: not streamed.sent_content)
             call.status = call.status or 200
+            if streamed.response is not None:
+                self.remember(call, streamed.response, native=streamed.is_native)
             client.end_stream(broken=False)
         except GatewayError as error:
             if not streamed.started:
@@ -6432,15 +8397,19 @@ class Gateway:
         if outgoing.translation is None:
             if document.get("error") and "choices" not in document:
                 refuse_error_event(document, outgoing.dialect)
-            self.learn(
-                call, target, read_usage(outgoing.dialect, document, target.provider.row), finish_reason_of(document)
-            )
+            usage = read_usage(outgoing.dialect, document, target.provider.row)
+            self.learn(call, target, usage, finish_reason_of(document))
+            self.remember(call, document, native=True)
             return body
         completion = getattr(outgoing.dialect, VERBS_OF_KIND[outgoing.kind][1])(document, outgoing.translation)
         usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
         self.learn(call, target, usage, finish_reason_of(completion))
         call.dropped = outgoing.translation.dropped
-        return dump_json(self.rendered(call, completion))
+        if call.endpoint.dialect == "responses":
+            completion["id"] = call.id  # it will be asked for by this id, so it must be ours and never repeat
+        answered = self.rendered(call, completion)
+        self.remember(call, answered, native=False)
+        return dump_json(answered)
 
     @staticmethod
     def rendered(call: Call, completion: Json) -> Json:
@@ -6513,6 +8482,8 @@ class Gateway:
         translation = None
         if kind in VERBS_OF_KIND and (self.is_foreign(call, dialect, row) or canonical is not None):
             translation = self.translation(call, target)
+            if kind == "chat" and dialect.family != call.endpoint.dialect:
+                DIALECTS[call.endpoint.dialect].refuse_elsewhere(call.canonical or {})
             encode = getattr(dialect, VERBS_OF_KIND[kind][0])
             body = dump_json(encode(canonical or call.canonical or call.request, translation))
             call.dropped = translation.dropped
@@ -6535,11 +8506,9 @@ class Gateway:
     @staticmethod
     def is_foreign(call: Call, dialect: Dialect, row: Provider) -> bool:
         client = DIALECTS[call.endpoint.dialect]
-        return (
-            dialect.family != client.family
-            or row.rewrites_answers
-            or (call.stream and client.must_render(call.request))
-        )
+        if dialect.family != client.family or row.rewrites_answers or call.must_translate:
+            return True
+        return call.stream and client.must_render(call.request)
 
     def translation(self, call: Call, target: Target) -> Translation:
         strict = call.headers.get("x-stockyard-strict", "").lower() in ("1", "true", "on")
@@ -6697,6 +8666,8 @@ class StreamedCall:
         self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._relay: Relay | None = None
         self.renderer = self._new_renderer()
+        self.is_native = False
+        self.native_id = ""
 
     @property
     def sent_content(self) -> bool:
@@ -6705,6 +8676,13 @@ class StreamedCall:
     @property
     def started(self) -> bool:
         return self._call.status != 0
+
+    @property
+    def response(self) -> Json | None:
+        """The whole response that a stateful dialect streamed, once it ended."""
+        if self.is_native:
+            return {"id": self.native_id} if self.native_id else None
+        return getattr(self.renderer, "response", None)
 
     def _new_renderer(self) -> Renderer:
         return self._dialect.renderer(self._call.request, self._gateway.new_id, int(self._gateway.clock()))
@@ -6730,11 +8708,12 @@ class StreamedCall:
         assert call.transcript is not None
         if outgoing.translation is not None:
             decoder = outgoing.dialect.decoder(outgoing.translation)
-            self.renderer = self._new_renderer()
+            self.renderer, self.is_native = self._new_renderer(), False
             return TranslatingFlow(decoder, self.renderer, call.transcript, cost_of)
         if isinstance(outgoing.dialect, OpenAiChat):
             asked = bool((call.request.get("stream_options") or {}).get("include_usage"))
             return OpenAiFlow(outgoing.dialect, target.provider.row, asked, call.transcript, cost_of)
+        self.is_native = True
         return NativeFlow(outgoing.dialect.decoder(self._gateway.translation(call, target)), call.transcript, cost_of)
 
     def _learn(self, call: Call, target: Target, flow: Flow) -> None:
@@ -6743,6 +8722,7 @@ class StreamedCall:
         if usage is None and flow.content_seen:
             usage = Usage(input_tokens=(len(call.body) + 3) // 4, output_tokens=flow.transcript.output_tokens())
             call.usage_estimated = True
+        self.native_id = flow.answer_id
         self._gateway.learn(call, target, usage, flow.finish_reason)
 
     def _heartbeat(self) -> None:
@@ -7137,6 +9117,7 @@ HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
         Endpoint("chat", "/v1/chat/completions", streams=True),
         Endpoint("completions", "/v1/completions", streams=True),
         Endpoint("embeddings", "/v1/embeddings"),
+        Endpoint("chat", "/v1/responses", "responses", streams=True),
     )
 }
 #: Client endpoints whose body is JSON and passes through by model name.
@@ -7152,6 +9133,7 @@ UPLOAD_ENDPOINTS: Final = (
     Endpoint("translations", "/v1/audio/translations", upload=True),
     Endpoint("image_edits", "/v1/images/edits", upload=True),
 )
+RESPONSES_ENDPOINT: Final = Endpoint("stored", "/v1/responses", "responses")
 GEMINI_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "generateContent": Endpoint("chat", "/v1beta/models:generateContent", "gemini", streams=True),
     "streamGenerateContent": Endpoint("chat", "/v1beta/models:streamGenerateContent", "gemini", streams=True),
@@ -7640,6 +9622,46 @@ async def get_model(request: web.Request) -> web.Response:
     return json_response(list_dialect(request).render_model(row))
 
 
+async def get_response(request: web.Request) -> web.StreamResponse:
+    """GET and DELETE of a stored response, and its input items; those a provider keeps are asked there."""
+    gateway, response_id = request.app[GATEWAY_KEY], request.match_info["id"]
+    await gateway.store.flush()
+    stored = await asyncio.to_thread(find_response, gateway.store, response_id, "")
+    if stored is None:
+        raise NotFound(
+            f"no response has the id {clean_header(response_id, 80)!r}", code="response_not_found", param="id"
+        )
+    if stored.response is None:
+        return await pass_response(request, gateway, stored)
+    if request.method == "DELETE":
+        gateway.store.put_write("DELETE FROM responses WHERE id = ?", response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+    if not request.match_info["rest"]:
+        return json_response(stored.response)
+    if request.match_info["rest"] != "/input_items":
+        raise NotFound("a stored response has /input_items and nothing else")
+    said = {item.get("id") for item in stored.response.get("output") or ()}
+    items = [item for item in stored.items if item.get("id") not in said]
+    edges = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": None, "last_id": None}
+    return json_response({"object": "list", "data": items, "has_more": False, **edges})
+
+
+async def pass_response(request: web.Request, gateway: Gateway, stored: StoredResponse) -> web.StreamResponse:
+    provider = gateway.router.providers.get(stored.provider)
+    if provider is None:
+        raise NotFound("the provider that keeps this response is not configured any more", code="response_not_found")
+    call = gateway.begin(RESPONSES_ENDPOINT, request.headers, b"", client_ip(request))
+
+    async def work() -> web.StreamResponse:
+        gateway.admit(call)
+        rest = request.rel_url.raw_path.removeprefix("/v1/responses")
+        return await forward(
+            request, gateway, call, Target(provider, ""), provider.row.path("responses", "") + safe_path(rest)
+        )
+
+    return await logged(gateway, call, work)
+
+
 async def get_requests(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
     wanted = {name: value for name, value in request.query.items() if name not in ("limit", "cursor")}
@@ -7764,6 +9786,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET POST DELETE", "/v1/files{rest:(/.*)?}", pass_files, "client", spends=True),
     RouteRow("GET POST DELETE", "/v1/batches{rest:(/.*)?}", pass_files, "client", spends=True),
     RouteRow(ALL_METHODS, "/proxy/{provider}/{path:.*}", pass_proxy, "client", spends=True),
+    RouteRow("GET POST DELETE", "/v1/responses/{id}{rest:(/.*)?}", get_response, "client", spends=True),
     RouteRow("GET", "/v1/models", get_models, "client"),
     RouteRow("GET", "/v1/models/{id:.+}", get_model, "client"),
     RouteRow("POST", "/v1/models/{target:.+}", answer_gemini, "client", spends=True),

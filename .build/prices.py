@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from genai_prices import Usage, calc_price
-from genai_prices.data import providers as SOURCE  # noqa: N812
+from genai_prices.data import providers as SOURCE
 from genai_prices.types import (
     ClauseAnd,
     ClauseContains,
