@@ -869,6 +869,8 @@ class Dialect:
     stream_type: ClassVar[str] = "text/event-stream; charset=utf-8"
     #: How many texts one embeddings call takes; more are sent as several calls.
     embeddings_at_once: ClassVar[int] = 2048
+    #: Whether its streams are server-sent events.
+    events: ClassVar[bool] = True
     #: Whether requests are signed as a whole instead of carrying a key.
     signs: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
@@ -7006,6 +7008,29 @@ class NativeFlow(Flow):
             self.usage = read_openai_usage(chunk["usage"])
 
 
+def shape_of(document: Any) -> str:
+    """The dialect family that an answer or an event is clearly written in; "" where it could be any."""
+    if not isinstance(document, dict):
+        return ""
+    kind = str(document.get("object") or "")
+    if kind.startswith("chat.completion"):
+        return "openai"
+    if kind == "response" or str(document.get("type") or "").startswith("response."):
+        return "responses"
+    if document.get("type") in ("message", "message_start"):
+        return "anthropic"
+    return "gemini" if "candidates" in document else ""
+
+
+def shape_of_stream(start: bytes) -> str | None:
+    """The same for the start of a stream; None while its first event is not whole."""
+    for _, payload in SseReader().feed(start):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return shape_of(orjson.loads(payload))
+        return ""
+    return None if len(start) < 65_536 else ""
+
+
 class TranslatingFlow(Flow):
     """Two dialects: every event is decoded, and every chunk rendered."""
 
@@ -8036,8 +8061,14 @@ class Relay:
     Before the first content everything is held back, so that a failure can be retried; then `commit` sends the headers.
     """
 
-    def __init__(self, gateway: Gateway, call: Call, client: Client, flow: Flow, dialect: Dialect) -> None:
-        self._gateway, self._call, self._client, self._flow, self._dialect = gateway, call, client, flow, dialect
+    def __init__(
+        self, gateway: Gateway, call: Call, client: Client, flow_of: Callable[[Dialect | None], Flow], dialect: Dialect
+    ) -> None:
+        self._gateway, self._call, self._client, self._dialect = gateway, call, client, dialect
+        self._flow_of = flow_of
+        self.flow = flow_of(None)
+        self._start = b""
+        self._looked = False
         self.done: asyncio.Future[None] = gateway.loop.create_future()
         self._held: list[bytes] = []
         self._refused: PlainAnswer | None = None
@@ -8062,20 +8093,37 @@ class Relay:
         if self.done.done():
             return
         try:
-            out = self._flow.feed(data)
+            if not self._looked and (data := self._look(data)) == b"":
+                return
+            out = self.flow.feed(data)
         except UpstreamError as error:
             self._end(error)
             return
         if self.sent_content:
             if out:
                 self._client.send(out)
-        elif self._flow.content_seen:
+        elif self.flow.content_seen:
             self._call.first_token_s = self._gateway.tick()
             self.sent_content = True
             self._gateway.commit(self._call, self._client)
             self._client.send(b"".join([*self._held, out]))
         elif out:
             self._held.append(out)
+
+    def _look(self, data: bytes) -> bytes:
+        """Hold bytes back until the first event tells whether the provider speaks the dialect it was asked in.
+
+        Several doors of one host may stand behind one address; the answer says best which one it was.
+        """
+        data, self._start = self._start + data, b""
+        shape = shape_of_stream(data) if self._dialect.events else ""
+        if shape is None:
+            self._start = data
+            return b""
+        self._looked = True
+        if shape and shape != self._dialect.family and shape in DIALECTS:
+            self.flow = self._flow_of(DIALECTS[shape])
+        return data
 
     def end(self) -> None:
         if self._refused is not None:
@@ -8085,8 +8133,9 @@ class Relay:
         if self.done.done():
             return
         try:
-            last = self._flow.close()
-            if not self._flow.complete:
+            last = self.flow.feed(self._start) if self._start else b""
+            last += self.flow.close()
+            if not self.flow.complete:
                 raise UpstreamError("the provider's stream ended before its answer did", code="upstream_truncated")
         except UpstreamError as error:
             self._end(error)
@@ -8169,6 +8218,7 @@ class Gateway:
         self.in_flight = 0
         self.internal_errors = 0
         self.google_tokens = GoogleTokens(upstream, clock)
+        self._without_doors: set[str] = set()
         self._key_turn: collections.Counter[str] = collections.Counter()
         self._heads: dict[tuple[Any, ...], tuple[Origin, bytes]] = {}
         self._models_at_s: dict[str, float] = {}
@@ -8336,7 +8386,12 @@ class Gateway:
         try:
             if target.provider.row.key_is_file:
                 await self.google_tokens.refresh(target.provider.keys[0])
-            result = await attempt(call, target)
+            try:
+                result = await attempt(call, target)
+            except UpstreamRefused as error:
+                if not self._lacks_door(call, target, error):
+                    raise
+                result = await attempt(call, target)
             line.status = 200
             return result
         except GatewayError as error:
@@ -8346,6 +8401,20 @@ class Gateway:
             ended_s = self.tick()
             call.upstream_s += ended_s - began_s
             line.ended_ms = (ended_s - call.started_s) * 1000
+
+    def _lacks_door(self, call: Call, target: Target, error: UpstreamRefused) -> bool:
+        """Whether a host behind a moved base URL has no path for the client's own dialect: then its usual one is asked."""
+        row = target.provider.row
+        unknown_path = error.status in (404, 405) and error.code not in (
+            "model_not_found",
+            "previous_response_not_found",
+        )
+        if not unknown_path or call.endpoint.dialect not in row.also_speaks or row.id in self._without_doors:
+            return False
+        if target.provider.base_url == row.base_url:
+            return False
+        self._without_doors.add(row.id)
+        return True
 
     async def attempt_plain(self, call: Call, target: Target) -> Reply:
         outgoing = self.prepare(call, target)
@@ -8394,6 +8463,10 @@ class Gateway:
             ) from None
         if not isinstance(document, dict):
             raise UpstreamError("the provider's answer is no JSON object", code="upstream_malformed")
+        spoken = shape_of(document)
+        if outgoing.kind == "chat" and spoken and spoken != outgoing.dialect.family and spoken in DIALECTS:
+            translation = outgoing.translation or self.translation(call, target)
+            outgoing = dataclasses.replace(outgoing, dialect=DIALECTS[spoken], translation=translation)
         if outgoing.translation is None:
             if document.get("error") and "choices" not in document:
                 refuse_error_event(document, outgoing.dialect)
@@ -8494,11 +8567,10 @@ class Gateway:
         call.sent_body = body if body is not call.body else b""
         return Outgoing(origin, head, body, dialect, translation, kind)
 
-    @staticmethod
-    def dialect_for(call: Call, target: Target) -> Dialect:
+    def dialect_for(self, call: Call, target: Target) -> Dialect:
         """The provider's dialect for this call: its own, the client's where it has a door for that, or the one it must be."""
         row = target.provider.row
-        if call.endpoint.dialect in row.also_speaks:
+        if call.endpoint.dialect in row.also_speaks and row.id not in self._without_doors:
             return DIALECTS[call.endpoint.dialect]
         chosen = row.choose_dialect(call.canonical, target.model) if row.choose_dialect and call.canonical else ""
         return DIALECTS[chosen or row.dialect]
@@ -8691,8 +8763,8 @@ class StreamedCall:
         gateway = self._gateway
         outgoing = gateway.prepare(call, target)
         call.transcript = Transcript()
-        flow = self._flow(call, target, outgoing)
-        relay = self._relay = Relay(gateway, call, self._client, flow, outgoing.dialect)
+        flow_of = functools.partial(self._flow, call, target, outgoing)
+        relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)
         exchange = await gateway.exchange(target, outgoing, relay)
         self._client.throttle = exchange.hold
         try:
@@ -8701,11 +8773,17 @@ class StreamedCall:
             self._client.throttle = None
             if not relay.done.done() or relay.done.cancelled() or relay.done.exception():
                 exchange.abort()
-            self._learn(call, target, flow)
+            self._learn(call, target, relay.flow)
 
-    def _flow(self, call: Call, target: Target, outgoing: Outgoing) -> Flow:
+    def _flow(self, call: Call, target: Target, outgoing: Outgoing, spoken: Dialect | None = None) -> Flow:
+        """The flow of an attempt; `spoken` is the dialect the provider turned out to answer in, if another."""
         cost_of = functools.partial(self._gateway.price, call, target)
         assert call.transcript is not None
+        if spoken is not None:
+            translation = outgoing.translation or self._gateway.translation(call, target)
+            outgoing = dataclasses.replace(outgoing, dialect=spoken, translation=translation)
+            if spoken.family == DIALECTS[call.endpoint.dialect].family and not isinstance(spoken, OpenAiChat):
+                outgoing.translation = None
         if outgoing.translation is not None:
             decoder = outgoing.dialect.decoder(outgoing.translation)
             self.renderer, self.is_native = self._new_renderer(), False
