@@ -5275,6 +5275,1162 @@ def estimate_gemini_tokens(value: Any) -> int:
     return total
 
 
+# ----- Anthropic ------------------------------------------------------------------------------------------------------
+# The Messages API. Three things differ from every other dialect: content is a list of typed blocks on both sides, tool
+# results stand in user turns, and a stream names its events and opens and closes its blocks one after the other. What
+# one Claude takes and another refuses is a row of CLAUDE_MODELS. Blocks of Anthropic's own server tools are no tool
+# calls of the client's: they travel whole in `message.native_blocks`, for Anthropic clients only.
+# Sources: https://platform.claude.com/docs/en/api/messages, …/api/versioning, …/build-with-claude/thinking
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaudeFacts:
+    """What one family of Claude takes. `thinking` lists the values of thinking.type, `on` whether it thinks unasked."""
+
+    thinking: frozenset[str] = frozenset({"adaptive"})
+    on: bool = True
+    sampling: bool = False
+    #: Forced tool choice: always, never, or only while it does not think.
+    forced: str = "never"
+    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+    inline_system: bool = False
+    default_output_tokens: int = 32_000
+
+
+_EFFORTS_OF_46: Final = ("low", "medium", "high", "max")
+CLAUDE_MODELS: Final[Mapping[str, ClaudeFacts]] = {
+    "claude-fable-5": ClaudeFacts(inline_system=True),
+    "claude-mythos-5": ClaudeFacts(inline_system=True),
+    "claude-opus-5-5": ClaudeFacts(inline_system=True),
+    "claude-sonnet-5-5": ClaudeFacts(thinking=frozenset({"adaptive", "between_tools"})),
+    "claude-opus-5": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), forced="always", inline_system=True),
+    "claude-opus-4-8": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), on=False, forced="always", inline_system=True),
+    "claude-opus-4-7": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), on=False, forced="always"),
+    "claude-sonnet-5": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), forced="always"),
+    "claude-opus-4-6": ClaudeFacts(
+        thinking=frozenset({"adaptive", "enabled", "disabled"}), on=False, sampling=True, forced="always", efforts=_EFFORTS_OF_46
+    ),
+    "claude-sonnet-4-6": ClaudeFacts(
+        thinking=frozenset({"adaptive", "enabled", "disabled"}), on=False, sampling=True, forced="always", efforts=_EFFORTS_OF_46
+    ),
+    "claude-opus-4-5": ClaudeFacts(
+        thinking=frozenset({"enabled", "disabled"}), on=False, sampling=True, forced="unthinking", efforts=("low", "medium", "high")
+    ),
+    # Older models, and the safe guess for names that are not known: no effort, thinking by budget, sampling taken.
+    "claude": ClaudeFacts(
+        thinking=frozenset({"enabled", "disabled"}), on=False, sampling=True, forced="unthinking", efforts=(),
+        default_output_tokens=8192,
+    ),
+}  # fmt: skip
+#: Thinking budgets of the models that count tokens, by effort.
+THINKING_BUDGETS: Final = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_000}
+CLAUDE_IMAGES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
+CLAUDE_FINISHES: Final = {
+    "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "compaction": "stop", "max_tokens": "length",
+    "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
+}  # fmt: skip
+STOP_REASONS: Final = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+    "content_filter": "refusal",
+}
+ANTHROPIC_ERRORS: Final = {
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+    409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+    504: "timeout_error", 529: "overloaded_error",
+}  # fmt: skip
+#: Canonical members that this encoder reads; what else is set, and says something, is dropped by name.
+CLAUDE_READS: Final = frozenset(
+    "model messages max_tokens max_completion_tokens temperature top_p top_k stop stream stream_options tools tool_choice "
+    "parallel_tool_calls response_format reasoning_effort user safety_identifier service_tier extra_body functions cache_control".split()
+)
+SAYS_LITTLE: Final[Mapping[str, Any]] = {
+    "n": 1,
+    "store": False,
+    "logprobs": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+}
+
+
+def claude_facts(model: str) -> ClaudeFacts:
+    """The row of a model under any host's decoration (`us.anthropic.`, `anthropic/`, `@date`): the longest prefix."""
+    at = model.find("claude")
+    name = model[at:].replace("@", "-") if at >= 0 else "claude"
+    known = max(
+        (prefix for prefix in CLAUDE_MODELS if name == prefix or name.startswith(f"{prefix}-")),
+        key=len,
+        default="claude",
+    )
+    return CLAUDE_MODELS[known]
+
+
+class SchemaForClaude:
+    """JSON Schema trimmed to the subset of structured outputs; what a keyword said goes into the description."""
+
+    DROPPED: ClassVar = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
+                         "pattern", "maxItems", "uniqueItems", "minProperties", "maxProperties")  # fmt: skip
+    FORMATS: ClassVar = frozenset("date-time time date duration email hostname uri ipv4 ipv6 uuid".split())
+
+    def write(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        kept = {
+            name: self._member(name, value)
+            for name, value in schema.items()
+            if name not in (*self.DROPPED, "$schema", "strict")
+        }
+        if "oneOf" in kept:
+            kept["anyOf"] = kept.pop("oneOf")
+        told = [f"{name}: {dump_json(schema[name]).decode()}" for name in self.DROPPED if name in schema]
+        if kept.get("format") not in (None, *self.FORMATS):
+            told.append(f"format: {kept.pop('format')}")
+        if isinstance(kept.get("minItems"), int) and kept["minItems"] > 1:
+            told.append(f"minItems: {kept.pop('minItems')}")
+        if told:
+            kept["description"] = "; ".join([*([str(kept["description"])] if kept.get("description") else []), *told])
+        if kept.get("type") == "object" or "properties" in kept:
+            kept["additionalProperties"] = False
+        return kept
+
+    def _member(self, name: str, value: Any) -> Any:
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            return {key: self.write(inner) for key, inner in value.items()}
+        if name in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
+            return [self.write(inner) for inner in value]
+        return self.write(value) if name == "items" else value
+
+
+class AnthropicEncoder:
+    """One canonical request as a Messages body."""
+
+    def __init__(self, request: Json, translation: Translation) -> None:
+        self._request, self._names = customs_as_functions(request)
+        self._translation = translation
+        self._facts = claude_facts(translation.model)
+        self._turns: list[Json] = []
+        self._system: list[Json] = []
+
+    def build(self) -> Json:
+        request, translation = self._request, self._translation
+        for message in request.get("messages") or ():
+            self._add(message)
+        body: Json = {"model": translation.model, "messages": self._turns}
+        if self._system:
+            plain = all(block.keys() == {"type", "text"} for block in self._system)
+            body["system"] = "\n\n".join(block["text"] for block in self._system) if plain else self._system
+        self._write_limits(body)
+        self._write_tools(body)
+        self._write_thinking(body)
+        self._write_format(body)
+        if translation.stream:
+            body["stream"] = True
+        user = request.get("safety_identifier") or request.get("user")
+        if user:
+            body["metadata"] = {"user_id": user}
+        if request.get("service_tier") in ("auto", "default"):
+            body["service_tier"] = "auto" if request["service_tier"] == "auto" else "standard_only"
+        elif request.get("service_tier") is not None:
+            translation.drop("service_tier")
+        if request.get("cache_control"):
+            body["cache_control"] = request["cache_control"]
+        self._write_extras(body)
+        return body
+
+    # -- conversation
+
+    def _add(self, message: Json) -> None:
+        role = message.get("role")
+        if role in ("system", "developer"):
+            self._add_system(message)
+        elif role in ("tool", "function"):
+            self._add_result(message)
+        elif role == "assistant":
+            self._append("assistant", self._assistant(message))
+        else:
+            self._append("user", self._parts(message.get("content")))
+
+    def _add_system(self, message: Json) -> None:
+        blocks = [block for block in self._parts(message.get("content")) if block.get("type") == "text"]
+        if not self._turns:
+            self._system += blocks
+        elif self._facts.inline_system and blocks:
+            self._turns.append({"role": "system", "content": blocks})
+        elif blocks:
+            text = "\n\n".join(block["text"] for block in blocks)
+            self._append("user", [{"type": "text", "text": f"<system>\n{text}\n</system>"}])
+
+    def _append(self, role: str, blocks: list[Json]) -> None:
+        """Add blocks to the turn of this role, opening it where another spoke last. Tool results come first in a turn."""
+        if not blocks:
+            return
+        if not self._turns or self._turns[-1]["role"] != role:
+            self._turns.append({"role": role, "content": []})
+        content = self._turns[-1]["content"]
+        if blocks[0]["type"] == "tool_result":
+            at = sum(block["type"] == "tool_result" for block in content)
+            content[at:at] = blocks
+        else:
+            content += blocks
+
+    def _add_result(self, message: Json) -> None:
+        content = message.get("content")
+        block: Json = {
+            "type": "tool_result",
+            "tool_use_id": fit_claude_id(message.get("tool_call_id") or message.get("name") or ""),
+        }
+        parts = self._parts(content)
+        if isinstance(content, str):
+            block["content"] = content
+        elif parts:
+            block["content"] = parts
+        if message.get("is_error"):
+            block["is_error"] = True
+        if message.get("cache_control"):
+            block["cache_control"] = message["cache_control"]
+        self._append("user", [block])
+
+    def _assistant(self, message: Json) -> list[Json]:
+        blocks: list[Json] = []
+        for block in message.get("thinking_blocks") or ():
+            if block.get("type") in ("thinking", "redacted_thinking") and (block.get("signature") or block.get("data")):
+                blocks.append(block)
+            else:
+                self._translation.drop("thinking_blocks")
+        if message.get("reasoning_content") and not message.get("thinking_blocks"):
+            self._translation.drop("reasoning_content")  # without a signature it would be refused
+        for native in message.get("native_blocks") or ():
+            if native.get("dialect") == "anthropic":
+                blocks.append(native["block"])
+            else:
+                self._translation.drop("native_blocks")
+        blocks += self._parts(message.get("content") or message.get("refusal"))
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or {}
+            block = {"type": "tool_use", "id": fit_claude_id(call.get("id") or ""), "name": function.get("name")}
+            blocks.append({**block, "input": read_arguments(function.get("arguments")), **cache_mark(call)})
+        return blocks
+
+    def _parts(self, content: Any) -> list[Json]:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if content.strip() else []
+        parts = [self._part(part) for part in content or () if isinstance(part, dict)]
+        return [part for part in parts if part is not None]
+
+    def _part(self, part: Json) -> Json | None:
+        kind = part.get("type")
+        if kind in ("text", "refusal", "input_text", "output_text"):
+            text = part.get("text") or part.get("refusal") or ""
+            return {"type": "text", "text": text, **cache_mark(part)} if text.strip() else None
+        if kind == "image_url":
+            image = part.get("image_url")
+            return self._image(image.get("url", "") if isinstance(image, dict) else str(image), part)
+        if kind == "file":
+            return self._file(part)
+        if kind == "native" and part.get("dialect") == "anthropic":
+            return dict(part["block"])
+        raise InvalidRequest(
+            f"a content part of the type `{kind}` cannot be sent to {self._translation.model}", param="messages"
+        )
+
+    def _image(self, url: str, part: Json) -> Json | None:
+        if not url.startswith("data:"):
+            return {"type": "image", "source": {"type": "url", "url": url}, **cache_mark(part)}
+        kind, data = read_data_uri(url, "image_url.url")
+        if kind not in CLAUDE_IMAGES:
+            raise InvalidRequest(
+                f"images of the type {kind} are not taken by {self._translation.model}", param="image_url"
+            )
+        return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}, **cache_mark(part)}
+
+    def _file(self, part: Json) -> Json | None:
+        file = part.get("file") or {}
+        named: Json = {"title": file["filename"]} if file.get("filename") else {}
+        if file.get("file_url"):
+            source: Json = {"type": "url", "url": file["file_url"]}
+        elif file.get("file_id"):
+            source = {"type": "file", "file_id": file["file_id"]}
+        else:
+            kind, data = read_data_uri(str(file.get("file_data") or ""), "file.file_data")
+            if kind.startswith("text/"):
+                text = base64.b64decode(data).decode("utf-8", "replace")
+                source = {"type": "text", "media_type": "text/plain", "data": text}
+            else:
+                source = {"type": "base64", "media_type": kind, "data": data}
+        extra = {name: part[name] for name in ("citations", "context") if part.get(name)}
+        return {"type": "document", "source": source, **named, **extra, **cache_mark(part)}
+
+    # -- everything else
+
+    def _write_limits(self, body: Json) -> None:
+        request, facts = self._request, self._facts
+        cap = request.get("max_completion_tokens") or request.get("max_tokens")
+        body["max_tokens"] = cap if isinstance(cap, int) and cap > 0 else facts.default_output_tokens
+        for name in ("temperature", "top_p", "top_k"):
+            value = request.get(name)
+            if value is None:
+                continue
+            if not facts.sampling or (name == "top_p" and "temperature" in body):
+                self._translation.drop(name)
+            else:
+                body[name] = min(value, 1) if name == "temperature" else value
+        stop = request.get("stop")
+        if stop:
+            body["stop_sequences"] = [text for text in ([stop] if isinstance(stop, str) else stop) if text.strip()]
+
+    def _write_tools(self, body: Json) -> None:
+        request = self._request
+        choice = request.get("tool_choice")
+        tools = [tool for tool in map(self._tool, request.get("tools") or ()) if tool]
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            allowed = choice.get("allowed_tools") or choice
+            names = {(tool.get("function") or tool).get("name") for tool in allowed.get("tools") or ()}
+            tools, choice = [tool for tool in tools if tool["name"] in names], allowed.get("mode")
+        if not tools:
+            return
+        body["tools"] = tools
+        written: Json = {"type": "auto"}
+        if choice == "none":
+            written = {"type": "none"}
+        elif choice == "required":
+            written = {"type": "any"}
+        elif isinstance(choice, dict):
+            written = {"type": "tool", "name": (choice.get("function") or choice).get("name")}
+        if written["type"] in ("any", "tool") and self._facts.forced == "never":
+            self._translation.drop("tool_choice", "this model cannot be forced to call a tool")
+            written = {"type": "auto"}
+        if request.get("parallel_tool_calls") is False and written["type"] != "none":
+            written["disable_parallel_tool_use"] = True
+        if choice is not None or len(written) > 1:
+            body["tool_choice"] = written
+
+    def _tool(self, tool: Json) -> Json | None:
+        if tool.get("type") == "native":
+            if tool.get("dialect") == "anthropic":
+                return dict(tool["tool"])
+            self._translation.drop(f"tools.{(tool.get('tool') or {}).get('type') or 'native'}")
+            return None
+        function = tool.get("function") or {}
+        schema = function.get("parameters") or {"type": "object", "properties": {}}
+        written: Json = {"name": function.get("name"), "input_schema": {"type": "object", **schema}}
+        if function.get("description"):
+            written["description"] = function["description"]
+        if function.get("strict"):
+            written |= {"strict": True, "input_schema": SchemaForClaude().write(schema)}
+        return {**written, **cache_mark(tool)}
+
+    def _write_thinking(self, body: Json) -> None:
+        """Reasoning effort in the words of the model's generation."""
+        effort, facts = self._request.get("reasoning_effort"), self._facts
+        if effort is None:
+            return
+        if effort == "none":
+            off = next((word for word in ("disabled", "between_tools") if word in facts.thinking), "")
+            body |= (
+                {"thinking": {"type": off}} if off and facts.on else {} if off else {"output_config": {"effort": "low"}}
+            )
+            return
+        forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
+        if "adaptive" in facts.thinking:
+            body["thinking"] = {"type": "adaptive", "display": "summarized"}
+        elif facts.forced == "unthinking" and forced:
+            self._translation.drop("reasoning_effort", "it does not go with a forced tool choice")
+            return
+        else:
+            budget = THINKING_BUDGETS.get(effort, 8192)
+            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+            body["max_tokens"] = max(body["max_tokens"], budget + 1024)
+            for name in ("temperature", "top_k", "top_p"):
+                if body.pop(name, None) is not None:
+                    self._translation.drop(name)
+        if facts.efforts:
+            near = {"minimal": "low", "xhigh": "xhigh" if "xhigh" in facts.efforts else facts.efforts[-1]}.get(
+                effort, effort
+            )
+            body.setdefault("output_config", {})["effort"] = near if near in facts.efforts else facts.efforts[-1]
+
+    def _write_format(self, body: Json) -> None:
+        form = self._request.get("response_format") or {}
+        if form.get("type") == "json_schema":
+            schema = (form.get("json_schema") or {}).get("schema") or {}
+            body.setdefault("output_config", {})["format"] = {
+                "type": "json_schema",
+                "schema": SchemaForClaude().write(schema),
+            }
+        elif form.get("type") == "json_object":
+            asked = "Answer with one JSON object and nothing else."
+            system = body.get("system")
+            body["system"] = (
+                [*system, {"type": "text", "text": asked}]
+                if isinstance(system, list)
+                else f"{system}\n\n{asked}"
+                if system
+                else asked
+            )
+
+    def _write_extras(self, body: Json) -> None:
+        for dialect, members in (self._request.get("extra_body") or {}).items():
+            for name, value in members.items():
+                if dialect == "anthropic":
+                    body[name] = (
+                        {**body[name], **value}
+                        if isinstance(value, dict) and isinstance(body.get(name), dict)
+                        else value
+                    )
+                else:
+                    self._translation.drop(name)
+        for name, value in self._request.items():
+            if name not in CLAUDE_READS and value is not None and SAYS_LITTLE.get(name, self) != value:
+                self._translation.drop(name)
+
+
+def cache_mark(holder: Json) -> Json:
+    """The cache mark of a part, a call or a tool; OpenAI's breakpoints count as one."""
+    if holder.get("cache_control"):
+        return {"cache_control": holder["cache_control"]}
+    return {"cache_control": {"type": "ephemeral"}} if holder.get("prompt_cache_breakpoint") else {}
+
+
+def fit_claude_id(call_id: str) -> str:
+    """A tool id of letters, digits, `_` and `-`; the same for the same foreign id."""
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", call_id):
+        return call_id
+    return f"toolu_{hashlib.sha256(call_id.encode()).hexdigest()[:24]}"
+
+
+def read_claude_usage(usage: Mapping[str, Any]) -> Usage:
+    """Anthropic counts uncached input alone; reads and writes of the cache stand beside it."""
+    creation = usage.get("cache_creation") or {}
+    write, write_1h = (
+        _count(usage.get("cache_creation_input_tokens")),
+        _count(creation.get("ephemeral_1h_input_tokens")),
+    )
+    details = usage.get("output_tokens_details") or {}
+    tools = usage.get("server_tool_use") or {}
+    return Usage(
+        input_tokens=_count(usage.get("input_tokens")),
+        cached_tokens=_count(usage.get("cache_read_input_tokens")),
+        cache_write_5m_tokens=max(0, write - write_1h),
+        cache_write_1h_tokens=min(write, write_1h),
+        output_tokens=_count(usage.get("output_tokens")),
+        reasoning_tokens=_count(details.get("thinking_tokens")),
+        searches=_count(tools.get("web_search_requests")),
+    )
+
+
+def canonical_claude_usage(usage: Usage) -> Json:
+    told = write_openai_usage(usage)
+    return {**told, "num_search_queries": usage.searches} if usage.searches else told
+
+
+def write_claude_usage(usage: Json | None) -> Json:
+    """Canonical usage in Anthropic's words."""
+    read = read_openai_usage(usage or {})
+    write = read.cache_write_5m_tokens + read.cache_write_1h_tokens
+    told: Json = {
+        "input_tokens": max(0, read.prompt_tokens - read.cached_tokens - read.cached_audio_tokens - write),
+        "cache_creation_input_tokens": write,
+        "cache_read_input_tokens": read.cached_tokens + read.cached_audio_tokens,
+        "output_tokens": read.completion_tokens,
+    }
+    return {**told, "cost": usage["cost"]} if usage and "cost" in usage else told
+
+
+class AnthropicDecoder:
+    """Reads a Messages stream into canonical chunks. Block indices become running tool indices."""
+
+    def __init__(self, dialect: AnthropicMessages, translation: Translation) -> None:
+        self._dialect, self._translation = dialect, translation
+        self._events = SseReader()
+        self._blocks: dict[int, Json] = {}
+        self._tools: dict[int, int] = {}
+        self._usage: Json = {}
+        self._head: Json = {"object": "chat.completion.chunk", "created": translation.now_s, "model": translation.model}
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for _, payload in self._events.feed(data) for chunk in self._read(payload)]
+
+    def close(self) -> list[Json]:
+        return [chunk for _, payload in self._events.close() for chunk in self._read(payload)]
+
+    def _read(self, payload: bytes) -> list[Json]:
+        event = read_event_json(payload)
+        if event.get("type") == "error" or "error" in event:
+            raise self._dialect.read_error(_error_status(event), payload)
+        read = getattr(self, f"_on_{event.get('type')}", None)
+        with malformed_is_theirs():
+            return read(event) if read is not None else []
+
+    def _chunk(self, delta: Json, finish: str | None = None) -> Json:
+        return {**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    def _on_message_start(self, event: Json) -> list[Json]:
+        message = event["message"]
+        self._head |= {
+            "id": message.get("id") or self._translation.new_id("chatcmpl-"),
+            "model": message.get("model") or self._translation.model,
+        }
+        self._usage = dict(message.get("usage") or {})
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _on_content_block_start(self, event: Json) -> list[Json]:
+        block = self._blocks[event["index"]] = dict(event["content_block"])
+        kind = block.get("type")
+        if kind == "tool_use":
+            at = self._tools[event["index"]] = len(self._tools)
+            block["json"] = ""
+            function = {"name": block.get("name"), "arguments": ""}
+            return [
+                self._chunk(
+                    {"tool_calls": [{"index": at, "id": block.get("id"), "type": "function", "function": function}]}
+                )
+            ]
+        if kind == "text":
+            return [self._chunk({"content": block["text"]})] if block.get("text") else []
+        if kind == "thinking":
+            return [self._chunk({"reasoning_content": block["thinking"]})] if block.get("thinking") else []
+        if kind == "redacted_thinking":
+            return [self._chunk({"thinking_blocks": [{"type": "redacted_thinking", "data": block.get("data")}]})]
+        return []
+
+    def _on_content_block_delta(self, event: Json) -> list[Json]:
+        block, delta = self._blocks.get(event["index"], {}), event["delta"]
+        kind = delta.get("type")
+        if kind == "text_delta":
+            return [self._chunk({"content": delta["text"]})]
+        if kind == "thinking_delta":
+            block["thinking"] = (block.get("thinking") or "") + delta["thinking"]
+            return [self._chunk({"reasoning_content": delta["thinking"]})]
+        if kind == "signature_delta":
+            block["signature"] = (block.get("signature") or "") + delta["signature"]
+        elif kind == "input_json_delta":
+            return self._argument(event["index"], block, delta["partial_json"])
+        elif kind == "citations_delta":
+            return [self._chunk({"annotations": [read_claude_citation(delta["citation"])]})]
+        return []
+
+    def _argument(self, index: int, block: Json, text: str) -> list[Json]:
+        block["json"] = block.get("json", "") + text
+        if index not in self._tools or not text:
+            return []
+        return [self._chunk({"tool_calls": [{"index": self._tools[index], "function": {"arguments": text}}]})]
+
+    def _on_content_block_stop(self, event: Json) -> list[Json]:
+        block = self._blocks.pop(event["index"], {})
+        kind = block.get("type")
+        if kind == "tool_use" and not block["json"]:
+            text = dump_json(block.get("input") or {}).decode()
+            return [
+                self._chunk({"tool_calls": [{"index": self._tools[event["index"]], "function": {"arguments": text}}]})
+            ]
+        if kind == "thinking" and block.get("signature"):
+            return [
+                self._chunk(
+                    {"thinking_blocks": [{name: block.get(name) or "" for name in ("type", "thinking", "signature")}]}
+                )
+            ]
+        if kind not in ("text", "thinking", "redacted_thinking", "tool_use", None):
+            text = block.pop("json", "")
+            whole = {**block, "input": read_arguments(text)} if text else block
+            return [self._chunk({"native_blocks": [{"dialect": "anthropic", "block": whole}]})]
+        return []
+
+    def _on_message_delta(self, event: Json) -> list[Json]:
+        self._usage |= {name: value for name, value in (event.get("usage") or {}).items() if value is not None}
+        delta = event.get("delta") or {}
+        reason = delta.get("stop_reason")
+        if not reason:
+            return []
+        told: Json = (
+            {"refusal": (delta.get("stop_details") or {}).get("explanation") or ""} if reason == "refusal" else {}
+        )
+        chunk = self._chunk({name: value for name, value in told.items() if value}, CLAUDE_FINISHES.get(reason, "stop"))
+        if delta.get("stop_sequence"):
+            chunk["choices"][0]["stop_sequence"] = delta["stop_sequence"]
+        return [chunk]
+
+    def _on_message_stop(self, event: Json) -> list[Json]:
+        self.complete = True
+        return [{**self._head, "choices": [], "usage": canonical_claude_usage(read_claude_usage(self._usage))}]
+
+
+def _error_status(event: Json) -> int:
+    kind = str((event.get("error") or {}).get("type") if isinstance(event.get("error"), dict) else "")
+    by_type = {kind: status for status, kind in ANTHROPIC_ERRORS.items()}
+    return by_type.get(kind, 502)
+
+
+def read_claude_citation(citation: Json) -> Json:
+    """A citation with a URL is OpenAI's url_citation; any other is kept as it came."""
+    if citation.get("url"):
+        told = {"url": citation["url"], "title": citation.get("title") or "", "start_index": 0, "end_index": 0}
+        return {"type": "url_citation", "url_citation": told, "anthropic": citation}
+    return {"type": "citation", "anthropic": citation}
+
+
+class AnthropicParser:
+    """One Messages body as a canonical request."""
+
+    def __init__(self, body: Json) -> None:
+        self._body = body
+        self._messages: list[Json] = []
+        self._extra: Json = {}
+
+    def parse(self) -> Json:
+        body = self._body
+        request: Json = {"model": want_text(body.get("model"), "model"), "messages": self._messages}
+        if body.get("system"):
+            self._messages.append({"role": "system", "content": self._text_parts(body["system"], "system")})
+        for at, message in enumerate(want_list(body.get("messages"), "messages")):
+            where = f"messages[{at}]"
+            self._read_message(want_object(message, where), where)
+        if not self._messages:
+            raise InvalidRequest("`messages` must not be empty", param="messages")
+        if "max_tokens" in body:
+            request["max_completion_tokens"] = want_whole(body["max_tokens"], "max_tokens")
+        renamed = {
+            "temperature": "temperature",
+            "top_p": "top_p",
+            "top_k": "top_k",
+            "stop_sequences": "stop",
+            "stream": "stream",
+        }
+        request |= {name: body[given] for given, name in renamed.items() if body.get(given) is not None}
+        self._read_tools(request)
+        self._read_thinking(request)
+        if body.get("metadata"):
+            request["user"] = want_object(body["metadata"], "metadata").get("user_id")
+        if body.get("service_tier"):
+            request["service_tier"] = {"standard_only": "default"}.get(body["service_tier"], body["service_tier"])
+        if body.get("cache_control"):
+            request["cache_control"] = body["cache_control"]
+        known = {*renamed, "model", "messages", "system", "max_tokens", "tools", "tool_choice", "thinking", "output_config", "metadata",
+                 "service_tier", "cache_control"}  # fmt: skip
+        self._extra |= {name: value for name, value in body.items() if name not in known and value is not None}
+        return {**request, "extra_body": {"anthropic": self._extra}} if self._extra else request
+
+    def _text_parts(self, content: Any, where: str) -> Any:
+        if isinstance(content, str):
+            return content
+        blocks = [want_object(block, f"{where}[{at}]") for at, block in enumerate(want_list(content, where))]
+        return [
+            {"type": "text", "text": want_text(block.get("text"), f"{where}.text"), **cache_mark(block)}
+            for block in blocks
+        ]
+
+    def _read_message(self, message: Json, where: str) -> None:
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant", "system"):
+            raise InvalidRequest(f"`{where}.role` must be user or assistant", param=f"{where}.role")
+        if role == "system":
+            self._messages.append({"role": "system", "content": self._text_parts(content, f"{where}.content")})
+        elif isinstance(content, str):
+            self._messages.append({"role": role, "content": content})
+        else:
+            blocks = [want_object(block, f"{where}.content") for block in want_list(content, f"{where}.content")]
+            read = self._read_user if role == "user" else self._read_assistant
+            read(blocks, f"{where}.content")
+
+    def _read_user(self, blocks: list[Json], where: str) -> None:
+        """Tool results become messages of their own, before the rest of the turn."""
+        after: list[Json] = []
+        for block in blocks:
+            if block.get("type") == "tool_result":
+                self._read_result(block, where)
+            else:
+                after.append(self._part(block, where))
+        if after:
+            plain = len(after) == 1 and after[0].keys() == {"type", "text"}
+            self._messages.append({"role": "user", "content": after[0]["text"] if plain else after})
+
+    def _read_result(self, block: Json, where: str) -> None:
+        content = block.get("content") or ""
+        message: Json = {"role": "tool", "tool_call_id": want_text(block.get("tool_use_id"), f"{where}.tool_use_id")}
+        if isinstance(content, list):
+            parts = [self._part(want_object(part, where), where) for part in content]
+            plain = all(part.keys() == {"type", "text"} for part in parts)
+            content = "\n".join(part["text"] for part in parts) if plain else parts
+        message["content"] = content
+        if block.get("is_error"):
+            message["is_error"] = True
+        self._messages.append({**message, **cache_mark(block)})
+
+    def _part(self, block: Json, where: str) -> Json:
+        kind = block.get("type")
+        if kind == "text":
+            return {"type": "text", "text": want_text(block.get("text"), f"{where}.text"), **cache_mark(block)}
+        if kind == "image":
+            return {"type": "image_url", "image_url": {"url": self._source_url(block, where)}, **cache_mark(block)}
+        if kind == "document":
+            return self._document(block, where)
+        if kind == "search_result":
+            texts = [
+                part.get("text") or "" for part in want_list(block.get("content"), where) if isinstance(part, dict)
+            ]
+            return {
+                "type": "text",
+                "text": f"{block.get('title') or ''} ({block.get('source') or ''})\n" + "\n".join(texts),
+                **cache_mark(block),
+            }
+        raise InvalidRequest(f"a block of the type `{kind}` is not understood in `{where}`", param=where)
+
+    def _source_url(self, block: Json, where: str) -> str:
+        source = want_object(block.get("source"), f"{where}.source")
+        if source.get("type") == "base64":
+            return f"data:{source.get('media_type')};base64,{want_text(source.get('data'), f'{where}.source.data')}"
+        if source.get("type") == "url":
+            return want_text(source.get("url"), f"{where}.source.url")
+        raise InvalidRequest(
+            f"a source of the type `{source.get('type')}` is known to Anthropic alone", param=f"{where}.source"
+        )
+
+    def _document(self, block: Json, where: str) -> Json:
+        source = want_object(block.get("source"), f"{where}.source")
+        file: Json = {"filename": block["title"]} if block.get("title") else {}
+        if source.get("type") == "text":
+            data = base64.b64encode(want_text(source.get("data"), f"{where}.source.data").encode()).decode()
+            file["file_data"] = f"data:text/plain;base64,{data}"
+        elif source.get("type") == "content":
+            content = source.get("content")
+            texts = (
+                [content]
+                if isinstance(content, str)
+                else [part.get("text") or "" for part in content or () if isinstance(part, dict)]
+            )
+            return {"type": "text", "text": "\n".join(texts), **cache_mark(block)}
+        elif source.get("type") == "file":
+            file["file_id"] = source.get("file_id")
+        elif source.get("type") == "url":
+            file["file_url"] = self._source_url(block, where)
+        else:
+            file.setdefault("filename", "document.pdf")
+            file["file_data"] = self._source_url(block, where)
+        extra = {name: block[name] for name in ("citations", "context") if block.get(name)}
+        return {"type": "file", "file": file, **extra, **cache_mark(block)}
+
+    def _read_assistant(self, blocks: list[Json], where: str) -> None:
+        message: Json = {"role": "assistant", "content": None}
+        texts, calls, thoughts, natives = [], [], [], []
+        for block in blocks:
+            kind = block.get("type")
+            if kind == "text":
+                texts.append(self._part({name: value for name, value in block.items() if name != "citations"}, where))
+            elif kind == "tool_use":
+                function = {
+                    "name": want_text(block.get("name"), f"{where}.name"),
+                    "arguments": dump_json(block.get("input") or {}).decode(),
+                }
+                calls.append(
+                    {
+                        "id": want_text(block.get("id"), f"{where}.id"),
+                        "type": "function",
+                        "function": function,
+                        **cache_mark(block),
+                    }
+                )
+            elif kind in ("thinking", "redacted_thinking"):
+                thoughts.append(block)
+            else:
+                natives.append({"dialect": "anthropic", "block": block})
+        if texts:
+            message["content"] = texts[0]["text"] if len(texts) == 1 and texts[0].keys() == {"type", "text"} else texts
+        reasoning = "".join(str(block.get("thinking") or "") for block in thoughts)
+        found = {
+            "tool_calls": calls,
+            "thinking_blocks": thoughts,
+            "reasoning_content": reasoning,
+            "native_blocks": natives,
+        }
+        self._messages.append({**message, **{name: value for name, value in found.items() if value}})
+
+    def _read_tools(self, request: Json) -> None:
+        body = self._body
+        tools = [
+            self._tool(want_object(tool, f"tools[{at}]"))
+            for at, tool in enumerate(want_list(body.get("tools") or [], "tools"))
+        ]
+        if tools:
+            request["tools"] = tools
+        choice = want_object(body.get("tool_choice") or {}, "tool_choice")
+        named = {"type": "function", "function": {"name": choice.get("name")}}
+        words = {"auto": "auto", "any": "required", "none": "none", "tool": named}
+        if choice and choice.get("type") not in words:
+            raise InvalidRequest("`tool_choice.type` must be auto, any, tool or none", param="tool_choice")
+        if choice:
+            request["tool_choice"] = words[choice["type"]]
+        if choice.get("disable_parallel_tool_use"):
+            request["parallel_tool_calls"] = False
+
+    def _tool(self, tool: Json) -> Json:
+        if "input_schema" not in tool:
+            return {"type": "native", "dialect": "anthropic", "tool": tool}
+        function = {
+            "name": want_text(tool.get("name"), "tools.name"),
+            "parameters": want_object(tool["input_schema"], "tools.input_schema"),
+        }
+        function |= {name: tool[name] for name in ("description", "strict") if tool.get(name) is not None}
+        return {"type": "function", "function": function, **cache_mark(tool)}
+
+    def _read_thinking(self, request: Json) -> None:
+        config = want_object(self._body.get("output_config") or {}, "output_config")
+        thinking = want_object(self._body.get("thinking") or {}, "thinking")
+        effort = config.get("effort")
+        if thinking.get("type") == "enabled":
+            budget = _count(thinking.get("budget_tokens"))
+            effort = effort or ("low" if budget < 2000 else "medium" if budget < 10_000 else "high")
+        elif thinking.get("type") in ("disabled", "between_tools"):
+            effort = "none"
+        elif thinking:
+            effort = effort or "medium"
+        if effort:
+            request["reasoning_effort"] = effort
+        form = config.get("format")
+        if isinstance(form, dict) and form.get("type") == "json_schema":
+            request["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "response", "schema": form.get("schema") or {}},
+            }
+        rest = {name: value for name, value in config.items() if name not in ("effort", "format")}
+        if rest:
+            self._extra["output_config"] = rest
+
+
+class AnthropicRenderer:
+    """Writes canonical chunks as a Messages stream: blocks strictly one after the other, the end held until close.
+
+    Tool calls may come interleaved from OpenAI-like providers; the first open one streams, others wait for their turn.
+    """
+
+    def __init__(self, request: Json, new_id: Callable[[str], str]) -> None:
+        self._model = str(request.get("model") or "")
+        self._new_id = new_id
+        self._began = self._ended = False
+        self._open = ""
+        self._index = -1
+        self._signed = False
+        self._tools: dict[int, Json] = {}
+        self._current: int | None = None
+        self._stop = "end_turn"
+        self._stop_sequence: str | None = None
+        self._usage: Json | None = None
+
+    def feed(self, chunk: Json) -> bytes:
+        out = [] if self._began else [self._begin(chunk)]
+        for choice in chunk.get("choices") or ():
+            if not choice.get("index"):
+                out += self._choice(choice)
+        if chunk.get("usage"):
+            self._usage = chunk["usage"]
+        return b"".join(out)
+
+    def _begin(self, chunk: Json) -> bytes:
+        self._began = True
+        self._model = chunk.get("model") or self._model
+        given = str(chunk.get("id") or "")
+        message: Json = {
+            "id": given if given.startswith("msg_") else self._new_id("msg_"), "type": "message", "role": "assistant", "model": self._model,
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": write_claude_usage(chunk.get("usage")),
+        }  # fmt: skip
+        return self._event("message_start", {"message": message})
+
+    @staticmethod
+    def _event(kind: str, members: Json) -> bytes:
+        return sse_event({"type": kind, **members}, kind)
+
+    def _choice(self, choice: Json) -> list[bytes]:
+        delta, out = choice.get("delta") or {}, []
+        if delta.get("reasoning_content"):
+            out += self._text("thinking", "thinking_delta", delta["reasoning_content"])
+        for block in delta.get("thinking_blocks") or ():
+            out += self._thinking_block(block)
+        for native in delta.get("native_blocks") or ():
+            if native.get("dialect") == "anthropic":
+                out += [*self._close(), self._start(native["block"]), *self._close()]
+        if delta.get("content"):
+            out += self._text("text", "text_delta", delta["content"])
+        if delta.get("refusal"):
+            out += self._text("text", "text_delta", delta["refusal"])
+        for note in delta.get("annotations") or ():
+            if note.get("anthropic") and self._open == "text":
+                out.append(
+                    self._event(
+                        "content_block_delta",
+                        {"index": self._index, "delta": {"type": "citations_delta", "citation": note["anthropic"]}},
+                    )
+                )
+        for call in delta.get("tool_calls") or ():
+            out += self._tool(call)
+        reason = choice.get("finish_reason")
+        if reason:
+            self._stop = STOP_REASONS.get(reason, "end_turn")
+            self._stop_sequence = choice.get("stop_sequence")
+            self._stop = "stop_sequence" if self._stop_sequence else self._stop
+        return out
+
+    def _start(self, block: Json) -> bytes:
+        self._index += 1
+        self._open = block["type"]
+        return self._event("content_block_start", {"index": self._index, "content_block": block})
+
+    def _close(self) -> list[bytes]:
+        if not self._open:
+            return []
+        self._open, self._current = "", None
+        return [self._event("content_block_stop", {"index": self._index})]
+
+    def _text(self, kind: str, delta_kind: str, text: str) -> list[bytes]:
+        out = []
+        if self._open != kind:
+            empty = (
+                {"type": "text", "text": ""}
+                if kind == "text"
+                else {"type": "thinking", "thinking": "", "signature": ""}
+            )
+            out = [*self._close(), *self._flush_tools(), self._start(empty)]
+        name = kind if kind == "thinking" else "text"
+        return [
+            *out,
+            self._event("content_block_delta", {"index": self._index, "delta": {"type": delta_kind, name: text}}),
+        ]
+
+    def _thinking_block(self, block: Json) -> list[bytes]:
+        if block.get("type") == "redacted_thinking":
+            return [*self._close(), self._start(block), *self._close()]
+        if block.get("type") != "thinking" or not block.get("signature"):
+            return []
+        out = (
+            []
+            if self._open == "thinking"
+            else [*self._close(), self._start({"type": "thinking", "thinking": "", "signature": ""})]
+        )
+        signed = {"type": "signature_delta", "signature": block["signature"]}
+        return [*out, self._event("content_block_delta", {"index": self._index, "delta": signed}), *self._close()]
+
+    def _tool(self, call: Json) -> list[bytes]:
+        at = call.get("index") or 0
+        kept = self._tools.setdefault(at, {"id": "", "name": "", "waiting": "", "started": False, "done": False})
+        function = call.get("function") or {}
+        kept["id"] = call.get("id") or kept["id"]
+        kept["name"] = function.get("name") or kept["name"]
+        kept["waiting"] += function.get("arguments") or ""
+        if self._current is None and not kept["done"] and kept["name"]:
+            return [*self._close(), *self._begin_tool(at)]
+        if self._current is not None and at > self._current and kept["name"] and self._is_whole(self._current):
+            return [*self._end_tool(), *self._begin_tool(at)]
+        return self._drain_tool(at) if at == self._current else []
+
+    def _is_whole(self, at: int) -> bool:
+        """Whether a call's arguments are a whole JSON value, so that the next call may begin."""
+        return load_object(self._tools[at].get("said", "")) is not None
+
+    def _begin_tool(self, at: int) -> list[bytes]:
+        kept = self._tools[at]
+        kept["started"], self._current = True, at
+        block = {"type": "tool_use", "id": kept["id"] or self._new_id("toolu_"), "name": kept["name"], "input": {}}
+        out = [self._start(block)]
+        self._current = at
+        return [*out, *self._drain_tool(at)]
+
+    def _drain_tool(self, at: int) -> list[bytes]:
+        kept = self._tools[at]
+        text, kept["waiting"] = kept["waiting"], ""
+        kept["said"] = kept.get("said", "") + text
+        if not text:
+            return []
+        return [
+            self._event(
+                "content_block_delta",
+                {"index": self._index, "delta": {"type": "input_json_delta", "partial_json": text}},
+            )
+        ]
+
+    def _end_tool(self) -> list[bytes]:
+        if self._current is not None:
+            self._tools[self._current]["done"] = True
+        return self._close()
+
+    def _flush_tools(self) -> list[bytes]:
+        """Write the calls that waited, whole."""
+        out = self._end_tool() if self._current is not None else []
+        for at, kept in sorted(self._tools.items()):
+            if not kept["done"] and kept["name"]:
+                kept["done"] = True
+                out += [*self._begin_tool(at), *self._end_tool()]
+        return out
+
+    def close(self) -> bytes:
+        out = [] if self._began else [self._begin({})]
+        out += [*self._flush_tools(), *self._close()]
+        delta = {"stop_reason": self._stop, "stop_sequence": self._stop_sequence}
+        out.append(self._event("message_delta", {"delta": delta, "usage": write_claude_usage(self._usage)}))
+        return b"".join([*out, self._event("message_stop", {})])
+
+    def fail(self, error: GatewayError, request_id: str) -> bytes:
+        return self._event(
+            "error",
+            {name: value for name, value in anthropic_error_body(error, request_id)[1].items() if name != "type"},
+        )
+
+
+def anthropic_error_body(error: GatewayError, request_id: str) -> tuple[int, Json]:
+    status = 529 if error.status == 503 else error.status
+    kind = ANTHROPIC_ERRORS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    told = {**error.fields, "type": kind, "message": error.message}
+    details = {"error_code": error.code, **({"param": error.param} if error.param else {})}
+    return status, {"type": "error", "error": {**told, "details": details}, "request_id": request_id}
+
+
+class AnthropicMessages(Dialect):
+    """Both sides of Anthropic's Messages API."""
+
+    name = "anthropic"
+    forwarded_headers = ("anthropic-version", "anthropic-beta")
+    fixed_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
+    heartbeat = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+    def parse(self, body: Json, path: Mapping[str, str]) -> Json:
+        return AnthropicParser(body).parse()
+
+    def render(self, completion: Json, request: Json) -> Json:
+        choice = (completion.get("choices") or [{}])[0]
+        message = choice.get("message") or {}
+        content: list[Json] = [
+            block
+            for block in message.get("thinking_blocks") or ()
+            if block.get("type") in ("thinking", "redacted_thinking")
+        ]
+        if message.get("reasoning_content") and not content:
+            content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
+        content += [
+            native["block"] for native in message.get("native_blocks") or () if native.get("dialect") == "anthropic"
+        ]
+        text = (message.get("content") or "") + (message.get("refusal") or "")
+        if text:
+            cited = [note["anthropic"] for note in message.get("annotations") or () if note.get("anthropic")]
+            content.append({"type": "text", "text": text, **({"citations": cited} if cited else {})})
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or {}
+            content.append(
+                {
+                    "type": "tool_use",
+                    "id": call.get("id"),
+                    "name": function.get("name"),
+                    "input": read_arguments(function.get("arguments")),
+                }
+            )
+        given, sequence = str(completion.get("id") or ""), choice.get("stop_sequence")
+        return {
+            "id": given if given.startswith("msg_") else f"msg_{given.removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
+            "model": completion.get("model") or request.get("model"), "content": content,
+            "stop_reason": "stop_sequence" if sequence else STOP_REASONS.get(choice.get("finish_reason") or "", "end_turn"),
+            "stop_sequence": sequence, "usage": write_claude_usage(completion.get("usage")),
+        }  # fmt: skip
+
+    def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
+        return AnthropicRenderer(request, new_id)
+
+    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
+        return anthropic_error_body(error, request_id)
+
+    def render_models(self, rows: list[Json]) -> Json:
+        data = [self.render_model(row) for row in rows]
+        edges = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"data": data, "has_more": False, **edges}
+
+    def render_model(self, row: Json) -> Json:
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.get("created") or 0))
+        return {
+            "type": "model",
+            "id": row["id"],
+            "display_name": row.get("display_name") or row["id"],
+            "created_at": made,
+        }
+
+    def count_tokens(self, canonical: Json, request: Json) -> Json:
+        """An estimate: four bytes of text a token, and what a message and a picture cost at the least."""
+        counted = {name: canonical.get(name) for name in ("messages", "tools") if canonical.get(name)}
+        text = re.sub(rb'"data:[^"]{200,}"', b'"%b"' % (b"x" * 6000), dump_json(counted))
+        return {"input_tokens": (len(text) + 3) // 4}
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        return provider.path("chat", model)
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        return AnthropicEncoder(request, translation).build()
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        if answer.get("type") == "error":
+            raise self.read_error(_error_status(answer), dump_json(answer))
+        if not isinstance(answer.get("content"), list):
+            raise UpstreamError("the provider's answer has no `content`", code="upstream_malformed")
+        with malformed_is_theirs():
+            message = self._message(answer["content"])
+        reason = answer.get("stop_reason")
+        if reason == "refusal" and (answer.get("stop_details") or {}).get("explanation"):
+            message["refusal"] = answer["stop_details"]["explanation"]
+        choice: Json = {"index": 0, "message": message, "finish_reason": CLAUDE_FINISHES.get(str(reason), "stop")}
+        if answer.get("stop_sequence"):
+            choice["stop_sequence"] = answer["stop_sequence"]
+        usage = self.read_usage(answer)
+        return {
+            "id": answer.get("id") or translation.new_id("chatcmpl-"), "object": "chat.completion", "created": translation.now_s,
+            "model": answer.get("model") or translation.model, "choices": [choice],
+            **({"usage": canonical_claude_usage(usage)} if usage else {}),
+        }  # fmt: skip
+
+    @staticmethod
+    def _message(blocks: list[Json]) -> Json:
+        of = {
+            kind: [block for block in blocks if block.get("type") == kind]
+            for kind in ("text", "tool_use", "thinking", "redacted_thinking")
+        }
+        message: Json = {"role": "assistant", "content": "".join(block["text"] for block in of["text"]) or None}
+        if of["tool_use"]:
+            message["tool_calls"] = [
+                {
+                    "id": block["id"],
+                    "type": "function",
+                    "function": {"name": block["name"], "arguments": dump_json(block.get("input") or {}).decode()},
+                }
+                for block in of["tool_use"]
+            ]
+        elif message["content"] is None:
+            message["content"] = ""
+        thoughts = [block for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
+        reasoning = "".join(block.get("thinking") or "" for block in of["thinking"])
+        natives = [{"dialect": "anthropic", "block": block} for block in blocks if block.get("type") not in of]
+        notes = [read_claude_citation(citation) for block in of["text"] for citation in block.get("citations") or ()]
+        found = {
+            "thinking_blocks": thoughts,
+            "reasoning_content": reasoning,
+            "native_blocks": natives,
+            "annotations": notes,
+        }
+        return {**message, **{name: value for name, value in found.items() if value}}
+
+    def decoder(self, translation: Translation) -> Decoder:
+        return AnthropicDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        usage = answer.get("usage")
+        return read_claude_usage(usage) if isinstance(usage, dict) else None
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        members = read_error_members(body)
+        kind = members.get("type")
+        code = (members.get("details") or {}).get("error_code") if isinstance(members.get("details"), dict) else None
+        code = code or (kind if isinstance(kind, str) and kind != "error" else None)
+        spent = isinstance(code, str) and code.endswith("spend_limit_reached")
+        text = str(members.get("message") or f"the provider answered {status}")
+        return upstream_failure(
+            status, text, code="insufficient_quota" if spent else code, bad_key=kind == "authentication_error"
+        )
+
+
 # ===== Providers ======================================================================================================
 # Whom we call: one frozen row a provider, nothing but facts; `dialect` says how its bytes look. A difference between
 # two compatible providers is a field of the row, so no code outside this table asks for a provider by name. Rows are
@@ -5298,6 +6454,13 @@ OPENAI_PATHS: Final[Mapping[str, str]] = {
     "rerank": "/rerank",
     "files": "/files",
     "batches": "/batches",
+}
+ANTHROPIC_PATHS: Final[Mapping[str, str]] = {
+    "chat": "/v1/messages",
+    "count_tokens": "/v1/messages/count_tokens",
+    "models": "/v1/models?limit=1000",
+    "batches": "/v1/messages/batches",
+    "files": "/v1/files",
 }
 GEMINI_PATHS: Final[Mapping[str, str]] = {
     "chat": "/v1beta/models/{model}:generateContent",
@@ -5590,6 +6753,11 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         drops=_drops("n logit_bias user parallel_tool_calls store metadata service_tier"),
     ),
     Provider(
+        id="anthropic", name="Anthropic", key_env=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"), base_url="https://api.anthropic.com",
+        dialect="anthropic", auth_header="x-api-key", auth_prefix="", pattern=r"claude-", paths=ANTHROPIC_PATHS,
+        offers=_offers("count_tokens batches files"), stream_usage="always",
+    ),
+    Provider(
         id="gemini", name="Google Gemini", key_env=("GOOGLE_API_KEY", "GEMINI_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
         base_url="https://generativelanguage.googleapis.com", dialect="gemini", auth_header="x-goog-api-key", auth_prefix="",
         offers=_offers("stream embeddings count_tokens images"), stream_usage="always", paths=GEMINI_PATHS,
@@ -5727,7 +6895,14 @@ def enabling_variable(row: Provider) -> str:
 
 DIALECTS: Final[Mapping[str, Dialect]] = {
     dialect.name: dialect
-    for dialect in (OpenAiChat(), OpenAiResponses(), PerplexityAgent(), GeminiGenerate(), GeminiVertex())
+    for dialect in (
+        OpenAiChat(),
+        OpenAiResponses(),
+        PerplexityAgent(),
+        GeminiGenerate(),
+        GeminiVertex(),
+        AnthropicMessages(),
+    )
 }
 PROVIDERS_BY_ID: Final = check_providers(PROVIDERS, DIALECTS)
 
@@ -9196,6 +10371,7 @@ HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
         Endpoint("completions", "/v1/completions", streams=True),
         Endpoint("embeddings", "/v1/embeddings"),
         Endpoint("chat", "/v1/responses", "responses", streams=True),
+        Endpoint("chat", "/v1/messages", "anthropic", streams=True),
     )
 }
 #: Client endpoints whose body is JSON and passes through by model name.
@@ -9204,6 +10380,7 @@ JSON_ENDPOINTS: Final = (
     Endpoint("images", "/v1/images/generations"),
     Endpoint("speech", "/v1/audio/speech"),
     Endpoint("rerank", "/v1/rerank"),
+    Endpoint("count_tokens", "/v1/messages/count_tokens", "anthropic"),
 )
 #: Those whose body is an upload: it is streamed, and the model is found in its first part.
 UPLOAD_ENDPOINTS: Final = (
@@ -9683,7 +10860,7 @@ def list_dialect(request: web.Request) -> Dialect:
         or "x-goog-api-client" in request.headers
     ):
         return DIALECTS["gemini"]
-    return DIALECTS["anthropic" if "anthropic-version" in request.headers and "anthropic" in DIALECTS else "openai"]
+    return DIALECTS["anthropic" if "anthropic-version" in request.headers else "openai"]
 
 
 async def get_models(request: web.Request) -> web.Response:
@@ -9927,7 +11104,7 @@ def dialect_of_path(path: str) -> Dialect:
     return DIALECTS[next((name for prefix, name in PATH_DIALECTS if path.startswith(prefix)), "openai")]
 
 
-PATH_DIALECTS: Final = (("/v1beta/", "gemini"),)
+PATH_DIALECTS: Final = (("/v1beta/", "gemini"), ("/v1/messages", "anthropic"))
 
 
 def odd_request(request: web.Request) -> GatewayError | None:
