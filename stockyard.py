@@ -274,6 +274,8 @@ class SseReader:
         self._began = self._after_cr = False
 
     def feed(self, data: bytes) -> list[tuple[str, bytes]]:
+        if not data:
+            return []
         if self._after_cr and data[:1] == b"\n":
             data = data[1:]
         if b"\r" in data or self._after_cr:
@@ -871,8 +873,8 @@ class Dialect:
     embeddings_at_once: ClassVar[int] = 2048
     #: Whether its streams are server-sent events.
     events: ClassVar[bool] = True
-    #: Whether requests are signed as a whole instead of carrying a key.
-    signs: ClassVar[bool] = False
+    #: Whether an answer may only name the address where the real one is got.
+    follows: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
 
     def __init_subclass__(cls) -> None:
@@ -970,6 +972,22 @@ class Dialect:
 
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         raise NotImplementedError
+
+    def read_error_answer(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
+        """An error answer with its headers, for dialects that say something in them."""
+        return self.read_error(status, body)
+
+    def headers_for(self, stream: bool) -> Mapping[str, str]:
+        """Headers of a call that depend on whether it streams."""
+        return {}
+
+    def texts_at_once(self, model: str) -> int:
+        """How many texts one embeddings call of this model takes."""
+        return self.embeddings_at_once
+
+    def follow(self, answer: Json, translation: Translation) -> str | None:
+        """Where to get the real answer (`follows`); None where this is it."""
+        return None
 
     def read_models(self, answer: Any) -> list[Json]:
         """A provider's list of models as rows with an `id`; some answer a bare array."""
@@ -6115,6 +6133,7 @@ class AnthropicRenderer:
         self._tools: dict[int, Json] = {}
         self._current: int | None = None
         self._stop = "end_turn"
+        self._refused = False
         self._stop_sequence: str | None = None
         self._usage: Json | None = None
 
@@ -6153,6 +6172,7 @@ class AnthropicRenderer:
         if delta.get("content"):
             out += self._text("text", "text_delta", delta["content"])
         if delta.get("refusal"):
+            self._refused = True
             out += self._text("text", "text_delta", delta["refusal"])
         for note in delta.get("annotations") or ():
             if note.get("anthropic") and self._open == "text":
@@ -6168,7 +6188,7 @@ class AnthropicRenderer:
         if reason:
             self._stop = STOP_REASONS.get(reason, "end_turn")
             self._stop_sequence = choice.get("stop_sequence")
-            self._stop = "stop_sequence" if self._stop_sequence else self._stop
+            self._stop = "stop_sequence" if self._stop_sequence else "refusal" if self._refused else self._stop
         return out
 
     def _start(self, block: Json) -> bytes:
@@ -6326,7 +6346,8 @@ class AnthropicMessages(Dialect):
         return {
             "id": given if given.startswith("msg_") else f"msg_{given.removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
             "model": completion.get("model") or request.get("model"), "content": content,
-            "stop_reason": "stop_sequence" if sequence else STOP_REASONS.get(choice.get("finish_reason") or "", "end_turn"),
+            "stop_reason": "stop_sequence" if sequence else "refusal" if message.get("refusal")
+            else STOP_REASONS.get(choice.get("finish_reason") or "", "end_turn"),
             "stop_sequence": sequence, "usage": write_claude_usage(completion.get("usage")),
         }  # fmt: skip
 
@@ -6431,6 +6452,2301 @@ class AnthropicMessages(Dialect):
         )
 
 
+# ----- Cohere ---------------------------------------------------------------------------------------------------------
+# Cohere v2: near to OpenAI's chat, but text beside tool calls is a `tool_plan`, tools cannot be chosen by name, schemas
+# nest differently, and unknown members are refused. First come the parts that every provider dialect from here on
+# shares: which values say nothing, tools and their choice, histories, and the writers of canonical chunks.
+# What differs by model is a row of COHERE_FAMILIES.
+# Sources: https://docs.cohere.com/v2/reference/chat, …/embed, …/rerank; the types of the vendor's Python SDK 7.3
+
+#: Members of a canonical request that ask for nothing beyond what happens anyway when they have these values.
+SAYS_NOTHING: Final[Mapping[str, tuple[Any, ...]]] = {
+    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "parallel_tool_calls": (True,), "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],),
+    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "logit_bias": ({},), "metadata": ({},),
+    "stop": ("", []), "tools": ([],), "functions": ([],), "function_call": ("auto",), "extra_body": ({},),
+}  # fmt: skip
+#: Members that every encoder carries by itself.
+ALWAYS_CARRIED: Final = frozenset({
+    "model", "messages", "stream", "stream_options", "tools", "tool_choice", "functions", "function_call", "extra_body",
+})  # fmt: skip
+CARRIED_IN_MESSAGES: Final = frozenset({
+    "role", "content", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "refusal",
+    "thinking_blocks", "is_error", "cache_control",
+})  # fmt: skip
+#: The schema of a custom (free text) tool sent as a function; `read_call` and `CallWriter` undo it.
+CUSTOM_SCHEMA: Final[Json] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+ANY_OBJECT: Final[Json] = {"type": "object", "properties": {}}
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    return value is None or value in SAYS_NOTHING.get(name, ())
+
+
+@contextlib.contextmanager
+def provider_shape() -> Iterator[None]:
+    """An answer of an unforeseen shape is the provider's failure, not ours."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
+
+
+def with_effort(request: Json) -> Json:
+    """A request whose effort, if it came in OpenRouter's `reasoning`, stands in `reasoning_effort`."""
+    reasoning = request.get("reasoning")
+    if not isinstance(reasoning, dict) or reasoning.keys() != {"effort"} or request.get("reasoning_effort"):
+        return request
+    return {**request, "reasoning_effort": reasoning["effort"], "reasoning": None}
+
+
+def own_extras(request: Json, dialect: str, translation: Translation) -> Json:
+    """The members kept for `dialect` in `extra_body`; those for others are named as dropped."""
+    mine: Json = {}
+    for owner, members in want_object(request.get("extra_body") or {}, "extra_body").items():
+        for name, value in want_object(members, f"extra_body.{owner}").items():
+            if owner == dialect:
+                mine[name] = value
+            else:
+                translation.drop(name)
+    return mine
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """One function that the model may call; a custom tool is one, too."""
+
+    name: str
+    description: str
+    parameters: Json
+    strict: bool
+    cache_control: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`mode` is auto, required or none; `names` are the only tools allowed, None for all; `named` if just one is."""
+
+    mode: str = "auto"
+    names: frozenset[str] | None = None
+    named: bool = False
+
+
+def read_tools(request: Json, dialect: str, translation: Translation) -> tuple[list[ToolSpec], list[Json]]:
+    """The tools of a canonical request: functions, and this dialect's own tools as they came. Others are dropped."""
+    functions: list[ToolSpec] = []
+    native: list[Json] = []
+    tools = want_list(request.get("tools") or [], "tools")
+    legacy = [{"type": "function", "function": each} for each in want_list(request.get("functions") or [], "functions")]
+    for at, tool in enumerate([*tools, *legacy]):
+        tool = want_object(tool, f"tools[{at}]")
+        kind = tool.get("type") or ("function" if "function" in tool else None)
+        if kind in ("function", "custom"):
+            inner = want_object(tool.get(kind), f"tools[{at}].{kind}")
+            functions.append(_read_tool(inner, f"tools[{at}].{kind}", kind, tool.get("cache_control"), translation))
+        elif kind == "native" and tool.get("dialect") == dialect:
+            native.append(want_object(tool.get("tool"), f"tools[{at}].tool"))
+        else:
+            own = tool.get("tool")
+            what = (own.get("type") or next(iter(own), "")) if isinstance(own, dict) else kind
+            translation.drop(f"tools.{what}")
+    return functions, native
+
+
+def _read_tool(inner: Json, where: str, kind: str, cache_control: Any, translation: Translation) -> ToolSpec:
+    name = want_text(inner.get("name"), f"{where}.name")
+    description = want_text(inner.get("description") or "", f"{where}.description")
+    if kind == "custom":
+        if inner.get("format") not in (None, {"type": "text"}):
+            translation.drop("tools.custom.format")
+        translation.names.setdefault("custom_tools", set()).add(name)
+        return ToolSpec(name, description, CUSTOM_SCHEMA, False, cache_control)
+    schema = want_object(inner.get("parameters") or ANY_OBJECT, f"{where}.parameters")
+    schema = schema if schema.get("type") else {"type": "object", **schema}
+    return ToolSpec(name, description, schema, inner.get("strict") is True, cache_control)
+
+
+def read_chosen_tools(request: Json) -> ToolChoice:
+    """OpenAI's `tool_choice`, its legacy `function_call`, and the list of allowed tools, as one value."""
+    choice = request.get("tool_choice") or request.get("function_call") or "auto"
+    if choice in ("auto", "required", "none"):
+        return ToolChoice(choice)
+    choice = want_object(choice, "tool_choice")
+    if choice.get("type") == "allowed_tools":
+        allowed = want_object(choice.get("allowed_tools") or choice, "tool_choice.allowed_tools")
+        tools = want_list(allowed.get("tools"), "tool_choice.tools")
+        names = frozenset(_chosen_name(want_object(tool, "tool_choice.tools")) for tool in tools)
+        return ToolChoice("required" if allowed.get("mode") == "required" else "auto", names)
+    return ToolChoice("required", frozenset({_chosen_name(choice)}), True)
+
+
+def _chosen_name(choice: Json) -> str:
+    inner = choice.get("function") or choice.get("custom") or choice
+    return want_text(want_object(inner, "tool_choice").get("name"), "tool_choice.name")
+
+
+def read_messages(request: Json, translation: Translation) -> Iterator[tuple[Json, str, str]]:
+    """The messages with their roles and places; members no encoder carries are named as dropped."""
+    for at, message in enumerate(want_list(request.get("messages"), "messages")):
+        where = f"messages[{at}]"
+        message = want_object(message, where)
+        role = want_text(message.get("role"), f"{where}.role")
+        if role == "function":  # the calls of 2023 had no ids
+            message = {**message, "role": "tool", "tool_call_id": f"call_{message.get('name')}"}
+        elif message.get("name"):
+            translation.drop("messages.name")
+        for name, value in message.items():
+            if value and name not in CARRIED_IN_MESSAGES and name != "name":
+                translation.drop(f"messages.{name}")
+        yield message, {"developer": "system"}.get(role, message["role"]), where
+
+
+def read_parts(content: Any, where: str) -> list[Json]:
+    """A message's content as parts; text is one part, null none."""
+    if content is None or content == "":
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = []
+    for at, part in enumerate(want_list(content, where)):
+        part = {"type": "text", "text": part} if isinstance(part, str) else want_object(part, f"{where}[{at}]")
+        if part.get("type") in ("text", "refusal", "input_text", "output_text"):
+            text = want_text(part.get("text") or part.get("refusal") or "", f"{where}[{at}].text")
+            part = {**part, "type": "text", "text": text}
+        parts.append(part)
+    return parts
+
+
+def read_history_calls(message: Json, where: str) -> list[tuple[str, str, str]]:
+    """The tool calls of an assistant's message as ids, names and arguments in JSON."""
+    found = []
+    calls = want_list(message.get("tool_calls") or [], f"{where}.tool_calls")
+    for at, call in enumerate(calls):
+        place = f"{where}.tool_calls[{at}]"
+        call = want_object(call, place)
+        kind = "custom" if call.get("type") == "custom" else "function"
+        inner = want_object(call.get(kind), f"{place}.{kind}")
+        given = dump_json({"input": inner.get("input") or ""}).decode() if kind == "custom" else inner.get("arguments")
+        name = want_text(inner.get("name"), f"{place}.{kind}.name")
+        found.append((want_text(call.get("id") or f"call_{name}", f"{place}.id"), name, argument_text(given)))
+    if isinstance(legacy := message.get("function_call"), dict) and not calls:
+        name = want_text(legacy.get("name"), f"{where}.function_call.name")
+        found.append((f"call_{name}", name, argument_text(legacy.get("arguments"))))
+    return found
+
+
+def argument_text(arguments: Any) -> str:
+    """A call's arguments as JSON text; a call without any may come as null, "null", "" or not at all."""
+    if not isinstance(arguments, str):
+        return dump_json(arguments).decode() if arguments else "{}"
+    return "{}" if arguments.strip() in ("", "null") else arguments
+
+
+def read_reasoning(message: Json) -> str:
+    """An assistant's reasoning as text, from whichever member holds it."""
+    text = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(text, str) and text:
+        return text
+    blocks = message.get("thinking_blocks")
+    blocks = blocks if isinstance(blocks, list) else ()
+    return "".join(str(block.get("thinking") or "") for block in blocks if isinstance(block, dict))
+
+
+def read_stops(value: Any) -> list[str]:
+    """Stop sequences as a list; blank ones are refused by several models and mean nothing."""
+    stops = [value] if isinstance(value, str) else want_list(value, "stop")
+    return [text for text in stops if want_text(text, "stop").strip()]
+
+
+def original_name(name: Any, translation: Translation) -> str:
+    """The client's own name of a tool whose name had to be made fit for the provider."""
+    names: dict[str, str] = translation.names.get("tool_names") or {}
+    return names.get(str(name), str(name))
+
+
+def read_call(call_id: Any, name: Any, arguments: Any, translation: Translation) -> Json:
+    """A provider's tool call as a canonical one; a function that stands for a custom tool becomes one again."""
+    name, call_id = original_name(name or "", translation), call_id or translation.new_id("call_")
+    text = argument_text(arguments)
+    if name in (translation.names.get("custom_tools") or ()):
+        return {"id": call_id, "type": "custom", "custom": {"name": name, "input": custom_text(text)}}
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+def custom_text(arguments: str) -> str:
+    given = load_object(arguments)
+    text = given.get("input") if given else None
+    return text if isinstance(text, str) else arguments
+
+
+@dataclass(slots=True)
+class PendingCall:
+    """A tool call whose arguments are still arriving; `held` is what was not passed on yet."""
+
+    index: int
+    custom: bool
+    held: str = ""
+    sent: bool = False
+    ended: bool = False
+
+
+class CallWriter:
+    """Turns a provider's tool-call events into canonical deltas; calls may interleave, `key` tells them apart.
+
+    Text that may still become `null` is held back, so that a call without arguments always ends as `{}`.
+    """
+
+    def __init__(self, translation: Translation) -> None:
+        self._translation = translation
+        self._calls: dict[Any, PendingCall] = {}
+        self._started = 0
+
+    def start(self, key: Any, call_id: Any, name: Any) -> list[Json]:
+        ended = self.end(key)
+        name = original_name(name or "", self._translation)
+        custom = name in (self._translation.names.get("custom_tools") or ())
+        self._calls[key] = call = PendingCall(self._started, custom)
+        self._started += 1
+        body = {"name": name, "input": ""} if custom else {"name": name, "arguments": ""}
+        kind = "custom" if custom else "function"
+        return ended + self._delta(call, id=call_id or self._translation.new_id("call_"), type=kind, **{kind: body})
+
+    def add(self, key: Any, arguments: Any) -> list[Json]:
+        """Pass on a piece of a call's arguments. A piece without a start opens a nameless call rather than get lost."""
+        deltas = [] if key in self._calls else self.start(key, None, None)
+        call = self._calls[key]
+        call.held += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
+        if call.custom or (not call.sent and "null".startswith(call.held.strip())):
+            return deltas
+        text, call.held, call.sent = call.held, "", True
+        return deltas + self._delta(call, function={"arguments": text})
+
+    def end(self, key: Any) -> list[Json]:
+        call = self._calls.get(key)
+        if call is None or call.ended:
+            return []
+        call.ended = True
+        if call.custom:
+            return self._delta(call, type="custom", custom={"input": custom_text(call.held)})
+        return [] if call.sent else self._delta(call, function={"arguments": argument_text(call.held)})
+
+    def end_all(self) -> list[Json]:
+        return [delta for key in self._calls for delta in self.end(key)]
+
+    @property
+    def any(self) -> bool:
+        return self._started > 0
+
+    def _delta(self, call: PendingCall, **members: Any) -> list[Json]:
+        return [{"tool_calls": [{"index": call.index, **members}]}]
+
+
+class ChunkWriter:
+    """Makes the canonical chunks of an answer with one choice: the same head on each, the role on the first."""
+
+    def __init__(self, translation: Translation) -> None:
+        self._translation = translation
+        self.id = ""
+        self._begun = False
+
+    def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
+        if not self._begun:
+            self._begun, delta = True, {"role": "assistant", **delta}
+        choice: Json = {"index": 0, "delta": delta, "finish_reason": finish}
+        return self._frame([{**choice, "logprobs": logprobs} if logprobs else choice])
+
+    def deltas(self, deltas: Iterable[Json]) -> list[Json]:
+        return [self.delta(delta) for delta in deltas]
+
+    def usage(self, usage: Json, **members: Any) -> Json:
+        return {**self._frame([]), "usage": usage, **members}
+
+    def _frame(self, choices: list[Json]) -> Json:
+        self.id = self.id or self._translation.new_id("chatcmpl-")
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self._translation.now_s}
+        return {**head, "model": self._translation.model, "choices": choices}
+
+
+def write_completion(message: Json, finish: str, usage: Json | None, translation: Translation, **members: Any) -> Json:
+    """A canonical completion with one choice. Absent content is null beside tool calls, and empty text otherwise."""
+    content = message.pop("content", "") or (None if message.get("tool_calls") else "")
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    logprobs = members.pop("logprobs", None)
+    if logprobs is not None:
+        choice["logprobs"] = logprobs
+    answer = {
+        "id": members.pop("id", None) or translation.new_id("chatcmpl-"), "object": "chat.completion",
+        "created": translation.now_s, "model": translation.model, "choices": [choice], **members,
+    }  # fmt: skip
+    return {**answer, "usage": usage} if usage is not None else answer
+
+
+def write_embeddings(vectors: Sequence[Any], input_tokens: int, translation: Translation) -> Json:
+    """OpenAI's embeddings answer with lists of floats."""
+    if not all(isinstance(vector, list) for vector in vectors):
+        raise UpstreamError("the provider's answer has no embeddings", code="upstream_malformed")
+    rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": input_tokens, "total_tokens": input_tokens}
+    return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CohereFamily:
+    """What a family of Cohere's models takes; the defaults are the newest family's."""
+
+    thinks: bool = True
+    tool_choice: bool = True
+    images: bool = True
+    #: Embedding models: input types, and dimensions of the caller's choice.
+    typed_inputs: bool = True
+    dimensions: bool = True
+
+
+#: The first pattern that matches the start of a model's name wins.
+COHERE_FAMILIES: Final = tuple(
+    (re.compile(pattern), family)
+    for pattern, family in (
+        (r"command-a-vision|c4ai-aya-vision", CohereFamily(thinks=False)),
+        (r"command-a-reasoning", CohereFamily(images=False)),
+        (r"command-a-plus", CohereFamily()),
+        (r"command-(a-03|a-translate|r7b)", CohereFamily(thinks=False, images=False)),
+        (r"command|c4ai-", CohereFamily(thinks=False, images=False, tool_choice=False)),
+        (r"embed-(english|multilingual)(-light)?-v2", CohereFamily(typed_inputs=False, dimensions=False)),
+        (r"embed-(english|multilingual)", CohereFamily(dimensions=False)),
+        (r"", CohereFamily()),
+    )
+)
+#: reasoning_effort -> thinking budget in tokens; an effort that is not listed has no bound.
+COHERE_BUDGETS: Final[Mapping[str, int]] = {"minimal": 1024, "low": 2048, "medium": 8192}
+COHERE_FINISHES: Final[Mapping[str, str]] = {
+    "COMPLETE": "stop", "STOP_SEQUENCE": "stop", "MAX_TOKENS": "length", "TOOL_CALL": "tool_calls",
+}  # fmt: skip
+COHERE_FAILED: Final = frozenset({"ERROR", "TIMEOUT", "ERROR_TOXIC", "ERROR_LIMIT", "USER_CANCEL"})
+#: Canonical members under Cohere's names; the second group are Cohere's own, which OpenAI's SDK sends by `extra_body`.
+COHERE_PLAIN: Final[Mapping[str, str]] = {
+    "max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature", "seed": "seed",
+    "top_k": "k", "logprobs": "logprobs",
+    **{name: name for name in ("k", "p", "documents", "citation_options", "safety_mode", "priority", "thinking")},
+    "strict_tools": "strict_tools",
+}  # fmt: skip
+COHERE_RANGES: Final[Mapping[str, tuple[str, float, float]]] = {
+    "frequency_penalty": ("frequency_penalty", 0.0, 1.0), "presence_penalty": ("presence_penalty", 0.0, 1.0),
+    "top_p": ("p", 0.01, 0.99),
+}  # fmt: skip
+COHERE_MAX_STOPS: Final = 5
+
+
+def cohere_family(model: str) -> CohereFamily:
+    return next(family for pattern, family in COHERE_FAMILIES if pattern.match(model))
+
+
+class CohereEncoder:
+    """Builds the body of one `/v2/chat` call."""
+
+    def __init__(self, request: Json, translation: Translation) -> None:
+        self._request, self._translation = with_effort(request), translation
+        self._family = cohere_family(translation.model)
+        self._body: Json = {"model": translation.model, "messages": [], "stream": translation.stream}
+
+    def build(self) -> Json:
+        for message, role, where in read_messages(self._request, self._translation):
+            self._write_message(message, role, where)
+        self._write_tools()
+        for name, value in self._request.items():
+            if name in ALWAYS_CARRIED or says_nothing(name, value):
+                continue
+            if name in COHERE_PLAIN:
+                self._body[COHERE_PLAIN[name]] = value
+            elif name in COHERE_RANGES:
+                self._write_bounded(name, value)
+            elif (writer := self.WRITERS.get(name)) is not None:
+                writer(self, value)
+            else:
+                self._translation.drop(name)
+        self._body.update(own_extras(self._request, "cohere", self._translation))
+        return self._body
+
+    def _write_message(self, message: Json, role: str, where: str) -> None:
+        writer = self.ROLES.get(role)
+        if writer is None:
+            raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
+        if message.get("cache_control"):
+            self._translation.drop("cache_control")
+        self._body["messages"].append(writer(self, message, where))
+
+    def _plain(self, message: Json, where: str) -> Json:
+        return {"role": "system", "content": self._text(message, where)}
+
+    def _text(self, message: Json, where: str) -> str:
+        return "".join(part["text"] for part in self._parts(message, where) if part["type"] == "text")
+
+    def _user(self, message: Json, where: str) -> Json:
+        parts = self._parts(message, where)
+        plain = len(parts) == 1 and isinstance(message["content"], str)
+        return {"role": "user", "content": parts[0]["text"] if plain else parts or ""}
+
+    def _parts(self, message: Json, where: str) -> list[Json]:
+        kept: list[Json] = []
+        for part in read_parts(message.get("content"), f"{where}.content"):
+            if part.get("cache_control"):
+                self._translation.drop("cache_control")
+            if part.get("type") == "text":
+                kept.append({"type": "text", "text": part["text"]})
+            elif part.get("type") == "image_url" and self._family.images and message["role"] == "user":
+                kept.append({"type": "image_url", "image_url": part.get("image_url")})
+            elif part.get("type") == "document" and message["role"] == "tool":
+                kept.append({"type": "document", "document": part.get("document")})
+            else:
+                self._translation.drop(f"content.{part.get('type')}")
+        return kept
+
+    def _assistant(self, message: Json, where: str) -> Json:
+        """Text beside tool calls is the plan; reasoning is a content item of its own, without any signature."""
+        text = self._text(message, where) or str(message.get("refusal") or "")
+        calls = read_history_calls(message, where)
+        reasoning = read_reasoning(message)
+        if any(block.get("signature") or block.get("data") for block in _blocks(message)):
+            self._translation.drop("messages.thinking_blocks")
+        content: list[Json] = [{"type": "thinking", "thinking": reasoning}] if reasoning else []
+        if text and not calls:
+            content.append({"type": "text", "text": text})
+        written: Json = {"role": "assistant"}
+        if content:
+            written["content"] = content if reasoning else text
+        if calls:
+            written["tool_calls"] = [
+                {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                for call_id, name, arguments in calls
+            ]
+            written.update({"tool_plan": text} if text else {})
+        return written if content or calls else {"role": "assistant", "content": ""}
+
+    def _tool(self, message: Json, where: str) -> Json:
+        if message.get("is_error"):
+            self._translation.drop("messages.is_error")
+        call_id = want_text(message.get("tool_call_id"), f"{where}.tool_call_id")
+        content = message.get("content")
+        content = content if isinstance(content, str) else self._parts(message, where) or ""
+        return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+    ROLES: ClassVar[Mapping[str, Callable[[CohereEncoder, Json, str], Json]]] = {
+        "system": _plain, "user": _user, "assistant": _assistant, "tool": _tool,
+    }  # fmt: skip
+
+    def _write_tools(self) -> None:
+        """Tools cannot be chosen by name, but the others can be left out."""
+        functions, _ = read_tools(self._request, "cohere", self._translation)
+        choice = read_chosen_tools(self._request)
+        if any(tool.cache_control for tool in functions):
+            self._translation.drop("cache_control")
+        strict = [tool.strict for tool in functions]
+        functions = [tool for tool in functions if choice.names is None or tool.name in choice.names]
+        if choice.mode != "auto" and not self._family.tool_choice:
+            if choice.mode == "none":
+                return
+            self._translation.drop("tool_choice", "this model decides by itself")
+        elif choice.mode != "auto" and functions:
+            self._body["tool_choice"] = choice.mode.upper()
+        if functions:
+            self._body["tools"] = [_write_cohere_tool(tool) for tool in functions]
+        if strict and all(strict):
+            self._body["strict_tools"] = True
+        elif any(strict):
+            self._translation.drop("tools.strict", "it holds for all tools or none")
+
+    def _write_bounded(self, name: str, value: Any) -> None:
+        """Penalties and top_p have narrower ranges; a penalty outside is brought to the edge and named."""
+        target, low, high = COHERE_RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"`{name}` must be a number", param=name)
+        self._body[target] = bounded = min(max(value, low), high)
+        if bounded != value and target == name:
+            self._translation.drop(name, f"its range is {low:g} to {high:g}")
+
+    def _stop(self, value: Any) -> None:
+        stops = read_stops(value)
+        if len(stops) > COHERE_MAX_STOPS:
+            self._translation.drop(f"stop[{COHERE_MAX_STOPS}:]", "Cohere takes five at most")
+        self._body["stop_sequences"] = stops[:COHERE_MAX_STOPS]
+
+    def _response_format(self, value: Any) -> None:
+        form = want_object(value, "response_format")
+        if self._body.get("tools") or self._request.get("documents"):
+            self._translation.drop("response_format", "Cohere takes no JSON format beside tools or documents")
+            return
+        written: Json = {"type": "json_object"}
+        if form.get("type") == "json_schema":
+            schema = want_object(form.get("json_schema"), "response_format.json_schema")
+            written["json_schema"] = want_object(schema.get("schema") or {}, "response_format.json_schema.schema")
+        self._body["response_format"] = written
+
+    def _effort(self, value: Any) -> None:
+        if not self._family.thinks:
+            if value != "none":
+                self._translation.drop("reasoning_effort", "this model does not think")
+        elif "thinking" not in self._request:
+            budget = COHERE_BUDGETS.get(want_text(value, "reasoning_effort"))
+            thinking: Json = {"type": "disabled" if value == "none" else "enabled"}
+            self._body["thinking"] = {**thinking, "token_budget": budget} if budget else thinking
+
+    WRITERS: ClassVar[Mapping[str, Callable[[CohereEncoder, Any], None]]] = {
+        "stop": _stop, "response_format": _response_format, "reasoning_effort": _effort,
+    }  # fmt: skip
+
+
+def _blocks(message: Json) -> list[Json]:
+    blocks = message.get("thinking_blocks")
+    return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+
+
+def _write_cohere_tool(tool: ToolSpec) -> Json:
+    function: Json = {"name": tool.name, "parameters": tool.parameters}
+    if tool.description:
+        function["description"] = tool.description
+    return {"type": "function", "function": function}
+
+
+def read_cohere_usage(usage: Json) -> Usage:
+    """Tokens as the model saw them. Cohere bills `billed_units`, which leave its own prompt template out."""
+    tokens, billed = usage.get("tokens") or {}, usage.get("billed_units") or {}
+    total = _count(tokens.get("input_tokens") or billed.get("input_tokens"))
+    cached = min(total, _count(usage.get("cached_tokens")))
+    return Usage(
+        input_tokens=total - cached, cached_tokens=cached, searches=_count(billed.get("search_units")),
+        output_tokens=_count(tokens.get("output_tokens") or billed.get("output_tokens")),
+        reasoning_tokens=_count(tokens.get("reasoning_tokens")),
+    )  # fmt: skip
+
+
+def write_cohere_usage(usage: Json) -> Json:
+    written = write_openai_usage(read_cohere_usage(usage))
+    return {**written, "billed_units": usage["billed_units"]} if usage.get("billed_units") else written
+
+
+def read_cohere_citations(citations: Any, offsets: Mapping[int, int]) -> list[Json]:
+    """Citations with addresses as URL citations in the joined text; all others as they came."""
+    found: list[Json] = []
+    for citation in [citations] if isinstance(citations, dict) else citations or ():
+        offset = offsets.get(citation.get("content_index") or 0, 0)
+        sources = citation.get("sources") or ()
+        named = [source.get("document") or source.get("tool_output") or {} for source in sources]
+        cited = [source for source in named if isinstance(source, dict) and source.get("url")]
+        if not cited or citation.get("type") not in (None, "TEXT_CONTENT"):
+            found.append({"type": "cohere_citation", "cohere_citation": citation})
+            continue
+        start, end = _count(citation.get("start")) + offset, _count(citation.get("end")) + offset
+        for source in cited:
+            where = {"start_index": start, "end_index": end}
+            url_citation = {"url": source["url"], "title": source.get("title") or "", **where}
+            found.append({"type": "url_citation", "url_citation": url_citation})
+    return found
+
+
+def read_cohere_logprobs(items: Any) -> Json | None:
+    """Log probabilities by piece of text: a piece of several tokens has the sum of theirs."""
+    items = [items] if isinstance(items, dict) else items or ()
+    content = []
+    for item in items:
+        text = str(item.get("text") or "")
+        total = float(sum(item.get("logprobs") or ()))
+        content.append({"token": text, "logprob": total, "bytes": list(text.encode()), "top_logprobs": []})
+    return {"content": content, "refusal": None} if content else None
+
+
+def read_cohere_message(message: Json, translation: Translation) -> Json:
+    """An answer's message: the plan comes before the text, thinking apart, citations counted in the joined text."""
+    content = message.get("content") or []
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    text, thinking = str(message.get("tool_plan") or ""), ""
+    offsets: dict[int, int] = {}
+    for at, item in enumerate(content):
+        if item.get("type") == "thinking":
+            thinking += item.get("thinking") or ""
+        else:
+            offsets[at] = len(text)
+            text += item.get("text") or ""
+    read: Json = {"content": text}
+    if thinking:
+        read["reasoning_content"] = thinking
+    if message.get("tool_calls"):
+        calls = [(call.get("id"), call.get("function") or {}) for call in message["tool_calls"]]
+        read["tool_calls"] = [read_call(i, f.get("name"), f.get("arguments"), translation) for i, f in calls]
+    if annotations := read_cohere_citations(message.get("citations"), offsets):
+        read["annotations"] = annotations
+    return read
+
+
+class CohereDecoder:
+    """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent."""
+
+    def __init__(self, dialect: CohereChat, translation: Translation) -> None:
+        self._dialect = dialect
+        self._events = SseReader()
+        self._chunks = ChunkWriter(translation)
+        self._calls = CallWriter(translation)
+        self._offsets: dict[int, int] = {}
+        self._length = 0
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for name, payload in self._events.feed(data) for chunk in self._read(name, payload)]
+
+    def close(self) -> list[Json]:
+        return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
+
+    def _read(self, name: str, payload: bytes) -> list[Json]:
+        if self.complete or payload.strip() == b"[DONE]":
+            return []
+        event = read_event_json(payload)
+        kind = event["type"] = str(event.get("type") or name)
+        reader = self.READERS.get(kind)
+        if reader is None:
+            if "error" in kind or event.get("error") or (event.get("message") and not kind):
+                raise self._dialect.read_error(_event_status(event), payload)
+            return []
+        with provider_shape():
+            delta = event.get("delta") or {}
+            return reader(self, event, delta.get("message") or {})
+
+    def _start(self, event: Json, message: Json) -> list[Json]:
+        self._chunks.id = event.get("id") or ""
+        return [self._chunks.delta({"content": ""})]
+
+    def _content(self, event: Json, message: Json) -> list[Json]:
+        content = message.get("content") or {}
+        content = content[0] if isinstance(content, list) else content
+        if event["type"] == "content-start" and content.get("type") != "thinking":
+            self._offsets[event.get("index") or 0] = self._length
+        if content.get("thinking"):
+            return [self._chunks.delta({"reasoning_content": content["thinking"]})]
+        return self._text(content.get("text"), event)
+
+    def _text(self, text: Any, event: Json) -> list[Json]:
+        if not text:
+            return []
+        self._length += len(text)
+        logprobs = read_cohere_logprobs(event.get("logprobs"))
+        return [self._chunks.delta({"content": text}, logprobs=logprobs)]
+
+    def _plan(self, event: Json, message: Json) -> list[Json]:
+        return self._text(message.get("tool_plan"), event)
+
+    def _call_start(self, event: Json, message: Json) -> list[Json]:
+        deltas = []
+        for call in _listed(message.get("tool_calls")):
+            function = call.get("function") or {}
+            deltas += self._calls.start(event.get("index"), call.get("id"), function.get("name"))
+            deltas += self._calls.add(event.get("index"), function.get("arguments"))
+        return self._chunks.deltas(deltas)
+
+    def _call_delta(self, event: Json, message: Json) -> list[Json]:
+        deltas = []
+        for call in _listed(message.get("tool_calls")):
+            deltas += self._calls.add(event.get("index"), (call.get("function") or {}).get("arguments"))
+        return self._chunks.deltas(deltas)
+
+    def _call_end(self, event: Json, message: Json) -> list[Json]:
+        return self._chunks.deltas(self._calls.end(event.get("index")))
+
+    def _citation(self, event: Json, message: Json) -> list[Json]:
+        found = read_cohere_citations(message.get("citations"), self._offsets)
+        return [self._chunks.delta({"annotations": found})] if found else []
+
+    def _end(self, event: Json, message: Json) -> list[Json]:
+        delta = event.get("delta") or {}
+        finish = read_cohere_finish(delta.get("finish_reason"), delta.get("error"))
+        chunks = self._chunks.deltas(self._calls.end_all())
+        chunks.append(self._chunks.delta({}, finish))
+        if delta.get("usage"):
+            chunks.append(self._chunks.usage(write_cohere_usage(delta["usage"])))
+        self.complete = True
+        return chunks
+
+    READERS: ClassVar[Mapping[str, Callable[[CohereDecoder, Json, Json], list[Json]]]] = {
+        "message-start": _start, "content-start": _content, "content-delta": _content, "tool-plan-delta": _plan,
+        "tool-call-start": _call_start, "tool-call-delta": _call_delta, "tool-call-end": _call_end,
+        "citation-start": _citation, "message-end": _end,
+    }  # fmt: skip
+
+
+def _listed(value: Any) -> list[Any]:
+    """Cohere's stream has an object where its plain answers have an array."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _event_status(event: Json) -> int:
+    status = event.get("status_code") or event.get("status")
+    return status if isinstance(status, int) and 400 <= status < 600 else 502
+
+
+def read_cohere_finish(reason: Any, error: Any) -> str:
+    """A canonical finish reason; UpstreamError for an answer that failed after its 200."""
+    if error or reason in COHERE_FAILED:
+        code = f"upstream_{str(reason or 'error').lower()}"
+        raise UpstreamError(str(error or f"the provider stopped with `{reason}`"), code=code)
+    return COHERE_FINISHES.get(str(reason), "stop")
+
+
+class CohereChat(Dialect):
+    """Cohere's v2 API as a provider: chat, and embeddings and reranking beside it."""
+
+    name = "cohere"
+    embeddings_at_once: ClassVar[int] = 96
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        return "/v2/chat"
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        return CohereEncoder(request, translation).build()
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        with provider_shape():
+            message = answer["message"]
+            finish = read_cohere_finish(answer.get("finish_reason"), answer.get("error"))
+            usage = write_cohere_usage(answer["usage"]) if answer.get("usage") else None
+            read = read_cohere_message(message, translation)
+            logprobs = read_cohere_logprobs(answer.get("logprobs"))
+            return write_completion(read, finish, usage, translation, id=answer.get("id"), logprobs=logprobs)
+
+    def decoder(self, translation: Translation) -> CohereDecoder:
+        return CohereDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        """Usage of a chat, embeddings or rerank answer; `searches` are rerank's search units."""
+        usage = answer.get("usage") or answer.get("meta")
+        with provider_shape():
+            return read_cohere_usage(usage) if isinstance(usage, dict) else None
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        """498 is a bad key here; 499 and 501 are Cohere's own doing, so another try may help."""
+        members = read_error_members(body)
+        code = members.get("code")
+        return upstream_failure(
+            {499: 502}.get(status, status), str(members.get("message") or f"the provider answered {status}"),
+            code=str(code) if code else None, bad_key=status == 498,
+            fields={"id": members["id"]} if isinstance(members.get("id"), str) else None,
+        )  # fmt: skip
+
+    # -- embeddings
+
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        """An OpenAI embeddings request for `/v2/embed`; `input_type` may come beside OpenAI's members."""
+        family = cohere_family(translation.model)
+        body = write_cohere_embed(request, family, "cohere", translation)
+        return {"model": translation.model, "embedding_types": ["float"], **body}
+
+    def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
+        with provider_shape():
+            found = answer["embeddings"]
+            vectors = found["float"] if isinstance(found, dict) else found
+            usage = read_cohere_usage(answer.get("meta") or {})
+        return write_embeddings(vectors, usage.input_tokens, translation)
+
+    # -- rerank
+
+    def encode_rerank(self, request: Json, translation: Translation) -> Json:
+        """A rerank request for `/v2/rerank`, which takes texts only and gives none back; `decode_rerank` does."""
+        documents = want_list(request.get("documents"), "documents")
+        texts = [rerank_text(document, f"documents[{at}]") for at, document in enumerate(documents)]
+        body: Json = {"model": translation.model, "query": want_text(request.get("query"), "query"), "documents": texts}
+        if request.get("return_documents"):
+            translation.names["documents"] = documents
+        for name, value in request.items():
+            if name in ("top_n", "max_tokens_per_doc", "priority", "relevant_spans") and value is not None:
+                body[name] = value
+            elif value is not None and name not in (*body, "return_documents", "extra_body"):
+                translation.drop(name)
+        return {**body, **own_extras(request, "cohere", translation)}
+
+    def decode_rerank(self, answer: Json, translation: Translation) -> Json:
+        documents = translation.names.get("documents")
+        with provider_shape():
+            results = [dict(result) for result in answer["results"]]
+            for result in results:
+                if documents is not None:
+                    document = documents[result["index"]]
+                    result["document"] = {"text": document} if isinstance(document, str) else document
+            usage = read_cohere_usage(answer.get("meta") or {})
+        tokens = usage.input_tokens
+        counts = {"prompt_tokens": tokens, "total_tokens": tokens, "search_units": usage.searches}
+        answer_id = answer.get("id") or translation.new_id("rerank-")
+        return {"id": answer_id, "model": translation.model, "results": results, "usage": counts}
+
+
+def rerank_text(document: Any, where: str) -> str:
+    """A document to rank as text; an object without a `text` is ranked by its JSON."""
+    if isinstance(document, str):
+        return document
+    text = want_object(document, where).get("text")
+    return text if isinstance(text, str) else dump_json(document).decode()
+
+
+def write_cohere_embed(request: Json, family: CohereFamily, dialect: str, translation: Translation) -> Json:
+    """What Cohere's own embeddings API and Bedrock's copy of it have in common."""
+    texts = read_embedding_texts(request.get("input"))
+    translation.names["embedding_bytes"] = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    body: Json = {"texts": texts}
+    if family.typed_inputs:
+        body["input_type"] = want_text(request.get("input_type") or "search_document", "input_type")
+    for name, value in request.items():
+        if value is None or name in ("model", "input", "input_type", "encoding_format", "extra_body"):
+            continue
+        if name == "dimensions" and family.dimensions:
+            body["output_dimension"] = want_whole(value, "dimensions")
+        elif name in ("truncate", "priority", "max_tokens"):
+            body[name] = value
+        else:
+            translation.drop(name)
+    extras = own_extras(request, dialect, translation)
+    if "images" in extras or "inputs" in extras:
+        del body["texts"]
+    return {**body, **extras}
+
+
+# ----- Bedrock --------------------------------------------------------------------------------------------------------
+# AWS Bedrock's Converse and ConverseStream. One body for all vendors' models, but hardly two families take the same:
+# the rows of BEDROCK_FAMILIES hold what was seen to be refused. Streams are binary frames with checksums, and usage
+# comes after the end of the answer. Requests carry a bearer token, or are signed by `sign_v4` once the body is final.
+# Blocks of the provider's own tools stay in `thinking_blocks` as {"type": "bedrock_block", "block"} and go back as they
+# came, for they are no calls of the client's.
+# Sources: https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html; botocore's service model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaudeThinking:
+    """How a Claude model is asked to think. Source: the vendor's pages on adaptive thinking and on each model."""
+
+    adaptive: bool = True
+    #: What stands for `reasoning_effort: none`; empty where thinking cannot be turned off (then the effort is lowest).
+    off: str = "disabled"
+    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+    samples: bool = False
+    forced_choice: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BedrockFamily:
+    """What a family of models takes on Converse; the defaults are the plainest family's."""
+
+    #: Values of toolChoice that are not refused.
+    choices: frozenset[str] = frozenset()
+    #: The conversation may begin with the assistant.
+    leading_assistant: bool = False
+    #: Kinds of blocks that may stand beside tool results, and media kinds inside them.
+    beside_results: frozenset[str] = frozenset({"text", "image", "document", "video", "audio", "guardContent"})
+    inside_results: frozenset[str] = frozenset({"image"})
+    result_status: bool = True
+    #: `strict` tools and JSON schemas for answers (one list of models at AWS).
+    structured: bool = False
+    #: Where top_k goes in additionalModelRequestFields; empty where nowhere.
+    top_k: tuple[str, ...] = ()
+    caches: bool = False
+    caches_tools: bool = False
+    #: `signed` reasoning goes back only with its signature, `plain` without, "" not at all.
+    replays: str = ""
+    #: The member that holds the reasoning effort, and its values by OpenAI's.
+    effort: str = ""
+    efforts: Mapping[str, str] = field(default_factory=dict)
+    claude: ClaudeThinking | None = None
+    inline_system: bool = False
+    #: Members of another dialect's extras that this model reads in additionalModelRequestFields.
+    adopts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+ALL_CHOICES: Final = frozenset({"auto", "any", "tool"})
+ALONE: Final[frozenset[str]] = frozenset()
+CLAUDE: Final = BedrockFamily(
+    choices=ALL_CHOICES, leading_assistant=True, beside_results=frozenset({"text", "image"}),
+    inside_results=frozenset({"image", "document"}), top_k=("top_k",), caches=True, caches_tools=True, replays="signed",
+    adopts={"anthropic": frozenset({"thinking", "output_config", "anthropic_beta", "context_management"})},
+)  # fmt: skip
+CLAUDE_OLD: Final = ClaudeThinking(adaptive=False, efforts=(), samples=True)
+CLAUDE_46: Final = ClaudeThinking(efforts=("low", "medium", "high", "max"), samples=True)
+CLAUDE_5: Final = dataclasses.replace(CLAUDE, claude=ClaudeThinking())
+CLAUDE_ALWAYS: Final = ClaudeThinking(off="", forced_choice=False)
+CLAUDE_BETWEEN: Final = ClaudeThinking(off="between_tools", forced_choice=False)
+NOVA: Final = BedrockFamily(choices=ALL_CHOICES, top_k=("inferenceConfig", "topK"), caches=True)
+MISTRAL: Final = BedrockFamily(beside_results=ALONE, inside_results=frozenset({"document"}))
+QWEN: Final = BedrockFamily(leading_assistant=True, inside_results=ALONE)
+QWEN_EFFORTS: Final = {"minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high", "max": "high"}
+GPT_OSS_EFFORTS: Final = {**QWEN_EFFORTS, "medium": "medium"}
+
+#: The first pattern that matches the start of a model's name, without its geography, wins.
+BEDROCK_FAMILIES: Final = tuple(
+    (re.compile(pattern), family)
+    for pattern, family in (
+        (r"anthropic\.claude-(fable|mythos)-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
+        (r"anthropic\.claude-opus-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
+        (r"anthropic\.claude-sonnet-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_BETWEEN)),
+        (r"anthropic\.claude-(opus-5|opus-4-8)", dataclasses.replace(CLAUDE_5, inline_system=True)),
+        (r"anthropic\.claude-(sonnet-5|haiku-5|opus-4-7)", CLAUDE_5),
+        (r"anthropic\.claude-(opus|sonnet)-4-6", dataclasses.replace(CLAUDE, claude=CLAUDE_46, structured=True)),
+        (r"anthropic\.claude-(opus|sonnet|haiku)-4-5", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD, structured=True)),
+        (r"anthropic\.claude-((opus|sonnet)-4|3-7)", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD)),
+        (r"anthropic\.claude-(3|instant|v2)", CLAUDE),
+        (r"anthropic\.", CLAUDE_5),
+        (r"amazon\.nova", NOVA),
+        (r"meta\.", BedrockFamily(beside_results=ALONE, inside_results=frozenset({"image", "document"}))),
+        (r"mistral\.(magistral-small|ministral-3|mistral-large-3|voxtral)", dataclasses.replace(MISTRAL, structured=True)),
+        (r"mistral\.mistral-large", dataclasses.replace(MISTRAL, choices=frozenset({"auto", "any"}))),
+        (r"mistral\.", MISTRAL),
+        (r"writer\.", BedrockFamily(beside_results=ALONE, result_status=False)),
+        (r"qwen\.qwen3", dataclasses.replace(QWEN, structured=True, effort="reasoning_config", efforts=QWEN_EFFORTS)),
+        (r"qwen\.", QWEN),
+        (r"openai\.gpt-oss", BedrockFamily(effort="reasoning_effort", efforts=GPT_OSS_EFFORTS)),
+        (r"deepseek\..*r1", BedrockFamily(replays="plain")),
+        (r"zai\.", BedrockFamily(choices=ALL_CHOICES, leading_assistant=True, structured=True)),
+        (r"moonshot(ai)?\.", BedrockFamily(
+            choices=ALL_CHOICES, leading_assistant=True, structured=True, inside_results=ALONE)),
+        (r"(minimax\.minimax-m2|nvidia\.nemotron-nano|google\.gemma-3-(12b|27b))", BedrockFamily(structured=True)),
+        (r"", BedrockFamily()),
+    )
+)  # fmt: skip
+BEDROCK_GEOGRAPHY: Final = re.compile(r"(us|eu|apac|jp|au|ca|global|us-gov)\.")
+#: Thinking budgets in tokens for Claude models that are not adaptive.
+CLAUDE_BUDGETS: Final[Mapping[str, int]] = {
+    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768,
+}  # fmt: skip
+BEDROCK_FINISHES: Final[Mapping[str, str]] = {
+    "end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "max_tokens": "length",
+    "model_context_window_exceeded": "length", "guardrail_intervened": "content_filter",
+    "content_filtered": "content_filter",
+}  # fmt: skip
+BEDROCK_FAILED: Final = frozenset({"malformed_model_output", "malformed_tool_use"})
+#: Converse's own members, which may come beside OpenAI's or in `extra_body.bedrock`.
+BEDROCK_OWN: Final = frozenset({
+    "guardrailConfig", "additionalModelRequestFields", "additionalModelResponseFieldPaths", "promptVariables",
+    "requestMetadata", "performanceConfig", "serviceTier", "outputConfig", "inferenceConfig",
+})  # fmt: skip
+BEDROCK_TIERS: Final = frozenset({"priority", "default", "flex", "reserved"})
+BEDROCK_TOOL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+BEDROCK_METADATA: Final = re.compile(r"[A-Za-z0-9\s:_@$#=/+,.-]{1,256}\Z", re.ASCII)
+#: Media types by the block that carries them; the value is the block's `format`.
+BEDROCK_MEDIA: Final[Mapping[str, tuple[str, str]]] = {
+    **{f"image/{kind}": ("image", kind) for kind in ("png", "jpeg", "gif", "webp")},
+    "application/pdf": ("document", "pdf"), "text/csv": ("document", "csv"), "text/html": ("document", "html"),
+    "text/plain": ("document", "txt"), "text/markdown": ("document", "md"), "application/msword": ("document", "doc"),
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": ("document", "docx"),
+    "application/vnd.ms-excel": ("document", "xls"),
+    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": ("document", "xlsx"),
+    "video/mp4": ("video", "mp4"), "video/quicktime": ("video", "mov"), "video/x-matroska": ("video", "mkv"),
+    "video/webm": ("video", "webm"), "video/x-flv": ("video", "flv"), "video/mpeg": ("video", "mpeg"),
+    "video/x-ms-wmv": ("video", "wmv"), "video/3gpp": ("video", "three_gp"), "audio/mp3": ("audio", "mp3"),
+    "audio/wav": ("audio", "wav"), "audio/x-wav": ("audio", "wav"), "audio/aac": ("audio", "aac"),
+    "audio/flac": ("audio", "flac"), "audio/ogg": ("audio", "ogg"), "audio/opus": ("audio", "opus"),
+    "audio/mp4": ("audio", "mp4"), "audio/webm": ("audio", "webm"),
+}  # fmt: skip
+BEDROCK_EXTENSIONS: Final[Mapping[str, tuple[str, str]]] = {
+    **{form: (block, form) for block, form in BEDROCK_MEDIA.values() if block != "audio"},
+    "jpg": ("image", "jpeg"), "htm": ("document", "html"), "mpg": ("video", "mpg"), "3gp": ("video", "three_gp"),
+}  # fmt: skip
+#: What the APIs need a text for where the client has none; blank text is refused.
+FILLER: Final = "."
+
+
+def bedrock_family(model: str) -> BedrockFamily:
+    """The row of a model by its id, inference profile or ARN."""
+    name = BEDROCK_GEOGRAPHY.sub("", model.rpartition("/")[2] if model.startswith("arn:") else model, count=1)
+    return next(family for pattern, family in BEDROCK_FAMILIES if pattern.match(name))
+
+
+class BedrockEncoder:
+    """Builds one Converse body. Turns are collected first, for the rules on their order span several messages."""
+
+    def __init__(self, request: Json, translation: Translation) -> None:
+        self._request, self._translation = with_effort(request), translation
+        self._family = bedrock_family(translation.model)
+        self._system: list[Json] = []
+        self._turns: list[Json] = []
+        self._fields: Json = {}
+        self._config: Json = {}
+        self._body: Json = {}
+        self._fitted: dict[str, str] = {}
+        self._documents: set[str] = set()
+        self._outside: list[Json] = []
+        self._thinks = False
+
+    def build(self) -> Json:
+        for message, role, where in read_messages(self._request, self._translation):
+            self._write_message(message, role, where)
+        self._flush()
+        for name, value in self._request.items():
+            if name in ALWAYS_CARRIED or says_nothing(name, value):
+                continue
+            if (writer := self.WRITERS.get(name)) is not None:
+                writer(self, value)
+            elif name not in BEDROCK_OWN:
+                self._translation.drop(name)
+        body: Json = {"messages": self._ordered(), **self._body}
+        for name, value in (
+            ("system", self._system), ("inferenceConfig", self._config), ("additionalModelRequestFields", self._fields)
+        ):  # fmt: skip
+            if value:
+                body[name] = value
+        self._merge_own(body)
+        self._fit_thinking(body)
+        self._write_tools(body)
+        return {name: value for name, value in body.items() if value or name not in self.OPTIONAL}
+
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"inferenceConfig", "additionalModelRequestFields"})
+
+    def _merge_own(self, body: Json) -> None:
+        """Add what the client said in Converse's own words, and what a Claude model reads of Anthropic's."""
+        request = self._request
+        extras = dict(want_object(request.get("extra_body") or {}, "extra_body"))
+        for dialect, names in self._family.adopts.items():
+            members = want_object(extras.get(dialect) or {}, f"extra_body.{dialect}")
+            adopted = {name: value for name, value in members.items() if name in names}
+            extras[dialect] = {name: value for name, value in members.items() if name not in names}
+            if adopted:
+                merge_members(body, {"additionalModelRequestFields": adopted})
+        merge_members(body, {name: request[name] for name in BEDROCK_OWN if request.get(name) is not None})
+        merge_members(body, own_extras({"extra_body": extras}, "bedrock", self._translation))
+
+    def _fit_thinking(self, body: Json) -> None:
+        """Make room for a Claude model's thinking; drop the sampling that it refuses always, or while it thinks."""
+        claude = self._family.claude
+        config = want_object(body.get("inferenceConfig") or {}, "inferenceConfig")
+        fields = want_object(body.get("additionalModelRequestFields") or {}, "additionalModelRequestFields")
+        thinking = want_object(fields.get("thinking") or {}, "thinking")
+        self._thinks = thinking.get("type") in ("enabled", "adaptive", "between_tools")
+        budget, cap = thinking.get("budget_tokens"), config.get("maxTokens")
+        if isinstance(budget, int) and isinstance(cap, int) and cap <= budget:
+            config["maxTokens"] = cap + budget  # thinking counts against the cap
+        if claude is None or (claude.samples and not self._thinks):
+            return
+        for holder, name, said, fine in (
+            (config, "temperature", "temperature", claude.samples and config.get("temperature") == 1),
+            (config, "topP", "top_p", claude.samples and _at_least(config.get("topP"), 0.95)),
+            (fields, "top_k", "top_k", False),
+        ):
+            if name in holder and not fine:
+                del holder[name]
+                self._translation.drop(said, "this model takes no sampling parameters, or none while it thinks")
+
+    # -- messages
+
+    def _write_message(self, message: Json, role: str, where: str) -> None:
+        writer = self.ROLES.get(role)
+        if writer is None:
+            raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
+        if role != "tool":
+            self._flush()
+        writer(self, message, where)
+
+    def _flush(self) -> None:
+        """Add the media that tools gave: only now, for all results of a turn must stand together."""
+        outside, self._outside = self._outside, []
+        self._add("user", outside)
+
+    def _add(self, role: str, blocks: list[Json]) -> None:
+        """Add to the turn of the same role, for turns must alternate; tool results come first in theirs."""
+        if not blocks:
+            return
+        if not self._turns or self._turns[-1]["role"] != role:
+            self._turns.append({"role": role, "content": blocks})
+            return
+        content = self._turns[-1]["content"]
+        if any("toolResult" in block for block in [*content, *blocks]) and not self._fits(content, blocks):
+            filler = {"role": "user" if role == "assistant" else "assistant", "content": [{"text": FILLER}]}
+            self._turns += [filler, {"role": role, "content": blocks}]
+        else:
+            content += blocks
+
+    def _fits(self, *lists: list[Json]) -> bool:
+        """Whether blocks may share a turn with tool results; marks of the cache count for nothing."""
+        kinds = {next(iter(block)) for blocks in lists for block in blocks} - {"toolResult", "cachePoint"}
+        return kinds <= self._family.beside_results
+
+    def _instruct(self, message: Json, where: str) -> None:
+        """Leading instructions stand apart; later ones inline where the model honours that, else as marked text."""
+        blocks = self._content(message, where, frozenset())
+        if not self._turns:
+            self._system += blocks
+        elif self._family.inline_system:
+            self._add("system", blocks)
+        else:
+            texts = [block["text"] for block in blocks if "text" in block]
+            self._add("user", [{"text": f"<system>\n{text}\n</system>"} for text in texts])
+
+    def _user(self, message: Json, where: str) -> None:
+        blocks = self._content(message, where, frozenset({"image", "document", "video", "audio"}))
+        if any("document" in block for block in blocks) and not any("text" in block for block in blocks):
+            blocks.insert(0, {"text": FILLER})
+        self._add("user", blocks)
+
+    def _assistant(self, message: Json, where: str) -> None:
+        blocks = self._reasoning(message)
+        blocks += self._content(message, where, frozenset())
+        if not blocks and message.get("refusal"):
+            blocks.append({"text": want_text(message["refusal"], f"{where}.refusal")})
+        for call_id, name, arguments in read_history_calls(message, where):
+            use = {"toolUseId": self._fit(call_id), "name": self._fit_name(name), "input": read_arguments(arguments)}
+            blocks.append({"toolUse": use})
+        self._add("assistant", blocks)
+
+    def _reasoning(self, message: Json) -> list[Json]:
+        """Reasoning to give back: signed blocks unchanged, plain text where no signature is asked for."""
+        blocks = []
+        for block in _blocks(message):
+            if block.get("type") == "bedrock_block":
+                blocks.append(want_object(block.get("block"), "thinking_blocks.block"))
+            elif self._family.replays == "signed" and block.get("signature"):
+                signed = {"text": block.get("thinking") or "", "signature": block["signature"]}
+                blocks.append({"reasoningContent": {"reasoningText": signed}})
+            elif self._family.replays == "signed" and block.get("data"):
+                blocks.append({"reasoningContent": {"redactedContent": block["data"]}})
+            elif block.get("signature") or block.get("data") or block.get("item"):
+                self._translation.drop("messages.thinking_blocks")
+        text = read_reasoning(message)
+        if text and self._family.replays == "plain":
+            blocks.append({"reasoningContent": {"reasoningText": {"text": text}}})
+        elif text and not any("reasoningContent" in block for block in blocks):
+            self._translation.drop("messages.reasoning_content", "this model takes none back without a signature")
+        return blocks
+
+    def _tool(self, message: Json, where: str) -> None:
+        """A tool's result; media that the model refuses inside follow behind the turn's results."""
+        call_id = want_text(message.get("tool_call_id"), f"{where}.tool_call_id")
+        blocks = self._content({**message, "cache_control": None}, where, frozenset({"image", "document", "video"}))
+        marks = [block for block in blocks if "cachePoint" in block]
+        allowed = self._family.inside_results | {"text"}
+        inside = [block for block in blocks if next(iter(block)) in allowed]
+        outside = [block for block in blocks if next(iter(block)) not in allowed | {"cachePoint"}]
+        self._outside += outside
+        content = inside or [{"text": "(see below)" if outside else "(empty)"}]
+        result: Json = {"toolUseId": self._fit(call_id), "content": content}
+        if message.get("is_error") and not self._family.result_status:
+            self._translation.drop("messages.is_error")
+        elif message.get("is_error"):
+            result["status"] = "error"
+        self._add("user", [{"toolResult": result}, *(marks or self._mark(message))])
+
+    ROLES: ClassVar[Mapping[str, Callable[[BedrockEncoder, Json, str], None]]] = {
+        "system": _instruct, "user": _user, "assistant": _assistant, "tool": _tool,
+    }  # fmt: skip
+
+    def _content(self, message: Json, where: str, media: frozenset[str]) -> list[Json]:
+        blocks: list[Json] = []
+        for part in read_parts(message.get("content"), f"{where}.content"):
+            block = self._block(part, f"{where}.content")
+            if block is not None and next(iter(block)) not in media | {"text", "guardContent", "searchResult"}:
+                block = None
+                self._translation.drop(f"content.{part.get('type')}")
+            if block is not None:
+                blocks += [block, *self._mark(part)]
+        return blocks + (self._mark(message) if blocks and "cachePoint" not in blocks[-1] else [])
+
+    def _mark(self, holder: Json) -> list[Json]:
+        """The cache mark that a part, a message or a tool asks for behind itself."""
+        mark = holder.get("cache_control")
+        if not isinstance(mark, dict):
+            return []
+        if not self._family.caches:
+            self._translation.drop("cache_control")
+            return []
+        return [{"cachePoint": {"type": "default", **({"ttl": mark["ttl"]} if mark.get("ttl") else {})}}]
+
+    def _block(self, part: Json, where: str) -> Json | None:
+        """One content part as a block; None for blank text and for what cannot be carried, which is named."""
+        kind = part.get("type")
+        if kind == "text":
+            return {"text": part["text"]} if part["text"].strip() else None
+        if kind == "native" and part.get("dialect") == "bedrock":
+            return want_object(part.get("part"), f"{where}.part")
+        if kind == "image_url":
+            holder = want_object(part.get("image_url"), f"{where}.image_url")
+            return self._media(want_text(holder.get("url"), f"{where}.image_url.url"), part, str(kind), where)
+        if kind in ("file", "media"):
+            holder = want_object(part.get(kind) if isinstance(part.get(kind), dict) else part, f"{where}.{kind}")
+            source = holder.get("file_data") or holder.get("file_url") or holder.get("file_id")
+            return self._media(want_text(source, f"{where}.{kind}.file_data"), holder, str(kind), where)
+        if kind == "input_audio":
+            audio = want_object(part.get("input_audio"), f"{where}.input_audio")
+            return {"audio": {"format": audio.get("format") or "wav", "source": {"bytes": audio.get("data")}}}
+        self._translation.drop(f"content.{kind}")
+        return None
+
+    def _media(self, source: str, holder: Json, kind: str, where: str) -> Json | None:
+        """Bytes from a data URI, or a place in S3; Bedrock fetches nothing from the web."""
+        name = holder.get("filename") or ""
+        if source.startswith("s3://"):
+            block = BEDROCK_EXTENSIONS.get(source.rpartition(".")[2].lower())
+            place: Json = {"s3Location": {"uri": source}}
+        elif source.startswith("data:"):
+            media_type, data = read_data_uri(source, where)
+            block = BEDROCK_MEDIA.get(media_type) or BEDROCK_EXTENSIONS.get(str(name).rpartition(".")[2].lower())
+            place = {"bytes": data}
+        else:
+            block, place = None, {}
+        if block is None:
+            self._translation.drop(f"content.{kind}", "Bedrock takes known kinds of files, as data URIs or from S3")
+            return None
+        carried: Json = {"format": block[1], "source": place}
+        if block[0] == "document":
+            carried["name"] = self._document_name(str(name))
+            if isinstance(holder.get("citations"), dict):
+                carried["citations"] = holder["citations"]
+        return {block[0]: carried}
+
+    def _document_name(self, filename: str) -> str:
+        """A name of the letters that Bedrock allows, and no name twice."""
+        stem = filename.rpartition(".")[0] or filename
+        stem = re.sub(r"[^A-Za-z0-9\-()\[\]]+", " ", stem).strip()[:190] or "document"
+        name, number = stem, 1
+        while name in self._documents:
+            number += 1
+            name = f"{stem} {number}"
+        self._documents.add(name)
+        return name
+
+    def _fit(self, call_id: str) -> str:
+        """A call's id as Bedrock takes it, the same for the same foreign id."""
+        if BEDROCK_TOOL_ID.match(call_id):
+            return call_id
+        return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:40]
+
+    def _fit_name(self, name: str) -> str:
+        """A tool's name as Bedrock takes it; `names["tool_names"]` lets the decoder put the original back."""
+        if name not in self._fitted:
+            fit = name
+            if not BEDROCK_TOOL_ID.match(name):
+                fit = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60] or "tool"
+                while fit in self._fitted.values():
+                    fit += "_"
+                self._translation.names.setdefault("tool_names", {})[fit] = name
+            self._fitted[name] = fit
+        return self._fitted[name]
+
+    def _ordered(self) -> list[Json]:
+        """The turns, beginning with the user where the model insists."""
+        if not self._turns or (self._turns[0]["role"] == "assistant" and not self._family.leading_assistant):
+            return [{"role": "user", "content": [{"text": FILLER}]}, *self._turns]
+        return self._turns
+
+    # -- tools
+
+    def _write_tools(self, body: Json) -> None:
+        functions, native = read_tools(self._request, "bedrock", self._translation)
+        choice = read_chosen_tools(self._request)
+        functions = [tool for tool in functions if choice.names is None or tool.name in choice.names]
+        blocks = [block for turn in self._turns for block in turn["content"]]
+        called = [block["toolUse"]["name"] for block in blocks if "toolUse" in block and "type" not in block["toolUse"]]
+        if choice.mode == "none" and not called:
+            functions = []
+        tools = [written for tool in functions for written in self._write_tool(tool)] + native
+        if not tools and any("toolUse" in block or "toolResult" in block for block in blocks):
+            # A history with tool blocks is refused without any declaration.
+            names = dict.fromkeys(called or ["tool"])
+            tools = [{"toolSpec": {"name": name, "inputSchema": {"json": ANY_OBJECT}}} for name in names]
+        if not tools:
+            return
+        wanted = self._choose(choice)
+        config = {"tools": tools} if wanted is None else {"tools": tools, "toolChoice": wanted}
+        body["toolConfig"] = {**config, **want_object(body.get("toolConfig") or {}, "toolConfig")}
+
+    def _choose(self, choice: ToolChoice) -> Json | None:
+        """The choice in Converse's words, weakened and named where the model refuses it. There is no `none`."""
+        if choice.mode == "auto":
+            return None
+        claude = self._family.claude
+        kind = "none" if choice.mode == "none" else "tool" if choice.named else "any"
+        forced = claude is None or (claude.forced_choice and (claude.adaptive or not self._thinks))
+        if kind == "tool" and kind not in self._family.choices:
+            kind = "any"  # the other tools have been left out
+        if kind not in self._family.choices or not forced:
+            self._translation.drop("tool_choice", "this model decides by itself")
+            return None
+        names = [self._fit_name(name) for name in choice.names or ()]
+        return {"tool": {"name": names[0]}} if kind == "tool" else {"any": {}}
+
+    def _write_tool(self, tool: ToolSpec) -> list[Json]:
+        spec: Json = {"name": self._fit_name(tool.name), "inputSchema": {"json": tool.parameters}}
+        if tool.description.strip():
+            spec["description"] = tool.description
+        if tool.strict and self._family.structured:
+            spec["strict"] = True
+        elif tool.strict:
+            self._translation.drop("tools.strict")
+        if tool.cache_control and not self._family.caches_tools:
+            self._translation.drop("cache_control")
+            return [{"toolSpec": spec}]
+        return [{"toolSpec": spec}, *self._mark({"cache_control": tool.cache_control})]
+
+    # -- members
+
+    def _max_tokens(self, value: Any) -> None:
+        self._config["maxTokens"] = want_whole(value, "max_tokens")
+
+    def _temperature(self, value: Any) -> None:
+        self._config["temperature"] = min(value, 1) if isinstance(value, int | float) else value
+
+    def _top_p(self, value: Any) -> None:
+        self._config["topP"] = value
+
+    def _stop(self, value: Any) -> None:
+        self._config["stopSequences"] = read_stops(value)
+
+    def _top_k(self, value: Any) -> None:
+        if not self._family.top_k:
+            self._translation.drop("top_k")
+            return
+        for step in reversed(self._family.top_k):
+            value = {step: value}
+        merge_members(self._fields, want_object(value, "top_k"))
+
+    def _effort(self, value: Any) -> None:
+        effort = want_text(value, "reasoning_effort")
+        if self._family.claude is not None:
+            self._think(effort, self._family.claude)
+        elif effort in self._family.efforts:
+            self._fields[self._family.effort] = self._family.efforts[effort]
+        else:
+            self._translation.drop("reasoning_effort")
+
+    def _think(self, effort: str, claude: ClaudeThinking) -> None:
+        if effort == "none" and claude.off:
+            self._fields["thinking"] = {"type": claude.off}
+            return
+        if not claude.adaptive:
+            budget = CLAUDE_BUDGETS.get(effort, CLAUDE_BUDGETS["medium"])
+            self._fields["thinking"] = {"type": "enabled", "budget_tokens": budget}
+            return
+        fitting = {"none": "low", "minimal": "low", "xhigh": "max"}.get(effort, effort)
+        self._fields["thinking"] = {"type": "adaptive"}
+        self._fields["output_config"] = {"effort": effort if effort in claude.efforts else fitting}
+
+    def _response_format(self, value: Any) -> None:
+        form = want_object(value, "response_format")
+        if form.get("type") != "json_schema" or not self._family.structured:
+            self._translation.drop("response_format", "this model has no JSON format on Bedrock")
+            return
+        inner = want_object(form.get("json_schema"), "response_format.json_schema")
+        schema: Json = {"schema": dump_json(inner.get("schema") or {"type": "object"}).decode()}
+        schema.update({name: inner[name] for name in ("name", "description") if inner.get(name)})
+        text_format = {"type": "json_schema", "structure": {"jsonSchema": schema}}
+        merge_members(self._body, {"outputConfig": {"textFormat": text_format}})
+
+    def _tier(self, value: Any) -> None:
+        if not isinstance(value, str) or value not in BEDROCK_TIERS:
+            self._translation.drop("service_tier")
+        else:
+            self._body["serviceTier"] = {"type": value}
+
+    def _metadata(self, value: Any) -> None:
+        entries = want_object(value, "metadata")
+        texts = [text for entry in entries.items() for text in entry]
+        if len(entries) <= 16 and all(isinstance(text, str) and BEDROCK_METADATA.match(text) for text in texts):
+            self._body["requestMetadata"] = dict(entries)
+        else:
+            self._translation.drop("metadata")
+
+    WRITERS: ClassVar[Mapping[str, Callable[[BedrockEncoder, Any], None]]] = {
+        "max_tokens": _max_tokens, "max_completion_tokens": _max_tokens, "temperature": _temperature, "top_p": _top_p,
+        "stop": _stop, "top_k": _top_k, "reasoning_effort": _effort, "response_format": _response_format,
+        "service_tier": _tier, "metadata": _metadata,
+    }  # fmt: skip
+
+
+def _at_least(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and value >= least
+
+
+def merge_members(body: Json, members: Json) -> None:
+    """Merge objects into objects, all the way down, and share none; anything else replaces what was there."""
+    for name, value in members.items():
+        if isinstance(value, dict):
+            held = body.get(name)
+            body[name] = dict(held) if isinstance(held, dict) else {}
+            merge_members(body[name], value)
+        else:
+            body[name] = value
+
+
+def read_bedrock_usage(usage: Json) -> Usage:
+    """Converse leaves cached and written tokens out of `inputTokens`; `cacheDetails` tells the one-hour writes."""
+    written = _count(usage.get("cacheWriteInputTokens"))
+    details = usage.get("cacheDetails") or ()
+    hour = min(written, sum(_count(item.get("inputTokens")) for item in details if item.get("ttl") == "1h"))
+    return Usage(
+        input_tokens=_count(usage.get("inputTokens")),
+        cached_tokens=_count(usage.get("cacheReadInputTokens")),
+        cache_write_5m_tokens=written - hour,
+        cache_write_1h_tokens=hour,
+        output_tokens=_count(usage.get("outputTokens")),
+    )
+
+
+def read_bedrock_finish(reason: Any, called: bool) -> str:
+    """A canonical finish reason. A turn that used only the provider's own tools has no calls for the client."""
+    if reason in BEDROCK_FAILED:
+        raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
+    finish = BEDROCK_FINISHES.get(str(reason), "stop")
+    return "stop" if finish == "tool_calls" and not called else finish
+
+
+def read_bedrock_extras(answer: Json) -> Json:
+    """What the client asked Converse for by name: traces and further fields of the model; and the tier it got."""
+    names = ("trace", "additionalModelResponseFields", "performanceConfig")
+    kept = {name: answer[name] for name in names if answer.get(name)}
+    extras: Json = {"extra_content": {"bedrock": kept}} if kept else {}
+    tier = (answer.get("serviceTier") or {}).get("type")
+    return {**extras, "service_tier": tier} if tier else extras
+
+
+def read_bedrock_citation(citation: Json, start: int, end: int) -> Json:
+    web = (citation.get("location") or {}).get("web") or {}
+    if not web.get("url"):
+        return {"type": "bedrock_citation", "start_index": start, "end_index": end, "bedrock_citation": citation}
+    span = {"start_index": start, "end_index": end}
+    return {"type": "url_citation", "url_citation": {"url": web["url"], "title": citation.get("title") or "", **span}}
+
+
+def read_bedrock_image(image: Json) -> Json:
+    url = f"data:image/{image.get('format')};base64,{(image.get('source') or {}).get('bytes') or ''}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+class BedrockMessage:
+    """Reads the blocks of a plain answer into a canonical message."""
+
+    def __init__(self, translation: Translation) -> None:
+        self._translation = translation
+        self._text: list[str] = []
+        self._length = 0
+        self._thinking: list[str] = []
+        self._lists: dict[str, list[Json]] = {}
+
+    def read(self, content: Iterable[Json]) -> Json:
+        for block in content:
+            for kind, value in block.items():
+                if (reader := self.READERS.get(kind)) is not None:
+                    reader(self, value)
+                    break
+        message: Json = {"content": "".join(self._text), **self._lists}
+        if self._thinking:
+            message["reasoning_content"] = "".join(self._thinking)
+        return message
+
+    def _append(self, name: str, value: Json) -> None:
+        self._lists.setdefault(name, []).append(value)
+
+    def _plain(self, text: str) -> None:
+        self._text.append(text)
+        self._length += len(text)
+
+    def _use(self, use: Json) -> None:
+        if use.get("type") == "server_tool_use":
+            self._append("thinking_blocks", {"type": "bedrock_block", "block": {"toolUse": use}})
+            return
+        call = read_call(use.get("toolUseId"), use.get("name"), use.get("input"), self._translation)
+        self._append("tool_calls", call)
+
+    def _result(self, result: Json) -> None:
+        self._append("thinking_blocks", {"type": "bedrock_block", "block": {"toolResult": result}})
+
+    def _reasoning(self, reasoning: Json) -> None:
+        if reasoning.get("redactedContent"):
+            self._append("thinking_blocks", {"type": "redacted_thinking", "data": reasoning["redactedContent"]})
+            return
+        text = reasoning.get("reasoningText") or {}
+        self._thinking.append(text.get("text") or "")
+        if text.get("signature"):
+            block = {"type": "thinking", "thinking": text.get("text") or "", "signature": text["signature"]}
+            self._append("thinking_blocks", block)
+
+    def _cited(self, cited: Json) -> None:
+        start = self._length
+        for item in cited.get("content") or ():
+            self._plain(item.get("text") or "")
+        for citation in cited.get("citations") or ():
+            self._append("annotations", read_bedrock_citation(citation, start, self._length))
+
+    def _image(self, image: Json) -> None:
+        self._append("images", read_bedrock_image(image))
+
+    READERS: ClassVar[Mapping[str, Callable[[BedrockMessage, Any], None]]] = {
+        "text": _plain, "toolUse": _use, "toolResult": _result, "reasoningContent": _reasoning,
+        "citationsContent": _cited, "image": _image,
+    }  # fmt: skip
+
+
+# Frames of `application/vnd.amazon.eventstream`: lengths, checksum of the lengths, headers, payload, checksum of all.
+
+FRAME_OVERHEAD_BYTES: Final = 16
+FRAME_MAX_HEADERS_BYTES: Final = 128 * 1024
+FRAME_MAX_BYTES: Final = 24 * 1024 * 1024 + FRAME_MAX_HEADERS_BYTES + FRAME_OVERHEAD_BYTES
+#: Header value types of a fixed size: how many bytes, and their struct format. 0 and 1 are true and false.
+FRAME_NUMBERS: Final[Mapping[int, str]] = {2: "b", 3: "h", 4: "i", 5: "q", 8: "q"}
+FRAME_TEXTS: Final = frozenset({6, 7})
+FRAME_UUID: Final = 9
+
+
+def _broken_frame(what: str) -> UpstreamError:
+    return UpstreamError(f"the provider sent a broken frame: {what}", code="upstream_malformed")
+
+
+class EventStreamReader:
+    """An incremental reader of AWS's binary event stream: bytes in any split, `(headers, payload)` pairs out.
+
+    Raises UpstreamError for a wrong checksum, a length beyond AWS's limits, or headers that cannot be read.
+    Source: https://smithy.io/2.0/aws/amazon-eventstream.html
+    """
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._total = 0  # the checked length of the frame in front, 0 while unknown
+
+    def feed(self, data: bytes) -> list[tuple[dict[str, Any], bytes]]:
+        self._data += data
+        frames = []
+        at = 0
+        while len(self._data) - at >= 12:
+            total = self._total or self._check_prelude(at)
+            if len(self._data) - at < total:
+                self._total = total
+                break
+            frames.append(read_frame(bytes(memoryview(self._data)[at : at + total])))
+            at, self._total = at + total, 0
+        del self._data[:at]
+        return frames
+
+    def _check_prelude(self, at: int) -> int:
+        total, headers, checksum = struct.unpack_from(">III", self._data, at)
+        if zlib.crc32(bytes(self._data[at : at + 8])) != checksum:
+            raise _broken_frame("the checksum of its lengths is wrong")
+        room = min(total - FRAME_OVERHEAD_BYTES, FRAME_MAX_HEADERS_BYTES)
+        if not 0 <= headers <= room or total > FRAME_MAX_BYTES:
+            raise _broken_frame("its lengths are impossible")
+        return int(total)
+
+
+def read_frame(frame: bytes) -> tuple[dict[str, Any], bytes]:
+    """One whole frame, whose lengths have been checked, as its headers and payload."""
+    (checksum,) = struct.unpack_from(">I", frame, len(frame) - 4)
+    if zlib.crc32(memoryview(frame)[:-4]) != checksum:
+        raise _broken_frame("its checksum is wrong")
+    end = 12 + int.from_bytes(frame[4:8], "big")
+    try:
+        return _read_frame_headers(frame, end), frame[end:-4]
+    except (struct.error, UnicodeDecodeError, IndexError) as error:
+        raise _broken_frame("its headers cannot be read") from error
+
+
+def _read_frame_headers(frame: bytes, end: int) -> dict[str, Any]:
+    headers: dict[str, Any] = {}
+    at = 12
+    while at < end:
+        start = at + 1
+        at = start + frame[at]
+        name, kind = frame[start:at].decode(), frame[at]
+        at += 1
+        if kind in FRAME_TEXTS:
+            start = at + 2
+            at = start + int.from_bytes(frame[at:start], "big")
+            headers[name] = frame[start:at].decode() if kind == 7 else frame[start:at]
+        elif kind in FRAME_NUMBERS:
+            (headers[name],) = struct.unpack_from(">" + FRAME_NUMBERS[kind], frame, at)
+            at += struct.calcsize(">" + FRAME_NUMBERS[kind])
+        elif kind == FRAME_UUID:
+            headers[name], at = frame[at : at + 16], at + 16
+        elif kind in (0, 1):
+            headers[name] = kind == 0
+        else:
+            raise IndexError(kind)
+    if at != end:
+        raise IndexError(at)
+    return headers
+
+
+#: AWS's exceptions by the HTTP status that sorts them best; a model's own failure may pass on another try.
+BEDROCK_EXCEPTIONS: Final[Mapping[str, int]] = {
+    "accessdeniedexception": 403, "unrecognizedclientexception": 403, "expiredtokenexception": 403,
+    "invalidsignatureexception": 403, "missingauthenticationtokenexception": 403, "resourcenotfoundexception": 404,
+    "validationexception": 400, "servicequotaexceededexception": 400, "conflictexception": 400,
+    "throttlingexception": 429, "toomanyrequestsexception": 429, "modelnotreadyexception": 429,
+    "modeltimeoutexception": 408, "modelerrorexception": 502, "modelstreamerrorexception": 502,
+    "internalserverexception": 500, "internalfailure": 500, "serviceunavailableexception": 503,
+}  # fmt: skip
+
+
+class BedrockDecoder:
+    """Reads a ConverseStream. `messageStop` proves a whole answer; usage follows in `metadata`."""
+
+    def __init__(self, dialect: BedrockConverse, translation: Translation) -> None:
+        self._dialect = dialect
+        self._frames = EventStreamReader()
+        self._chunks = ChunkWriter(translation)
+        self._calls = CallWriter(translation)
+        self._blocks: dict[int, Json] = {}  # thinking, server tools and images, put together until their block stops
+        self._cited: dict[int, int] = {}
+        self._length = 0
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for headers, payload in self._frames.feed(data) for chunk in self._read(headers, payload)]
+
+    def close(self) -> list[Json]:
+        return []
+
+    def _read(self, headers: Mapping[str, Any], payload: bytes) -> list[Json]:
+        kind = headers.get(":message-type")
+        if kind == "exception":
+            raise self._dialect.read_error(502, payload, str(headers.get(":exception-type") or ""))
+        if kind == "error":
+            body = dump_json({"message": headers.get(":error-message") or "the provider broke the stream off"})
+            raise self._dialect.read_error(502, body, str(headers.get(":error-code") or ""))
+        reader = self.READERS.get(str(headers.get(":event-type")))
+        if reader is None:
+            return []
+        event = read_event_json(payload)
+        with provider_shape():
+            return self._chunks.deltas(reader(self, event)) if reader in self.PLAIN else reader(self, event)
+
+    def _start(self, event: Json) -> list[Json]:
+        return [{"content": ""}]
+
+    def _open(self, event: Json) -> list[Json]:
+        index, start = event.get("contentBlockIndex") or 0, event.get("start") or {}
+        use = start.get("toolUse") or {}
+        if use and use.get("type") != "server_tool_use":
+            return self._calls.start(index, use.get("toolUseId"), use.get("name"))
+        for kind in ("toolUse", "toolResult", "image"):
+            if start.get(kind):
+                self._blocks[index] = {"kind": kind, "start": start[kind], "text": "", "parts": []}
+        return []
+
+    def _delta(self, event: Json) -> list[Json]:
+        index, delta = event.get("contentBlockIndex") or 0, event.get("delta") or {}
+        for kind, value in delta.items():
+            if (reader := self.DELTAS.get(kind)) is not None:
+                return reader(self, index, value)
+        return []
+
+    def _text(self, index: int, text: str) -> list[Json]:
+        self._cited.setdefault(index, self._length)
+        self._length += len(text)
+        return [{"content": text}] if text else []
+
+    def _input(self, index: int, use: Json) -> list[Json]:
+        block = self._blocks.get(index)
+        if block is None:
+            return self._calls.add(index, use.get("input"))
+        block["text"] += use.get("input") or ""
+        return []
+
+    def _result(self, index: int, parts: list[Json]) -> list[Json]:
+        self._blocks.setdefault(index, {"kind": "toolResult", "start": {}, "text": "", "parts": []})["parts"] += parts
+        return []
+
+    def _image(self, index: int, image: Json) -> list[Json]:
+        block = self._blocks.setdefault(index, {"kind": "image", "start": {}, "text": "", "parts": []})
+        block["text"] += (image.get("source") or {}).get("bytes") or ""
+        return []
+
+    def _reasoning(self, index: int, reasoning: Json) -> list[Json]:
+        block = self._blocks.setdefault(index, {"kind": "reasoning", "text": "", "signature": "", "data": ""})
+        block["signature"] += reasoning.get("signature") or ""
+        block["data"] = join_base64(block["data"], reasoning.get("redactedContent") or "")
+        text = reasoning.get("text") or ""
+        block["text"] += text
+        return [{"reasoning_content": text}] if text else []
+
+    def _citation(self, index: int, citation: Json) -> list[Json]:
+        start = self._cited.get(index, self._length)
+        return [{"annotations": [read_bedrock_citation(citation, start, self._length)]}]
+
+    def _stop(self, event: Json) -> list[Json]:
+        index = event.get("contentBlockIndex") or 0
+        block = self._blocks.pop(index, None)
+        return self._calls.end(index) if block is None else close_bedrock_block(block)
+
+    def _end(self, event: Json) -> list[Json]:
+        finish = read_bedrock_finish(event.get("stopReason"), self._calls.any)
+        open_blocks = [delta for index in sorted(self._blocks) for delta in close_bedrock_block(self._blocks[index])]
+        self._blocks.clear()
+        chunks = self._chunks.deltas([*open_blocks, *self._calls.end_all()])
+        if self.complete:
+            return chunks
+        self.complete = True
+        extra = read_bedrock_extras(event).get("extra_content")
+        return [*chunks, self._chunks.delta({"extra_content": extra} if extra else {}, finish)]
+
+    def _meta(self, event: Json) -> list[Json]:
+        if not event.get("usage"):
+            return []
+        usage = write_openai_usage(read_bedrock_usage(event["usage"]))
+        return [self._chunks.usage(usage, **read_bedrock_extras(event))]
+
+    READERS: ClassVar[Mapping[str, Callable[[BedrockDecoder, Json], list[Json]]]] = {
+        "messageStart": _start, "contentBlockStart": _open, "contentBlockDelta": _delta, "contentBlockStop": _stop,
+        "messageStop": _end, "metadata": _meta,
+    }  # fmt: skip
+    #: Readers that give deltas; the others give whole chunks.
+    PLAIN: ClassVar[tuple[Callable[[BedrockDecoder, Json], list[Json]], ...]] = (_start, _open, _delta, _stop)
+    DELTAS: ClassVar[Mapping[str, Callable[[BedrockDecoder, int, Any], list[Json]]]] = {
+        "text": _text, "toolUse": _input, "toolResult": _result, "image": _image, "reasoningContent": _reasoning,
+        "citation": _citation,
+    }  # fmt: skip
+
+
+def join_base64(first: str, second: str) -> str:
+    """Two pieces of base64 as one; each stands for bytes of its own, so the texts cannot simply be joined."""
+    if not first or not second:
+        return first or second
+    try:
+        return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode()
+    except binascii.Error:
+        return first + second
+
+
+def close_bedrock_block(block: Json) -> list[Json]:
+    """What a block that was put together adds to the message when it stops."""
+    kind, start = block["kind"], block.get("start") or {}
+    if kind == "reasoning":
+        if block["data"]:
+            return [{"thinking_blocks": [{"type": "redacted_thinking", "data": block["data"]}]}]
+        signed = {"type": "thinking", "thinking": block["text"], "signature": block["signature"]}
+        return [{"thinking_blocks": [signed]}] if block["signature"] else []
+    if kind == "image":
+        return [{"images": [read_bedrock_image({"format": start.get("format"), "source": {"bytes": block["text"]}})]}]
+    more = {"input": read_arguments(block["text"])} if kind == "toolUse" else {"content": block["parts"]}
+    return [{"thinking_blocks": [{"type": "bedrock_block", "block": {kind: {**start, **more}}}]}]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BedrockEmbedder:
+    """One family of embedding models behind `/invoke`; `batch_inputs` false means one text a call."""
+
+    write: Callable[[Json, Translation], Json]
+    read: Callable[[Json], list[Any]]
+    batch_inputs: bool = False
+
+
+def _bedrock_text(request: Json, translation: Translation, taken: Mapping[str, str]) -> tuple[str, Json]:
+    """The one text of a request, and its members under the model's names."""
+    texts = read_embedding_texts(request.get("input"))
+    if len(texts) > 1:
+        raise InvalidRequest(f"{translation.model} embeds one text a call", param="input")
+    translation.names["embedding_bytes"] = len(texts[0].encode("utf-8", "replace"))
+    options: Json = {}
+    for name, value in request.items():
+        if value is not None and name in taken:
+            options[taken[name]] = value
+        elif value is not None and name not in ("model", "input", "encoding_format", "extra_body"):
+            translation.drop(name)
+    return texts[0], {**options, **own_extras(request, "bedrock", translation)}
+
+
+def _write_titan(request: Json, translation: Translation) -> Json:
+    text, options = _bedrock_text(request, translation, {"dimensions": "dimensions", "normalize": "normalize"})
+    return {"inputText": text, **options}
+
+
+def _write_titan_v1(request: Json, translation: Translation) -> Json:
+    text, options = _bedrock_text(request, translation, {})
+    return {"inputText": text, **options}
+
+
+def _write_titan_image(request: Json, translation: Translation) -> Json:
+    text, options = _bedrock_text(request, translation, {"dimensions": "outputEmbeddingLength"})
+    length = options.pop("outputEmbeddingLength", None)
+    config = {"embeddingConfig": {"outputEmbeddingLength": length}} if length else {}
+    return {"inputText": text, **config, **options}
+
+
+def _write_nova_embed(request: Json, translation: Translation) -> Json:
+    named = {"dimensions": "embeddingDimension", "truncate": "truncationMode", "input_type": "embeddingPurpose"}
+    text, options = _bedrock_text(request, translation, named)
+    purpose = {"search_query": "GENERIC_RETRIEVAL", "search_document": "GENERIC_INDEX"}
+    asked = str(options.pop("embeddingPurpose", "search_document"))
+    part = {"truncationMode": options.pop("truncationMode", "NONE"), "value": text}
+    params = {"embeddingPurpose": purpose.get(asked, asked.upper()), "text": part, **options}
+    return {"taskType": "SINGLE_EMBEDDING", "singleEmbeddingParams": params}
+
+
+def _write_bedrock_cohere(request: Json, translation: Translation) -> Json:
+    newest = re.search(r"embed-v[4-9]", translation.model) is not None
+    body = write_cohere_embed(request, CohereFamily(dimensions=newest), "bedrock", translation)
+    return {**body, "embedding_types": ["float"]}
+
+
+def _read_bedrock_cohere(answer: Json) -> list[Any]:
+    found = answer["embeddings"]
+    return list(found["float"] if isinstance(found, dict) else found)
+
+
+BEDROCK_EMBEDDERS: Final = (
+    (re.compile(r"amazon\.titan-embed-(g1-)?text-v1|amazon\.titan-embed-g1"), BedrockEmbedder(
+        write=_write_titan_v1, read=lambda answer: [answer["embedding"]])),
+    (re.compile(r"amazon\.titan-embed-image"), BedrockEmbedder(
+        write=_write_titan_image, read=lambda answer: [answer["embedding"]])),
+    (re.compile(r"amazon\.titan-embed"), BedrockEmbedder(
+        write=_write_titan, read=lambda answer: [answer["embedding"]])),
+    (re.compile(r"amazon\.nova.*embed"), BedrockEmbedder(
+        write=_write_nova_embed, read=lambda answer: [item["embedding"] for item in answer["embeddings"]])),
+    (re.compile(r"cohere\.embed"), BedrockEmbedder(
+        write=_write_bedrock_cohere, read=_read_bedrock_cohere, batch_inputs=True)),
+)  # fmt: skip
+
+
+def bedrock_embedder(model: str) -> BedrockEmbedder:
+    name = BEDROCK_GEOGRAPHY.sub("", model.rpartition("/")[2] if model.startswith("arn:") else model, count=1)
+    for pattern, embedder in BEDROCK_EMBEDDERS:
+        if pattern.match(name):
+            return embedder
+    raise InvalidRequest(f"{model} is no embedding model that Stockyard knows on Bedrock", param="model")
+
+
+class BedrockConverse(Dialect):
+    """AWS Bedrock as a provider: Converse for chat, InvokeModel for embeddings."""
+
+    name = "bedrock"
+    stream_type: ClassVar[str] = "application/vnd.amazon.eventstream"
+    #: Right for every family; `texts_at_once` tells those that take more.
+    embeddings_at_once: ClassVar[int] = 1
+    events: ClassVar[bool] = False
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        return f"/model/{urllib.parse.quote(model, safe='')}/converse{'-stream' if stream else ''}"
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        return BedrockEncoder(request, translation).build()
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        with provider_shape():
+            message = BedrockMessage(translation).read(answer["output"]["message"]["content"])
+            finish = read_bedrock_finish(answer.get("stopReason"), bool(message.get("tool_calls")))
+            usage = self.read_usage(answer)
+            written = write_openai_usage(usage) if usage else None
+            return write_completion(message, finish, written, translation, **read_bedrock_extras(answer))
+
+    def decoder(self, translation: Translation) -> BedrockDecoder:
+        return BedrockDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        """Usage of a Converse answer, or of a Titan embedding."""
+        usage = answer.get("usage")
+        with provider_shape():
+            if isinstance(usage, dict):
+                return read_bedrock_usage(usage)
+            counted = answer.get("inputTextTokenCount")
+            return None if counted is None else Usage(input_tokens=_count(counted))
+
+    def read_error(self, status: int, body: bytes, kind: str = "") -> UpstreamError:
+        """An error by its status and, where known, AWS's name for it: the header `x-amzn-ErrorType` or a frame's type.
+
+        The name says what the status cannot inside a stream. 424 is the model's own failure and worth another try.
+        """
+        members = read_error_members(body)
+        words = re.split(r"[:#]", kind or str(members.get("__type") or ""))
+        name = next((word for word in words if word.lower() in BEDROCK_EXCEPTIONS), "")
+        status = BEDROCK_EXCEPTIONS.get(name.lower(), 502 if status == 424 else status)
+        message = str(members.get("message") or members.get("originalMessage") or f"the provider answered {status}")
+        return upstream_failure(status, message, code=name[:1].upper() + name[1:] or None)
+
+    # -- embeddings
+
+    def batch_inputs(self, model: str) -> bool:
+        """Whether one call embeds several texts; where not, the caller makes one call a text and joins the answers."""
+        return bedrock_embedder(model).batch_inputs
+
+    def read_error_answer(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
+        return self.read_error(status, body, headers.get("x-amzn-errortype", ""))
+
+    def texts_at_once(self, model: str) -> int:
+        return CohereChat.embeddings_at_once if self.batch_inputs(model) else self.embeddings_at_once
+
+    def encode_embeddings(self, request: Json, translation: Translation) -> Json:
+        return bedrock_embedder(translation.model).write(request, translation)
+
+    def decode_embeddings(
+        self, answer: Json, translation: Translation, headers: Mapping[str, str] | None = None
+    ) -> Json:
+        """OpenAI's embeddings answer. Titan counts tokens in its body, others in a header; else they are estimated."""
+        with provider_shape():
+            vectors = bedrock_embedder(translation.model).read(answer)
+            counted = (headers or {}).get("x-amzn-bedrock-input-token-count")
+            tokens = int(counted) if counted else _count(answer.get("inputTextTokenCount"))
+        estimate = -(-int(translation.names.get("embedding_bytes") or 0) // 4)
+        return write_embeddings(vectors, tokens or estimate, translation)
+
+
+# Signature Version 4, for requests whose path stands percent-encoded already.
+# Source: https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
+
+#: Headers that proxies and clients may change on the way.
+UNSIGNED_HEADERS: Final = frozenset({
+    "connection", "expect", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+    "transfer-encoding", "upgrade", "user-agent", "x-amzn-trace-id", "authorization",
+})  # fmt: skip
+
+
+def sign_v4(
+    method: str, url: str, headers: Mapping[str, str], body: bytes, access_key: str, secret_key: str,
+    session_token: str | None, region: str, service: str, now_s: float,
+) -> dict[str, str]:  # fmt: skip
+    """The headers of a request with its signature: `headers`, plus x-amz-date, x-amz-security-token, authorization.
+
+    `url` is exactly what will be sent; its path is encoded once more for the signature (`%3A` -> `%253A`), as every AWS
+    service but S3 does. Pure: `now_s` is the time in seconds since 1970; AWS refuses more than five minutes of skew.
+    Headers added later than this are not covered, `host` is taken from the URL.
+    """
+    parts = urllib.parse.urlsplit(url)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
+    added = {"x-amz-date": stamp, **({"x-amz-security-token": session_token} if session_token else {})}
+    sent = {name: value for name, value in headers.items() if name.lower() not in {*added, "authorization"}}
+    sent.update(added)
+    signed = {"host": _signed_host(parts), **{name.lower(): " ".join(value.split()) for name, value in sent.items()}}
+    signed = {name: signed[name] for name in sorted(signed) if name not in UNSIGNED_HEADERS}
+    names = ";".join(signed)
+    canonical = "\n".join((
+        method.upper(), _signed_path(parts.path), _signed_query(parts.query),
+        *(f"{name}:{value}" for name, value in signed.items()), "", names, hashlib.sha256(body).hexdigest(),
+    ))  # fmt: skip
+    scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
+    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+    key = f"AWS4{secret_key}".encode()
+    for step in (*scope.split("/"), text):
+        key = hmac.digest(key, step.encode(), "sha256")
+    credential = f"Credential={access_key}/{scope}"
+    sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={names}, Signature={key.hex()}"
+    return sent
+
+
+def _signed_host(parts: urllib.parse.SplitResult) -> str:
+    """The host as it is sent: with the port only where it is not the scheme's own."""
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return host if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{host}:{parts.port}"
+
+
+def _signed_path(path: str) -> str:
+    """The path without dot segments and doubled slashes, and encoded once more."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            kept = kept[:-1]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    tail = "/" if kept and path.endswith("/") else ""
+    return urllib.parse.quote("/" + "/".join(kept) + tail, safe="/~")
+
+
+def _signed_query(query: str) -> str:
+    pairs = sorted(pair.partition("=")[::2] for pair in query.split("&")) if query else []
+    return "&".join(f"{name}={value}" for name, value in pairs)
+
+
+# ----- Replicate ------------------------------------------------------------------------------------------------------
+# Replicate runs models as predictions: a POST makes one, a GET tells how it fares, and a stream has an address of its
+# own. `follow` says which address to ask next; nothing else differs for the caller. Each model has its own input
+# schema, so a conversation becomes a prompt by a row of REPLICATE_TEMPLATES. There are no tools, and no finish reasons.
+# Sources: https://replicate.com/docs/reference/http, …/topics/predictions/streaming, and the models' own API pages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicateTemplate:
+    """How a family of models wants its input; empty names are members that it does not have."""
+
+    #: The whole conversation as a list of messages; empty where a prompt must be built.
+    messages: str = ""
+    prompt: str = "prompt"
+    system: str = "system_prompt"
+    image: str = ""
+    #: `image` takes a list.
+    many_images: bool = False
+    #: The least that the output cap may be.
+    least_tokens: int = 1
+    #: Canonical members that travel under the model's names.
+    takes: Mapping[str, str] = field(default_factory=dict)
+    #: Values of reasoning_effort; others are brought to the nearest below, or dropped where none is given.
+    efforts: tuple[str, ...] = ()
+
+
+def _named(text: str, **renamed: str) -> dict[str, str]:
+    return {**{name: name for name in text.split()}, **renamed}
+
+
+def _capped(name: str) -> dict[str, str]:
+    return {"max_tokens": name, "max_completion_tokens": name}
+
+
+_PENALTIES: Final = "presence_penalty frequency_penalty"
+_SAMPLING: Final = _named("temperature top_p")
+#: The first pattern that matches the start of `owner/name` wins; read on the models' pages in November 2026.
+REPLICATE_TEMPLATES: Final = tuple(
+    (re.compile(pattern), template)
+    for pattern, template in (
+        (r"openai/gpt-oss|deepseek-ai/", ReplicateTemplate(
+            system="", takes={**_SAMPLING, **_capped("max_tokens"), **_named(_PENALTIES)})),
+        (r"openai/(gpt-[5-9]|o\d)", ReplicateTemplate(
+            messages="messages", image="image_input", many_images=True,
+            takes={**_capped("max_completion_tokens"), **_named("verbosity")},
+            efforts=("none", "minimal", "low", "medium", "high", "xhigh"))),
+        (r"openai/", ReplicateTemplate(
+            messages="messages", image="image_input", many_images=True,
+            takes={**_SAMPLING, **_capped("max_completion_tokens"), **_named(_PENALTIES)})),
+        (r"anthropic/claude-(sonnet|opus|haiku|fable)-5", ReplicateTemplate(
+            image="image", takes=_capped("max_tokens"), least_tokens=1024, efforts=("low", "medium", "high", "max"))),
+        (r"anthropic/claude-3\.5", ReplicateTemplate(image="image", takes=_capped("max_tokens"))),
+        (r"anthropic/", ReplicateTemplate(image="image", takes=_capped("max_tokens"), least_tokens=1024)),
+        (r"google/gemini", ReplicateTemplate(
+            system="system_instruction", image="images", many_images=True,
+            takes={**_SAMPLING, **_capped("max_output_tokens")})),
+        (r"meta/llama-2", ReplicateTemplate(
+            takes={**_SAMPLING, **_capped("max_new_tokens"), **_named("top_k seed", stop="stop_sequences")})),
+        (r"mistralai/", ReplicateTemplate(
+            system="", takes={**_SAMPLING, **_capped("max_new_tokens"), **_named("top_k")})),
+        (r"meta/", ReplicateTemplate(
+            takes={**_SAMPLING, **_capped("max_tokens"), **_named(f"top_k seed {_PENALTIES}", stop="stop_sequences")})),
+        (r"", ReplicateTemplate(takes={**_SAMPLING, **_capped("max_tokens")})),
+    )
+)  # fmt: skip
+#: Members of a canonical request that every encoder here carries by itself.
+REPLICATE_CARRIED: Final = frozenset({"model", "messages", "stream", "stream_options", "extra_body", "input"})
+REPLICATE_RUNNING: Final = frozenset({"starting", "processing"})
+REPLICATE_SPEAKERS: Final[Mapping[str, str]] = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+
+def replicate_template(model: str) -> ReplicateTemplate:
+    return next(template for pattern, template in REPLICATE_TEMPLATES if pattern.match(model))
+
+
+class ReplicateEncoder:
+    """Builds the input of one prediction."""
+
+    def __init__(self, request: Json, translation: Translation) -> None:
+        self._request, self._translation = with_effort(request), translation
+        self._template = replicate_template(translation.model)
+        self._input: Json = {}
+        self._images: list[str] = []
+
+    def build(self) -> Json:
+        turns = [turn for turn in self._turns() if turn["content"]]
+        if self._template.messages:
+            self._input[self._template.messages] = turns
+        else:
+            self._write_prompt(turns)
+        self._write_images()
+        for name, value in self._request.items():
+            if name in REPLICATE_CARRIED or says_nothing(name, value):
+                continue
+            if name == "reasoning_effort" and self._template.efforts:
+                self._write_effort(value)
+            elif (target := self._template.takes.get(name)) is not None:
+                self._input[target] = self._fit(name, value)
+            else:
+                self._translation.drop(name)
+        self._input.update(want_object(self._request.get("input") or {}, "input"))
+        self._input.update(own_extras(self._request, "replicate", self._translation))
+        version = self._translation.model.partition(":")[2]
+        body: Json = {"version": version} if version else {}
+        return {**body, "input": self._input, **({"stream": True} if self._translation.stream else {})}
+
+    def _turns(self) -> Iterator[Json]:
+        for message, role, where in read_messages(self._request, self._translation):
+            if role not in (*REPLICATE_SPEAKERS, "tool"):
+                raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
+            for name in ("tool_calls", "function_call", "thinking_blocks", "reasoning_content", "cache_control"):
+                if message.get(name):
+                    self._translation.drop(f"messages.{name}")
+            if role == "tool":
+                self._translation.drop("messages.tool")
+            else:
+                yield {"role": role, "content": self._text(message, where)}
+
+    def _text(self, message: Json, where: str) -> str:
+        texts = []
+        for part in read_parts(message.get("content"), f"{where}.content"):
+            if part.get("type") == "text":
+                texts.append(part["text"])
+            elif part.get("type") == "image_url" and self._template.image:
+                holder = want_object(part.get("image_url"), f"{where}.content.image_url")
+                self._images.append(want_text(holder.get("url"), f"{where}.content.image_url.url"))
+            else:
+                self._translation.drop(f"content.{part.get('type')}")
+            if part.get("cache_control"):
+                self._translation.drop("cache_control")
+        return "".join(texts)
+
+    def _write_prompt(self, turns: list[Json]) -> None:
+        """One question stands as it is; a conversation is written out with its speakers, for the model to go on."""
+        leading = 0
+        while leading < len(turns) and turns[leading]["role"] == "system":
+            leading += 1
+        system = "\n\n".join(turn["content"] for turn in turns[:leading])
+        rest = turns[leading:]
+        if len(rest) == 1 and rest[0]["role"] == "user":
+            prompt = rest[0]["content"]
+        else:
+            lines = [f"{REPLICATE_SPEAKERS[turn['role']]}: {turn['content']}" for turn in rest]
+            prompt = "\n\n".join([*lines, "Assistant:"])
+        if system and self._template.system:
+            self._input[self._template.system] = system
+        elif system:
+            prompt = f"{system}\n\n{prompt}"
+        self._input[self._template.prompt] = prompt
+
+    def _write_images(self) -> None:
+        if self._images and self._template.many_images:
+            self._input[self._template.image] = self._images
+        elif self._images:
+            self._input[self._template.image] = self._images[-1]
+            if len(self._images) > 1:
+                self._translation.drop("content.image_url[:-1]", "this model sees one image")
+
+    def _write_effort(self, value: Any) -> None:
+        efforts = self._template.efforts
+        order = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+        if value not in order:
+            self._translation.drop("reasoning_effort")
+            return
+        below = [effort for effort in efforts if order.index(effort) <= order.index(value)]
+        self._input["effort" if "max" in efforts else "reasoning_effort"] = below[-1] if below else efforts[0]
+
+    def _fit(self, name: str, value: Any) -> Any:
+        if name == "stop":
+            return ",".join(read_stops(value))
+        if name in ("max_tokens", "max_completion_tokens"):
+            return max(want_whole(value, name), self._template.least_tokens)
+        return value
+
+
+def read_replicate_output(output: Any) -> str:
+    """A prediction's output as text: most models give a list of pieces."""
+    if output is None:
+        return ""
+    if isinstance(output, list):
+        return "".join(piece if isinstance(piece, str) else dump_json(piece).decode() for piece in output)
+    return output if isinstance(output, str) else dump_json(output).decode()
+
+
+def replicate_failure(status: Any, error: Any) -> UpstreamError:
+    """The error of a prediction that ended without success."""
+    status = str(status)
+    if status in REPLICATE_RUNNING:
+        return UpstreamTimeout("the provider's prediction has not ended in time", code="upstream_timeout")
+    message = error if isinstance(error, str) and error else f"the provider's prediction ended as `{status}`"
+    what = "canceled" if status in ("canceled", "aborted") else "failed"
+    return UpstreamError(message, code=f"upstream_prediction_{what}")
+
+
+class ReplicateDecoder:
+    """Reads the stream of a prediction: pieces of text, logs, and `done`, which alone ends it.
+
+    The stream tells no usage; the finished prediction at its `urls.get` does.
+    """
+
+    def __init__(self, dialect: ReplicatePredictions, translation: Translation) -> None:
+        self._dialect = dialect
+        self._events = SseReader()
+        self._chunks = ChunkWriter(translation)
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for name, payload in self._events.feed(data) for chunk in self._read(name, payload)]
+
+    def close(self) -> list[Json]:
+        return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
+
+    def _read(self, name: str, payload: bytes) -> list[Json]:
+        if self.complete:
+            return []
+        if name == "output":
+            return [self._chunks.delta({"content": payload.decode("utf-8", "replace")})] if payload else []
+        if name == "error":
+            raise self._dialect.read_error(502, payload)
+        return self._done(payload) if name == "done" else []
+
+    def _done(self, payload: bytes) -> list[Json]:
+        reason = read_event_json(payload or b"{}").get("reason")
+        if reason:
+            raise replicate_failure({"error": "failed"}.get(str(reason), reason), None)
+        self.complete = True
+        return [self._chunks.delta({}, "stop")]
+
+
+class ReplicatePredictions(Dialect):
+    """Replicate as a provider of chat."""
+
+    name = "replicate"
+    follows = True
+
+    def path(self, provider: Provider, model: str, stream: bool) -> str:
+        """Official models have a path of their own; `owner/name:version` is told in the body (`encode`)."""
+        name, _, version = model.partition(":")
+        return "/predictions" if version else f"/models/{urllib.parse.quote(name, safe='/')}/predictions"
+
+    def headers_for(self, stream: bool) -> Mapping[str, str]:
+        """A plain call waits for its prediction, up to a minute; a streamed one must not."""
+        return {} if stream else {"prefer": "wait"}
+
+    def encode(self, request: Json, translation: Translation) -> Json:
+        return ReplicateEncoder(request, translation).build()
+
+    def follow(self, answer: Json, translation: Translation) -> str | None:
+        """The address to GET next, with the same key, in place of reading `answer`; None where `answer` is the end.
+
+        A streamed call: the stream's address, asked once, with `accept: text/event-stream`. A plain call: the
+        prediction's own, asked again until it has ended. UpstreamError for an address that is not Replicate's.
+        """
+        urls = answer.get("urls")
+        urls = urls if isinstance(urls, dict) else {}
+        status = str(answer.get("status") or "starting")
+        if status != "succeeded" and status not in REPLICATE_RUNNING:
+            raise replicate_failure(status, answer.get("error"))
+        if translation.stream:
+            url = urls.get("stream")
+            if not url:
+                raise UpstreamError("this model of the provider does not stream", code="upstream_no_stream")
+        else:
+            url = urls.get("get") if status in REPLICATE_RUNNING else None
+        return self._checked(url, translation.provider) if url else None
+
+    def _checked(self, url: Any, provider: Provider) -> str:
+        """An address out of an answer gets the key only on the provider's own hosts."""
+        parts, base = urllib.parse.urlsplit(str(url)), urllib.parse.urlsplit(provider.base_url)
+        host = parts.hostname or ""
+        same = (parts.scheme, parts.netloc) == (base.scheme, base.netloc)
+        if same or (parts.scheme == "https" and parts.port in (None, 443) and host.endswith(".replicate.com")):
+            return str(url)
+        raise UpstreamError("the provider's answer names an address that is not its own", code="upstream_malformed")
+
+    def decode(self, answer: Json, translation: Translation) -> Json:
+        if answer.get("status") != "succeeded":
+            raise replicate_failure(answer.get("status"), answer.get("error"))
+        usage = self.read_usage(answer)
+        written = write_openai_usage(usage) if usage else None
+        message = {"content": read_replicate_output(answer.get("output"))}
+        return write_completion(message, "stop", written, translation, id=answer.get("id"))
+
+    def decoder(self, translation: Translation) -> ReplicateDecoder:
+        return ReplicateDecoder(self, translation)
+
+    def read_usage(self, answer: Json) -> Usage | None:
+        """Token counts of a finished prediction; None for models that are billed by the second."""
+        metrics = answer.get("metrics")
+        if not isinstance(metrics, dict) or "input_token_count" not in metrics:
+            return None
+        given, made = metrics["input_token_count"], metrics.get("output_token_count")
+        return Usage(input_tokens=_count(given), output_tokens=_count(made))
+
+    def read_error(self, status: int, body: bytes) -> UpstreamError:
+        members = read_error_members(body)
+        title = members.get("title")
+        message = str(members.get("message") or title or f"the provider answered {status}")
+        fields = {"title": title} if isinstance(title, str) and title != message else None
+        return upstream_failure(status, message, fields=fields)
+
+    def read_models(self, answer: Any) -> list[Json]:
+        """Replicate's list of models as rows with the ids that calls use."""
+        rows = answer.get("results") if isinstance(answer, dict) else None
+        rows = rows if isinstance(rows, list) else []
+        named = [row for row in rows if isinstance(row, dict) and row.get("owner") and row.get("name")]
+        return [{"id": f"{row['owner']}/{row['name']}"} for row in named]
+
+
 # ===== Providers ======================================================================================================
 # Whom we call: one frozen row a provider, nothing but facts; `dialect` says how its bytes look. A difference between
 # two compatible providers is a field of the row, so no code outside this table asks for a provider by name. Rows are
@@ -6494,6 +8810,28 @@ class Variant:
     changes: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """AWS signatures in place of a key: the variables that hold the credentials, the region's template, the service."""
+
+    access_env: str
+    secret_env: str
+    session_env: str
+    region: str
+    service: str
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What signs requests to one provider."""
+
+    access_key: str
+    secret_key: str
+    session_token: str
+    region: str
+    service: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Provider:
     """One provider. `key_env` names its variables, any one enables it; without a key it needs `base_env` to be set."""
@@ -6536,6 +8874,8 @@ class Provider:
     requires: tuple[str, ...] = ()
     variants: tuple[Variant, ...] = ()
     retired: str = ""
+    #: Requests are signed where the key came from `signing.access_env`.
+    signing: Signing | None = None
     #: The key variable holds the path of a Google credentials file, from which tokens are got.
     key_is_file: bool = False
     #: Whether closing the connection stops the provider's billing for a plain or streamed call.
@@ -6610,6 +8950,11 @@ def _adapt_deepseek(body: Json, translation: Translation) -> None:
         if message.get("tool_calls") else message
         for message in body.get("messages", ())
     ]  # fmt: skip
+
+
+def _bedrock_door(canonical: Json, model: str) -> str:
+    """Open-weight OpenAI models are served in OpenAI's dialect on the same host."""
+    return "openai" if re.match(r"((us|eu|apac|global)\.)?openai\.", model) else ""
 
 
 def _openai_door(canonical: Json, model: str) -> str:
@@ -6747,10 +9092,22 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         dialect="perplexity", pattern=r"sonar(?=-|$)", offers=_offers("responses") - {"models"}, stream_usage="always",
     ),
     Provider(
-        id="cohere", name="Cohere", key_env=("CO_API_KEY", "COHERE_API_KEY"), base_env=("CO_API_URL",),
-        base_url="https://api.cohere.ai/compatibility/v1", offers=_offers("embeddings"),
+        id="cohere", name="Cohere", key_env=("CO_API_KEY", "COHERE_API_KEY"), base_env=("CO_API_URL",), base_url="https://api.cohere.com",
+        dialect="cohere", offers=_offers("embeddings rerank"), stream_usage="always",
         pattern=r"command-|c4ai-|embed-v4|embed-english-|embed-multilingual-|rerank-",
-        drops=_drops("n logit_bias user parallel_tool_calls store metadata service_tier"),
+        paths={"chat": "/v2/chat", "embeddings": "/v2/embed", "rerank": "/v2/rerank", "models": "/v1/models?page_size=1000"},
+    ),
+    Provider(
+        id="bedrock", name="AWS Bedrock", key_env=("AWS_BEARER_TOKEN_BEDROCK", "AWS_ACCESS_KEY_ID"),
+        base_url="https://bedrock-runtime.{AWS_REGION|AWS_DEFAULT_REGION|=us-east-1}.amazonaws.com", dialect="bedrock",
+        offers=_offers("embeddings") - {"models"}, paths={"chat": "/openai/v1/chat/completions", "embeddings": "/model/{model}/invoke"},
+        pattern=r"((us|eu|apac|global|jp|au|us-gov)\.)?(anthropic|amazon|meta|mistral|cohere|ai21|deepseek|openai|qwen|writer|moonshotai|zai)\.|arn:aws",
+        choose_dialect=_bedrock_door, cancel_stops_billing=False,
+        signing=Signing("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "{AWS_REGION|AWS_DEFAULT_REGION|=us-east-1}", "bedrock"),
+    ),
+    Provider(
+        id="replicate", name="Replicate", key_env=("REPLICATE_API_TOKEN",), base_url="https://api.replicate.com/v1", dialect="replicate",
+        offers=_offers(), paths={"chat": "/predictions", "models": "/models"},
     ),
     Provider(
         id="anthropic", name="Anthropic", key_env=("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"), base_url="https://api.anthropic.com",
@@ -6818,6 +9175,7 @@ class ConfiguredProvider:
     keys: tuple[str, ...]
     headers: Mapping[str, str]
     source: str
+    credentials: Credentials | None = None
 
     @property
     def id(self) -> str:
@@ -6881,7 +9239,18 @@ def configure_provider(row: Provider, variables: Mapping[str, str]) -> Configure
     usual = fill_template(row.base_url, variables)
     base_url = fit_base_url(variables[base_name], usual) if base_name else usual
     headers = {name: text for name, raw in row.headers.items() if (text := fill_template(raw, variables))}
-    return ConfiguredProvider(row, base_url.rstrip("/"), keys, headers, source or base_name or "built in")
+    credentials = sign_with(row.signing, variables) if row.signing and source == row.signing.access_env else None
+    if row.signing and source == row.signing.access_env and credentials is None:
+        return None
+    return ConfiguredProvider(row, base_url.rstrip("/"), keys, headers, source or base_name or "built in", credentials)
+
+
+def sign_with(signing: Signing, variables: Mapping[str, str]) -> Credentials | None:
+    """The credentials that sign; None where only half of them is set."""
+    secret = variables.get(signing.secret_env, "")
+    region = fill_template(signing.region, variables)
+    session = variables.get(signing.session_env, "")
+    return Credentials(variables[signing.access_env], secret, session, region, signing.service) if secret else None
 
 
 def enabling_variable(row: Provider) -> str:
@@ -6902,6 +9271,9 @@ DIALECTS: Final[Mapping[str, Dialect]] = {
         GeminiGenerate(),
         GeminiVertex(),
         AnthropicMessages(),
+        CohereChat(),
+        BedrockConverse(),
+        ReplicatePredictions(),
     )
 }
 PROVIDERS_BY_ID: Final = check_providers(PROVIDERS, DIALECTS)
@@ -8042,6 +10414,8 @@ class WholeEvents:
         self._began = self._after_cr = False
 
     def feed(self, data: bytes) -> bytes:
+        if not data:
+            return b""
         if self._after_cr or b"\r" in data:
             data = self._with_lf(data)
         if self._tail:
@@ -9340,7 +11714,7 @@ def read_refusal(dialect: Dialect, answer: PlainAnswer) -> UpstreamError:
         return UpstreamError(
             f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect"
         )
-    error = dialect.read_error(answer.status, answer.body)
+    error = dialect.read_error_answer(answer.status, answer.headers, answer.body)
     error.retry_after_s = error.retry_after_s or read_retry_after(answer.headers)
     return error
 
@@ -9592,10 +11966,16 @@ class Gateway:
         return True
 
     async def attempt_plain(self, call: Call, target: Target) -> Reply:
+        texts = call.canonical.get("input") if call.endpoint.kind == "embeddings" and call.canonical else None
+        dialect = self.dialect_for(call, target)
+        if isinstance(texts, list) and len(texts) > dialect.texts_at_once(target.model) and isinstance(texts[0], str):
+            return await self.attempt_pieces(call, target, texts, dialect.texts_at_once(target.model))
         outgoing = self.prepare(call, target)
         answer = await self.fetch(target, outgoing)
         if answer.status >= 300:
             raise read_refusal(outgoing.dialect, answer)
+        while outgoing.dialect.follows and (url := self.next_address(outgoing, answer)):
+            answer = await self.fetch(target, self.following(target, outgoing, url))
         body = self.read_answer(call, target, outgoing, answer)
         call.status, call.answer = answer.status, body
         kind = (
@@ -9606,6 +11986,47 @@ class Gateway:
         headers = [("content-type", kind), *self.answer_headers(call)]
         headers += [(name, answer.headers[name]) for name in ANSWER_HEADERS if name in answer.headers]
         return Reply(answer.status, headers, body)
+
+    async def attempt_pieces(self, call: Call, target: Target, texts: list[Any], size: int) -> Reply:
+        """Embeddings of more texts than one call takes: several calls, one answer."""
+        gate = asyncio.Semaphore(8)
+
+        async def embed(piece: list[Any]) -> Json:
+            outgoing = self.prepare(call, target, {**(call.canonical or {}), "input": piece})
+            async with gate:
+                answer = await self.fetch(target, outgoing)
+            if answer.status >= 300:
+                raise read_refusal(outgoing.dialect, answer)
+            assert outgoing.translation is not None
+            return outgoing.dialect.decode_embeddings(orjson.loads(plain_body(answer)), outgoing.translation)
+
+        answers = await asyncio.gather(*(embed(texts[at : at + size]) for at in range(0, len(texts), size)))
+        rows = [row for answer in answers for row in answer["data"]]
+        tokens = sum(_count(answer["usage"].get("prompt_tokens")) for answer in answers)
+        merged = {**answers[0], "data": [{**row, "index": at} for at, row in enumerate(rows)]}
+        merged["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
+        self.learn(call, target, read_openai_usage(merged["usage"]), "")
+        call.status, call.answer = 200, dump_json(self.rendered(call, merged))
+        return Reply(200, [("content-type", "application/json"), *self.answer_headers(call)], call.answer)
+
+    @staticmethod
+    def next_address(outgoing: Outgoing, answer: PlainAnswer) -> str | None:
+        assert outgoing.translation is not None
+        if answer.status >= 300:
+            raise read_refusal(outgoing.dialect, answer)
+        try:
+            return outgoing.dialect.follow(orjson.loads(plain_body(answer)), outgoing.translation)
+        except orjson.JSONDecodeError:
+            raise UpstreamError("the provider's answer is no JSON", code="upstream_malformed") from None
+
+    def following(self, target: Target, outgoing: Outgoing, url: str) -> Outgoing:
+        """The request for an address that an answer named; the dialect has checked whose it is."""
+        parts = urllib.parse.urlsplit(url)
+        there = dataclasses.replace(target.provider, base_url=f"{parts.scheme}://{parts.netloc}")
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        passed = (("accept", "text/event-stream"),) if outgoing.translation and outgoing.translation.stream else ()
+        head = build_head(there, outgoing.dialect, path, self.next_key(target.provider), passed, method="GET")
+        return dataclasses.replace(outgoing, origin=self.upstream.origin(there.base_url), head=head, body=b"")
 
     async def fetch(self, target: Target, outgoing: Outgoing) -> PlainAnswer:
         """Send one request and gather the whole answer; the provider is cut off when the caller is cancelled."""
@@ -9739,6 +12160,8 @@ class Gateway:
             body = self.passing_body(call, target, dialect)
         path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
         origin, head = self.request_head(target.provider, dialect, path, call)
+        if target.provider.credentials is not None:
+            head = sign_head(head, target.provider, path, body, self.clock())
         call.sent_body = body if body is not call.body else b""
         return Outgoing(origin, head, body, dialect, translation, kind)
 
@@ -9787,10 +12210,12 @@ class Gateway:
         self, provider: ConfiguredProvider, dialect: Dialect, path: str, call: Call
     ) -> tuple[Origin, bytes]:
         """The head of a request up to its length. A key is written only into heads for its own provider's origin."""
-        key = self.next_key(provider)
+        key = "" if provider.credentials else self.next_key(provider)
         passed = tuple(
             [(name, clean_header(text)) for name in dialect.forwarded_headers if (text := call.headers.get(name))]
         )
+        if more := dialect.headers_for(call.stream):
+            passed += tuple(more.items())
         memo = (provider.id, path, key, dialect.name, passed)
         found = self._heads.get(memo)
         if found is None:
@@ -9937,6 +12362,9 @@ class StreamedCall:
     async def attempt(self, call: Call, target: Target) -> None:
         gateway = self._gateway
         outgoing = gateway.prepare(call, target)
+        if outgoing.dialect.follows:
+            created = await gateway.fetch(target, outgoing)
+            outgoing = gateway.following(target, outgoing, gateway.next_address(outgoing, created) or "")
         call.transcript = Transcript()
         flow_of = functools.partial(self._flow, call, target, outgoing)
         relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)
@@ -10044,7 +12472,7 @@ def build_head(
     lines += [f"{name}: {value}" for name, value in fixed.items()]
     lines += [
         f"user-agent: stockyard/{__version__}",
-        "accept: application/json, text/event-stream",
+        *(["accept: application/json, text/event-stream"] if "accept" not in fixed else []),
         "accept-encoding: identity",
     ]
     lines += ["content-type: application/json"] if method == "POST" else []
@@ -10054,6 +12482,18 @@ def build_head(
             "a header for the provider holds a control character; check its key", code="upstream_misconfigured"
         )
     return f"{head}\r\ncontent-length: ".encode("latin-1", "replace")
+
+
+def sign_head(head: bytes, provider: ConfiguredProvider, path: str, body: bytes, now_s: float) -> bytes:
+    """Add AWS's signature over the final bytes to a head that ends in `content-length: `."""
+    signer = provider.credentials
+    assert signer is not None
+    signed = sign_v4(
+        "POST", provider.base_url + path, {"content-type": "application/json"}, body, signer.access_key, signer.secret_key,
+        signer.session_token or None, signer.region, signer.service, now_s,
+    )  # fmt: skip
+    added = "".join(f"{name}: {value}\r\n" for name, value in signed.items() if name != "content-type")
+    return head.removesuffix(b"content-length: ") + added.encode() + b"content-length: "
 
 
 def clean_header(value: str, limit: int = 200) -> str:
