@@ -14,6 +14,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Prices                   price rows, matching, cost of a usage
     Settings                 rows of name, default, help
     Router                   from a name to targets
+    Ledger                   virtual keys, budgets with holds and settlement, rate limits, bounds of a call
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
     ~~~ waterline: everything above is pure; below, things happen ~~~
@@ -85,6 +86,7 @@ import threading
 import time
 import tomllib
 import traceback
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,11 +167,12 @@ def format_usd(nanousd: int) -> str:
 def parse_usd(text: str | int | float) -> int:
     """Read dollars as nano-dollars, exactly; ValueError when finer than one nano-dollar or not a finite number."""
     try:
+        text = f"{Decimal(repr(text)):f}" if isinstance(text, float) else text  # 1e-06 is an amount, too
         whole, _, rest = str(text).strip().removeprefix("$").partition(".")
         if not (whole + rest).isdigit() or len(rest.rstrip("0")) > 9:
             raise ValueError
         return int(whole or "0") * NANOUSD_PER_USD + int(rest.rstrip("0").ljust(9, "0") or "0")
-    except ValueError:
+    except (ValueError, InvalidOperation):
         raise ValueError(f"{text!r} is no amount in dollars, such as 20 or 0.005") from None
 
 
@@ -615,7 +618,14 @@ class Call:
     model: str = ""
     stream: bool = False
     key_id: str = ""
+    key: VirtualKey | None = None
     tags: str = ""
+    tag_map: Mapping[str, str] = {}
+    rate_hold: RateHold | None = None
+    rated: bool = False
+    #: The output cap that a budget needs in the provider's own field, and whether it is less than what was asked for.
+    output_cap: int | None = None
+    clamped: bool = False
     session: str = ""
     provider: str = ""
     upstream_model: str = ""
@@ -980,6 +990,12 @@ class Dialect:
     def headers_for(self, stream: bool) -> Mapping[str, str]:
         """Headers of a call that depend on whether it streams."""
         return {}
+
+    def with_output_cap(self, request: Json, tokens: int) -> Json:
+        """This dialect's own request with a real cap on the output, under the one name that binds."""
+        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+        name = next((name for name in names if name in request), names[0])
+        return {**{key: value for key, value in request.items() if key not in names}, name: tokens}
 
     def texts_at_once(self, model: str) -> int:
         """How many texts one embeddings call of this model takes."""
@@ -2798,6 +2814,9 @@ class OpenAiResponses(Dialect):
 
     def refuse_elsewhere(self, canonical: Json) -> None:
         refuse_foreign(canonical)
+
+    def with_output_cap(self, request: Json, tokens: int) -> Json:
+        return {**request, "max_output_tokens": tokens}
 
     def render(self, completion: Json, request: Json) -> Json:
         """A canonical completion as a response. Its ids come from the completion's, which should be Stockyard's own."""
@@ -5025,6 +5044,11 @@ class GeminiGenerate(Dialect):
     def must_render(self, request: Json) -> bool:
         return request.get("$alt") != "sse"
 
+    def with_output_cap(self, request: Json, tokens: int) -> Json:
+        name = "generation_config" if "generation_config" in request else "generationConfig"
+        config = {key: value for key, value in (request.get(name) or {}).items() if key != "max_output_tokens"}
+        return {**request, name: {**config, "maxOutputTokens": tokens}}
+
     def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
         return error.status, gemini_error_body(error, request_id)
 
@@ -6310,6 +6334,10 @@ class AnthropicMessages(Dialect):
     name = "anthropic"
     forwarded_headers = ("anthropic-version", "anthropic-beta")
     fixed_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
+
+    def with_output_cap(self, request: Json, tokens: int) -> Json:
+        return {**request, "max_tokens": tokens}
+
     heartbeat = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
@@ -10005,8 +10033,8 @@ SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.m
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
 NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "require_key": frozenset({"auto", "never"}), "client_keys": frozenset({"off"}), "cache": frozenset({"off", "deterministic"}),
-    "budget": frozenset({""}), "rate_limit": frozenset({""}), "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
+    "client_keys": frozenset({"off"}), "cache": frozenset({"off", "deterministic"}),
+    "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
     "guard_secrets": frozenset({"off"}), "log_bodies": frozenset({"on", "none"}), "workers": frozenset({"1"}),
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
@@ -10071,10 +10099,6 @@ def read_settings(
             raise SettingsError(
                 f"{sources[name]}: {name} = {getattr(settings, name)} is not built into version {__version__} yet"
             )
-    if not settings.is_loopback:
-        raise SettingsError(
-            f"{sources['host']}: version {__version__} has no virtual keys yet, so it listens on loopback only; put it behind a proxy that asks for a key"
-        )
     if settings.require_key == "never" and not settings.is_loopback:
         raise SettingsError(
             f"{sources['require_key']}: require_key never is refused on {settings.host}, where others can reach this proxy; "
@@ -10193,6 +10217,1257 @@ class Router:
             "Name the provider as `provider/model`, or set its variable (for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GROQ_API_KEY)"
         )
         return UnknownModel(say, param="model")
+
+
+# ===== Ledger =========================================================================================================
+# Who may call, how often, and for how much. Everything here is a pure state machine: time comes in as an argument and
+# every change of money comes out as a record, which the store must have written before the request it allows leaves.
+#
+#   held(w) ──settle(cost)──> settled      the cost is known; unknown usage is charged at the whole hold
+#      └─────release──────> released       the attempt surely cost nothing: never sent, or refused unbilled
+#
+# - For every hard budget and window `settled + held + w <= limit` before w is held. All matching budgets or none are
+#   taken, in one call without an await, so no number of concurrent calls can pass on the same remainder.
+# - Each attempt (first, retry, fallback, hedge) holds anew. A hold ends exactly once; a second end is only counted.
+# - A hold belongs to the window it was made in, and windows never go back: a clock that jumps reopens nothing.
+# - `Books` replays the records to the same balances; `Ledger.restore` settles what a dead process left open.
+# Balances are integers of nano-dollars. Rates are counted apart, in memory and on the monotonic clock: losing them in a
+# crash costs a minute of precision, not money. To scope a budget by something new, add a row to SCOPES and to `_match`.
+
+DAY_MS: Final = 86_400_000
+NEVER_MS: Final = 1 << 62
+EPOCH: Final = datetime.date(1970, 1, 1)
+PERIODS: Final = ("day", "week", "month", "total")
+SCOPES: Final = ("global", "key", "tag", "model", "provider")
+ROLES: Final = ("client", "viewer", "admin")
+MODES: Final = ("hard", "soft")
+ALARM_PERCENTS: Final = (50, 80, 100)
+MAX_BUDGET_NANOUSD: Final = 1_000_000_000 * NANOUSD_PER_USD
+MAX_RATE: Final = 10**12
+HELD_RETRY_S: Final = 1.0
+PERIOD_WORDS: Final = {"day": "a day", "week": "a week", "month": "a month", "total": "in all"}
+
+
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether `name` fits `pattern`, in which `*` stands for any text. Linear in the name: names come from clients."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return pattern == name
+    last = rest.pop()
+    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for piece in rest:
+        found = name.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
+
+
+def format_moment(at_ms: int) -> str:
+    """Milliseconds since the epoch as ISO 8601 in UTC, to the second."""
+    return (datetime.datetime(1970, 1, 1) + datetime.timedelta(milliseconds=at_ms)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ----- Budgets and limits ---------------------------------------------------------------------------------------------
+# The values, and how people write them: `20/day`, `600rpm,64parallel`, and the JSON of the admin endpoints.
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Money over a window of UTC time. `soft` only warns; `clamp` allows to shorten an answer so that it fits.
+
+    `value` is the key id, `name=value` of a tag, a model pattern or a provider id; empty for the global scope.
+    """
+
+    id: str
+    limit_nanousd: int
+    period: str
+    scope: str = "global"
+    value: str = ""
+    mode: str = "hard"
+    clamp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """Requests and tokens in any 60 seconds, and calls in flight at once; None where there is no such limit."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+    parallel: int | None = None
+
+
+class Window(NamedTuple):
+    key: str
+    end_ms: int
+
+
+def window_at(period: str, now_ms: int) -> Window:
+    """The window of `period` at `now_ms`: `2026-11-22`, `2026-W47` (ISO, from Monday), `2026-11` or `total`."""
+    if period == "total":
+        return Window("total", NEVER_MS)
+    today = EPOCH + datetime.timedelta(days=now_ms // DAY_MS)
+    if period == "day":
+        key, end = today.isoformat(), today + datetime.timedelta(days=1)
+    elif period == "week":
+        year, week, weekday = today.isocalendar()
+        key, end = f"{year}-W{week:02d}", today + datetime.timedelta(days=8 - weekday)
+    else:
+        key, end = today.isoformat()[:7], (today.replace(day=1) + datetime.timedelta(days=32)).replace(day=1)
+    return Window(key, (end - EPOCH).days * DAY_MS)
+
+
+def window_start_ms(key: str) -> int:
+    """When the window of that key began; 0 for `total`. The latest one known is the high-water mark of the clock."""
+    if key == "total":
+        return 0
+    if "W" in key:
+        start = datetime.date.fromisocalendar(int(key[:4]), int(key[6:]), 1)
+    else:
+        start = datetime.date.fromisoformat(key if len(key) == 10 else key + "-01")
+    return (start - EPOCH).days * DAY_MS
+
+
+def _invalid(param: str, what: str) -> InvalidRequest:
+    return InvalidRequest(f"`{param}` must be {what}", param=param)
+
+
+def _read_object(value: Any, param: str, allowed: Iterable[str]) -> Json:
+    allowed = tuple(allowed)
+    if not isinstance(value, dict):
+        raise _invalid(param, f"an object with some of {', '.join(allowed)}")
+    for name in value:
+        if name not in allowed:
+            raise InvalidRequest(f"`{param}` has no member `{name}`; it may hold {', '.join(allowed)}", param=param)
+    return value
+
+
+def _read_choice(value: Any, param: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _invalid(param, f"one of {', '.join(choices)}")
+    return value
+
+
+def _read_text(value: Any, param: str, most: int = 200) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > most or not value.isprintable():
+        raise _invalid(param, f"printable text of 1 to {most} characters")
+    return value
+
+
+def _read_usd(value: Any, param: str) -> int:
+    try:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            nanousd = parse_usd(value)
+            if nanousd <= MAX_BUDGET_NANOUSD:
+                return nanousd
+    except ValueError:
+        pass
+    raise _invalid(param, "an amount in dollars from 0 to a billion, such as 20 or 0.005")
+
+
+BUDGET_MEMBERS: Final = ("usd", "period", "mode", "clamp")
+
+
+def read_budget(value: Any, param: str, scope: str, scope_value: str) -> Budget:
+    """The JSON of one budget, `{"usd": 5, "period": "month"}` with optional `mode` and `clamp`; InvalidRequest if bad.
+
+    The id is made of scope, value and period, so that a budget keeps its balance when it is written again.
+    """
+    members = _read_object(value, param, BUDGET_MEMBERS)
+    period = _read_choice(members.get("period"), f"{param}.period", PERIODS)
+    clamp = members.get("clamp", False)
+    if not isinstance(clamp, bool):
+        raise _invalid(f"{param}.clamp", "true or false")
+    return Budget(
+        id=f"{scope}:{scope_value}:{period}" if scope_value else f"{scope}:{period}",
+        limit_nanousd=_read_usd(members.get("usd"), f"{param}.usd"),
+        period=period,
+        scope=scope,
+        value=scope_value,
+        mode=_read_choice(members.get("mode", "hard"), f"{param}.mode", MODES),
+        clamp=clamp,
+    )
+
+
+def read_budgets(value: Any, param: str = "budgets") -> list[Budget]:
+    """The list that PUT /api/budgets takes: each a budget's JSON with `scope` and (but for `global`) `value`."""
+    if not isinstance(value, list):
+        raise _invalid(param, "an array of budgets")
+    found: dict[str, Budget] = {}
+    for at, row in enumerate(value):
+        where = f"{param}[{at}]"
+        row = _read_object(row, where, (*BUDGET_MEMBERS, "scope", "value"))
+        scope = _read_choice(row.get("scope", "global"), f"{where}.scope", SCOPES)
+        scope_value = "" if scope == "global" else _read_text(row.get("value"), f"{where}.value")
+        if scope == "tag" and "=" not in scope_value:
+            raise _invalid(f"{where}.value", "a tag written as name=value")
+        budget = read_budget({k: v for k, v in row.items() if k in BUDGET_MEMBERS}, where, scope, scope_value)
+        if budget.id in found:
+            raise InvalidRequest(f"`{where}` repeats the budget {budget.id}", param=where)
+        found[budget.id] = budget
+    return list(found.values())
+
+
+def read_rate_limit(value: Any, param: str) -> RateLimit:
+    """The JSON of a rate limit: whole numbers `rpm`, `tpm`, `parallel`, at least one of them."""
+    members = _read_object(value, param, ("rpm", "tpm", "parallel"))
+    for name, number in members.items():
+        if number is not None and (type(number) is not int or not 0 < number <= MAX_RATE):
+            raise _invalid(f"{param}.{name}", "a whole number from 1")
+    if not any(members.values()):
+        raise _invalid(param, "an object with at least one of rpm, tpm, parallel")
+    return RateLimit(**members)
+
+
+def parse_budget(text: str) -> Budget:
+    """The setting `20/day`: a hard budget over everything. ValueError with a sentence for anything else."""
+    usd, _, period = text.strip().partition("/")
+    if period.strip() not in PERIODS:
+        raise ValueError(f"{text!r} is no budget; write dollars and a period, such as 20/day, 100/month or 500/total")
+    limit_nanousd = parse_usd(usd)
+    if limit_nanousd > MAX_BUDGET_NANOUSD:
+        raise ValueError(f"{text!r} is over a billion dollars")
+    return Budget(f"global:{period.strip()}", limit_nanousd, period.strip())
+
+
+def parse_rate_limit(text: str) -> RateLimit:
+    """The setting `600rpm,1000000tpm,64parallel`, in any order. ValueError with a sentence for anything else."""
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,12})\s*(rpm|tpm|parallel)\s*", item)
+        if match is None or match[2] in found or int(match[1]) == 0:
+            raise ValueError(f"{item.strip()!r} is no rate limit; write such as 600rpm,1000000tpm,64parallel")
+        found[match[2]] = int(match[1])
+    return RateLimit(**found)
+
+
+# ----- Virtual keys ---------------------------------------------------------------------------------------------------
+# A key's secret is shown once and kept only as an HMAC under the server's pepper, so a stolen database opens nothing.
+
+KEY_PREFIX: Final = "sy-"
+SECRET_BYTES: Final = 20
+NOBODY_DIGEST: Final = "0" * 64
+MAX_TAGS: Final = 32
+MAX_REMEMBERED_DIGESTS: Final = 4096
+TAG_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualKey:
+    """A key a client, viewer or admin presents. Times are milliseconds since the epoch; secrets stay out of `repr`."""
+
+    id: str
+    name: str
+    digest: str = field(repr=False)
+    created_at_ms: int
+    role: str = "client"
+    tags: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    budget: Budget | None = None
+    rate_limit: RateLimit | None = None
+    provider_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    expires_at_ms: int | None = None
+    revoked_at_ms: int | None = None
+    previous_digest: str = field(default="", repr=False)
+    previous_until_ms: int = 0
+
+    def status(self, now_ms: int) -> str:
+        if self.revoked_at_ms is not None:
+            return "revoked"
+        return "expired" if self.expires_at_ms is not None and now_ms >= self.expires_at_ms else "active"
+
+    def check(self, provider: str, *models: str) -> None:
+        """Forbidden unless the allow-lists take `provider` and one of the names the model goes by."""
+        if self.models and not any(matches_pattern(pattern, name) for pattern in self.models for name in models):
+            raise Forbidden(f"the key {self.name!r} may not use the model {models[0]!r}", code="model_not_allowed")
+        if self.providers and not any(matches_pattern(pattern, provider) for pattern in self.providers):
+            raise Forbidden(f"the key {self.name!r} may not use the provider {provider!r}", code="provider_not_allowed")
+
+    def tagged(self, tags: Mapping[str, str]) -> Mapping[str, str]:
+        """A call's tags; the key's own win, so that a client cannot tag itself out of a budget."""
+        return {**tags, **self.tags} if tags else self.tags
+
+    def rotated(self, digest: str, now_ms: int, grace_ms: int) -> VirtualKey:
+        """This key with a new secret; the old one works for another `grace_ms`."""
+        return dataclasses.replace(
+            self, digest=digest, previous_digest=self.digest, previous_until_ms=now_ms + grace_ms
+        )
+
+    def as_json(self, now_ms: int) -> Json:
+        """What admin endpoints show: no secret, no digest; of the key's own provider keys only whose they are."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "role": self.role,
+            "status": self.status(now_ms),
+            "tags": dict(self.tags),
+            "models": list(self.models),
+            "providers": list(self.providers),
+            "provider_keys": sorted(self.provider_keys),
+            "budget": _show_budget(self.budget) if self.budget else None,
+            "rate_limit": dataclasses.asdict(self.rate_limit) if self.rate_limit else None,
+            "created_at": format_moment(self.created_at_ms),
+            "expires_at": None if self.expires_at_ms is None else format_moment(self.expires_at_ms),
+            "revoked_at": None if self.revoked_at_ms is None else format_moment(self.revoked_at_ms),
+        }
+
+    def as_record(self) -> Json:
+        """Everything, for the store alone: holds digests, and provider keys in the clear, which it must encrypt."""
+        return {**dataclasses.asdict(self), "tags": dict(self.tags), "provider_keys": dict(self.provider_keys)}
+
+    @classmethod
+    def from_record(cls, record: Json) -> VirtualKey:
+        """The inverse of `as_record`, also after a round trip through JSON."""
+        budget, limit = record["budget"], record["rate_limit"]
+        members = {
+            **record,
+            "models": tuple(record["models"]),
+            "providers": tuple(record["providers"]),
+            "budget": Budget(**budget) if budget else None,
+            "rate_limit": RateLimit(**limit) if limit else None,
+        }
+        return cls(**members)
+
+
+def _show_budget(budget: Budget) -> Json:
+    usd = format_usd(budget.limit_nanousd)
+    shown = float(usd) if "." in usd else int(usd)
+    return {"usd": shown, "period": budget.period, "mode": budget.mode, "clamp": budget.clamp}
+
+
+def _read_names(value: Any, param: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _invalid(param, "an array of names, in which `*` stands for any text")
+    return tuple(_read_text(name, f"{param}[{at}]") for at, name in enumerate(value))
+
+
+def read_tags(value: Any, param: str) -> dict[str, str]:
+    """Tags as an object of texts; InvalidRequest naming the first bad one."""
+    if not isinstance(value, dict) or len(value) > MAX_TAGS:
+        raise _invalid(param, f"an object of at most {MAX_TAGS} texts")
+    for name, text in value.items():
+        if not TAG_NAME.fullmatch(name):
+            raise InvalidRequest(f"`{param}`: {name[:70]!r} is no tag name (letters, digits, `_.:/-`)", param=param)
+        if "," in _read_text(text, f"{param}.{name}"):
+            raise _invalid(f"{param}.{name}", "text without commas")
+    return value
+
+
+def _read_moment(value: Any, param: str) -> int:
+    try:
+        if isinstance(value, str):
+            moment = datetime.datetime.fromisoformat(value)
+            value = int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
+        if type(value) is int and 0 < value < 1 << 34:
+            return value * 1000
+    except (ValueError, OverflowError):
+        pass
+    raise _invalid(param, "a time such as 2026-12-31T00:00:00Z, or seconds since the epoch")
+
+
+def _read_provider_keys(value: Any, param: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise _invalid(param, "an object of provider ids and their keys")
+    return {name: _read_text(secret, f"{param}.{name}", most=4096) for name, secret in value.items()}
+
+
+# Members of the create and patch bodies: the field each becomes, how it is read, and what null resets it to.
+KEY_MEMBERS: Final[dict[str, tuple[str, Callable[[Any, str], Any], Any]]] = {
+    "name": ("name", _read_text, ""),
+    "role": ("role", functools.partial(_read_choice, choices=ROLES), "client"),
+    "models": ("models", _read_names, ()),
+    "providers": ("providers", _read_names, ()),
+    "budget": ("budget", functools.partial(read_budget, scope="key", scope_value=""), None),
+    "rate_limit": ("rate_limit", read_rate_limit, None),
+    "tags": ("tags", read_tags, {}),
+    "expires_at": ("expires_at_ms", _read_moment, None),
+    "provider_keys": ("provider_keys", _read_provider_keys, {}),
+}
+
+
+def _read_key_members(body: Any, key_id: str) -> Json:
+    fields: Json = {}
+    for name, value in _read_object(body, "body", KEY_MEMBERS).items():
+        target, read, empty = KEY_MEMBERS[name]
+        fields[target] = empty if value is None else read(value, name)
+    budget = fields.get("budget")
+    if budget:
+        fields["budget"] = dataclasses.replace(budget, id=f"key:{key_id}:{budget.period}", value=key_id)
+    return fields
+
+
+def create_key(body: Any, key_id: str, digest: str, now_ms: int) -> VirtualKey:
+    """A key from the body of POST /api/keys. InvalidRequest names the field that is wrong."""
+    fields = _read_key_members(body, key_id)
+    return VirtualKey(**{"name": key_id, **fields}, id=key_id, digest=digest, created_at_ms=now_ms)
+
+
+def patch_key(key: VirtualKey, body: Any) -> VirtualKey:
+    """The key with the members of a PATCH body changed; null clears one. InvalidRequest as for `create_key`."""
+    fields = _read_key_members(body, key.id)
+    return dataclasses.replace(key, **{**fields, "name": fields.get("name") or key.name})
+
+
+def mint_secret(random_bytes: bytes) -> str:
+    """A new secret, `sy-` and 32 base-32 digits, from exactly 20 random bytes (160 bits)."""
+    if len(random_bytes) != SECRET_BYTES:
+        raise ValueError(f"a secret is made of {SECRET_BYTES} random bytes")
+    return KEY_PREFIX + encode_base32(int.from_bytes(random_bytes, "big"), 32)
+
+
+def digest_secret(secret: str, pepper: bytes) -> str:
+    """HMAC-SHA256 in hex. Header text may hold stray surrogates, which must not raise."""
+    return hmac.digest(pepper, secret.encode("utf-8", "surrogatepass"), "sha256").hex()
+
+
+class KeyRing:
+    """All virtual keys, found by the secret presented."""
+
+    def __init__(self, pepper: bytes, keys: Iterable[VirtualKey] = ()) -> None:
+        self.pepper = pepper
+        self._nobody = VirtualKey("", "", NOBODY_DIGEST, 0, revoked_at_ms=0)
+        self.by_id: dict[str, VirtualKey] = {}
+        self._by_digest: dict[str, VirtualKey] = {}
+        self._digests: dict[bytes, str] = {}
+        for key in keys:
+            self.put(key)
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def put(self, key: VirtualKey) -> None:
+        """Add a key, or replace the one of the same id."""
+        self.drop(key.id)
+        self.by_id[key.id] = self._by_digest[key.digest] = key
+        if key.previous_digest:
+            self._by_digest[key.previous_digest] = key
+
+    def drop(self, key_id: str) -> None:
+        key = self.by_id.pop(key_id, None)
+        if key is not None:
+            self._by_digest.pop(key.digest, None)
+            self._by_digest.pop(key.previous_digest, None)
+
+    def authenticate(self, secret: str, now_ms: int) -> VirtualKey:
+        """The key of this secret. Unknown, expired and revoked ones do the same work and raise the same error.
+
+        The dict is asked for an HMAC that an attacker cannot aim at, so its timing tells nothing of stored digests.
+        """
+        name = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        digest = self._digests.get(name) or digest_secret(secret, self.pepper)
+        key = self._by_digest.get(digest, self._nobody)
+        current = hmac.compare_digest(digest, key.digest)
+        previous = hmac.compare_digest(digest, key.previous_digest or NOBODY_DIGEST) and now_ms < key.previous_until_ms
+        if (current or previous) and key.status(now_ms) == "active":
+            self._remember(name, digest)
+            return key
+        raise Unauthenticated("this API key is not valid here; ask the operator of this Stockyard for another")
+
+    def _remember(self, name: bytes, digest: str) -> None:
+        """Spare a known secret its HMAC the next time. It is checked against the keys as they are then all the same."""
+        if name not in self._digests:
+            if len(self._digests) >= MAX_REMEMBERED_DIGESTS:
+                self._digests.clear()
+            self._digests[name] = digest
+
+
+# ----- Holds and settlement -------------------------------------------------------------------------------------------
+# Records are {"op": "hold"|"settle"|"release", "id", "budgets": [(budget id, window)], "nanousd", "held", "at"}:
+# `nanousd` is what the operation means (amount held, cost, 0), `held` the hold that it opens or closes.
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdCrossed:
+    """Spend reached `percent` of a budget; told once in a window."""
+
+    budget_id: str
+    window: str
+    percent: int
+    settled_nanousd: int
+    limit_nanousd: int
+
+
+class Balance:
+    """What one budget has settled and held in one window. `alarm_nanousd` is the next threshold, to compare cheaply."""
+
+    __slots__ = ("alarm_nanousd", "budget", "end_ms", "held_nanousd", "percent", "settled_nanousd", "window")
+
+    def __init__(self, budget: Budget, window: Window, settled_nanousd: int = 0) -> None:
+        self.window, self.end_ms = window
+        self.settled_nanousd, self.held_nanousd, self.percent = settled_nanousd, 0, 0
+        self.adopt(budget)
+        self.crossed()
+
+    def adopt(self, budget: Budget) -> None:
+        """Take on a changed limit. Thresholds already told stay told."""
+        self.budget = budget
+        ahead = [percent for percent in ALARM_PERCENTS if percent > self.percent]
+        self.alarm_nanousd = max(1, -(-budget.limit_nanousd * ahead[0] // 100)) if ahead else NEVER_MS
+
+    def crossed(self) -> list[ThresholdCrossed]:
+        """The thresholds that the settled amount has newly reached."""
+        events = []
+        while self.settled_nanousd >= self.alarm_nanousd:
+            budget = self.budget
+            self.percent = next(percent for percent in ALARM_PERCENTS if percent > self.percent)
+            events.append(
+                ThresholdCrossed(budget.id, self.window, self.percent, self.settled_nanousd, budget.limit_nanousd)
+            )
+            self.adopt(budget)
+        return events
+
+
+class Hold:
+    """Money set aside for one attempt; `balances` are those of the windows it was made in. Ended by the ledger only."""
+
+    __slots__ = ("at_ms", "balances", "bounded", "id", "nanousd", "open")
+
+    def __init__(self, hold_id: str, nanousd: int | None, balances: tuple[Balance, ...], at_ms: int) -> None:
+        self.id, self.balances, self.at_ms = hold_id, balances, at_ms
+        self.nanousd, self.bounded = nanousd or 0, nanousd is not None
+        self.open = True
+
+    @property
+    def record(self) -> Json | None:
+        """What must be durable before the request leaves; None where no budget is concerned."""
+        return self.record_of("hold", self.nanousd, self.at_ms)
+
+    def record_of(self, op: str, nanousd: int, at_ms: int) -> Json | None:
+        if not self.balances:
+            return None
+        budgets = [(balance.budget.id, balance.window) for balance in self.balances]
+        return {"op": op, "id": self.id, "budgets": budgets, "nanousd": nanousd, "held": self.nanousd, "at": at_ms}
+
+
+class Settlement(NamedTuple):
+    """The end of a hold: what to write (None: nothing), what to tell. `cost_nanousd` is 0 for a repeated end."""
+
+    cost_nanousd: int
+    record: Json | None
+    events: list[ThresholdCrossed]
+
+
+class Account:
+    """A budget and its balance in the current window."""
+
+    __slots__ = ("balance", "budget", "is_hard", "limit_nanousd")
+
+    def __init__(self, budget: Budget, balance: Balance) -> None:
+        self.budget, self.balance = budget, balance
+        self.limit_nanousd, self.is_hard = budget.limit_nanousd, budget.mode == "hard"
+
+    def at(self, now_ms: int) -> Balance:
+        if self.balance.end_ms <= now_ms:
+            self.balance = Balance(self.budget, window_at(self.budget.period, now_ms))
+        return self.balance
+
+    def room(self, now_ms: int) -> int:
+        balance = self.at(now_ms)
+        return max(0, self.limit_nanousd - balance.settled_nanousd - balance.held_nanousd)
+
+
+class Books:
+    """Balances as the records tell them: `settled` by (budget id, window), and the records of `open` holds by id.
+
+    Applying a record twice changes nothing, so that a journal may overlap what a database already has, if `closed`
+    names the holds of that overlap which the database has settled.
+    """
+
+    def __init__(
+        self,
+        settled: Mapping[tuple[str, str], int] | None = None,
+        open_holds: Iterable[Json] = (),
+        closed: Iterable[str] = (),
+    ) -> None:
+        self.settled = dict(settled or {})
+        self.open = {record["id"]: record for record in open_holds}
+        self._closed = set(closed)
+
+    def apply(self, record: Json) -> None:
+        hold_id = record["id"]
+        if record["op"] == "hold":
+            if hold_id not in self._closed:
+                self.open[hold_id] = record
+        elif self.open.pop(hold_id, None) is not None:
+            self._closed.add(hold_id)
+            for budget_id, window in record["budgets"]:
+                self.settled[budget_id, window] = self.settled.get((budget_id, window), 0) + record["nanousd"]
+
+    def held(self) -> dict[tuple[str, str], int]:
+        """What open holds take of each (budget id, window)."""
+        held: dict[tuple[str, str], int] = {}
+        for record in self.open.values():
+            for budget_id, window in record["budgets"]:
+                held[budget_id, window] = held.get((budget_id, window), 0) + record["nanousd"]
+        return held
+
+
+class Ledger:
+    """Admits attempts against all matching budgets, and settles them. One per process that admits.
+
+    `new_id` mints hold ids; they are never a client's, since billing hangs on them.
+    """
+
+    def __init__(self, budgets: Iterable[Budget], new_id: Callable[[str], str], now_ms: int) -> None:
+        self._new_id = new_id
+        self._high_ms = now_ms
+        self._accounts: dict[str, Account] = {}
+        self._exact: dict[str, dict[str, list[Account]]] = {scope: {} for scope in SCOPES}
+        self._patterns: list[Account] = []
+        self.open: dict[str, Hold] = {}
+        self.bound_violations = 0
+        self.repeated_ends = 0
+        for budget in budgets:
+            self.put_budget(budget, now_ms)
+
+    # -- budgets
+
+    def put_budget(self, budget: Budget, now_ms: int, settled: Mapping[tuple[str, str], int] | None = None) -> None:
+        """Add or replace a budget. Its balance goes on; `settled`, the stored ones, tells what is not in memory."""
+        window = window_at(budget.period, self._now(now_ms))
+        balance = self._known_balance(budget.id, window.key)
+        if balance is None:
+            balance = Balance(budget, window, (settled or {}).get((budget.id, window.key), 0))
+        balance.adopt(budget)
+        self.drop_budget(budget.id)
+        account = self._accounts[budget.id] = Account(budget, balance)
+        self._shelf(budget).append(account)
+
+    def drop_budget(self, budget_id: str) -> None:
+        """Forget a budget; holds made under it still settle and are still recorded."""
+        account = self._accounts.pop(budget_id, None)
+        if account is None:
+            return
+        shelf = self._shelf(account.budget)
+        shelf.remove(account)
+        if not shelf and shelf is not self._patterns:
+            del self._exact[account.budget.scope][account.budget.value]
+
+    def _shelf(self, budget: Budget) -> list[Account]:
+        if budget.scope == "model" and "*" in budget.value:
+            return self._patterns
+        return self._exact[budget.scope].setdefault(budget.value, [])
+
+    def _known_balance(self, budget_id: str, window: str) -> Balance | None:
+        account = self._accounts.get(budget_id)
+        known = [account.balance] if account else []
+        known += [balance for hold in self.open.values() for balance in hold.balances]
+        return next((b for b in known if b.budget.id == budget_id and b.window == window), None)
+
+    def _match(self, key_id: str, tags: Mapping[str, str], model: str, provider: str) -> list[Account]:
+        exact = self._exact
+        found = [*exact["global"].get("", ()), *exact["key"].get(key_id, ())]
+        if tags and exact["tag"]:
+            for name, value in tags.items():
+                found += exact["tag"].get(f"{name}={value}", ())
+        if exact["model"]:
+            found += exact["model"].get(model, ())
+        if exact["provider"]:
+            found += exact["provider"].get(provider, ())
+        if self._patterns:
+            found += [account for account in self._patterns if matches_pattern(account.budget.value, model)]
+        return found
+
+    def _now(self, now_ms: int) -> int:
+        """The wall clock, never earlier than it has been."""
+        if now_ms < self._high_ms:
+            return self._high_ms
+        self._high_ms = now_ms
+        return now_ms
+
+    # -- attempts
+
+    def admit(
+        self,
+        key: VirtualKey | None,
+        tags: Mapping[str, str],
+        model: str,
+        provider: str,
+        price_upper_bound: int | None,
+        now_ms: int,
+    ) -> Hold:
+        """Hold `price_upper_bound` nano-dollars in every matching budget, or raise BudgetExceeded and take nothing.
+
+        None means that no bound is known: refused under a hard budget, held as nothing elsewhere.
+        """
+        now_ms = self._now(now_ms)
+        nanousd = price_upper_bound or 0
+        if nanousd < 0:
+            raise ValueError("a price bound is never negative")
+        balances = []
+        for account in self._match(key.id if key else "", tags, model, provider):
+            balance = account.balance
+            if balance.end_ms <= now_ms:
+                balance = account.at(now_ms)
+            if account.is_hard and (
+                price_upper_bound is None
+                or balance.settled_nanousd + balance.held_nanousd + nanousd > account.limit_nanousd
+            ):
+                raise _refusal(balance, model, price_upper_bound, now_ms)
+            balances.append(balance)
+        if not balances:
+            return Hold("", price_upper_bound, (), now_ms)
+        for balance in balances:
+            balance.held_nanousd += nanousd
+        hold = Hold(self._new_id("hold_"), price_upper_bound, tuple(balances), now_ms)
+        self.open[hold.id] = hold
+        return hold
+
+    def headroom(
+        self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, needed: int, now_ms: int
+    ) -> int:
+        """The most of `needed` that could be held now: all of it, what clamping budgets leave, or 0.
+
+        0 where a budget that does not clamp is too small: such a budget refuses rather than shortens.
+        """
+        now_ms = self._now(now_ms)
+        most = needed
+        for account in self._match(key.id if key else "", tags, model, provider):
+            if account.is_hard and (room := account.room(now_ms)) < needed:
+                most = min(most, room) if account.budget.clamp else 0
+        return most
+
+    def is_hard_limited(self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str) -> bool:
+        """Whether a hard budget matches, so that the output cap must be real and every part of the input bounded."""
+        return any(account.is_hard for account in self._match(key.id if key else "", tags, model, provider))
+
+    def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
+        """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
+        cost = hold.nanousd if cost_nanousd is None else cost_nanousd
+        if cost < 0:
+            raise ValueError("a cost is never negative")
+        if hold.open and hold.bounded and cost > hold.nanousd:
+            self.bound_violations += 1
+        return self._end(hold, "settle", cost, now_ms)
+
+    def release(self, hold: Hold, now_ms: int) -> Settlement:
+        """Give back the hold of an attempt that surely cost nothing."""
+        return self._end(hold, "release", 0, now_ms)
+
+    def _end(self, hold: Hold, op: str, cost: int, now_ms: int) -> Settlement:
+        if not hold.open:
+            self.repeated_ends += 1
+            return Settlement(0, None, [])
+        hold.open = False
+        if not hold.balances:
+            return Settlement(cost, None, [])
+        del self.open[hold.id]
+        events: list[ThresholdCrossed] = []
+        for balance in hold.balances:
+            balance.held_nanousd -= hold.nanousd
+            balance.settled_nanousd += cost
+            if balance.settled_nanousd >= balance.alarm_nanousd:
+                events += balance.crossed()
+        return Settlement(cost, hold.record_of(op, cost, self._now(now_ms)), events)
+
+    # -- views, start
+
+    def snapshot(self, now_ms: int) -> list[Json]:
+        """The budgets as GET /api/budgets shows them: amounts as decimal dollars and as nano-dollars."""
+        now_ms = self._now(now_ms)
+        return [_show_account(account, now_ms) for account in self._accounts.values()]
+
+    @property
+    def held_nanousd(self) -> int:
+        """Money in open holds, each counted once however many budgets it touches. Zero when idle."""
+        return sum(hold.nanousd for hold in self.open.values())
+
+    def books(self) -> Books:
+        """The balances in memory: of current windows, and of older ones that open holds belong to."""
+        balances = [account.balance for account in self._accounts.values()]
+        balances += [balance for hold in self.open.values() for balance in hold.balances]
+        records = [record for hold in self.open.values() if (record := hold.record)]
+        return Books({(b.budget.id, b.window): b.settled_nanousd for b in balances}, records)
+
+    @staticmethod
+    def replay(records: Iterable[Json], books: Books | None = None) -> Books:
+        """Apply records in order to `books` (new ones if None)."""
+        books = books or Books()
+        for record in records:
+            books.apply(record)
+        return books
+
+    @classmethod
+    def restore(
+        cls, budgets: Iterable[Budget], books: Books, new_id: Callable[[str], str], now_ms: int
+    ) -> tuple[Ledger, list[Settlement]]:
+        """A ledger that goes on from stored books. Holds of the dead process are charged whole, since nobody knows.
+
+        The settlements come back for the store to write and the operator to see; their log rows end as `crashed`.
+        """
+        starts = [window_start_ms(window) for _, window in books.settled]
+        starts += [record["at"] for record in books.open.values()]
+        ledger = cls((), new_id, max(starts, default=now_ms))
+        for budget in budgets:
+            ledger.put_budget(budget, now_ms, books.settled)
+        return ledger, [ledger._settle_orphan(record) for record in books.open.values()]
+
+    def _settle_orphan(self, record: Json) -> Settlement:
+        balances = [self._orphan_balance(budget_id, window) for budget_id, window in record["budgets"]]
+        hold = Hold(record["id"], record["nanousd"], tuple(balances), record["at"])
+        for balance in balances:
+            balance.held_nanousd += hold.nanousd
+        self.open[hold.id] = hold
+        return self.settle(hold, None, self._high_ms)
+
+    def _orphan_balance(self, budget_id: str, window: str) -> Balance:
+        # An older window, or a budget that is gone: only the record matters, so the limit is one that never alarms.
+        known = self._known_balance(budget_id, window)
+        return known or Balance(Budget(budget_id, NEVER_MS, "total", mode="soft"), Window(window, NEVER_MS))
+
+
+def _amounts(**amounts_nanousd: int) -> Json:
+    """Each amount twice: exact decimal dollars for people, nano-dollars for programs."""
+    shown: Json = {}
+    for name, nanousd in amounts_nanousd.items():
+        shown[f"{name}_usd"], shown[f"{name}_nanousd"] = format_usd(nanousd), nanousd
+    return shown
+
+
+def _show_account(account: Account, now_ms: int) -> Json:
+    budget, balance = account.budget, account.at(now_ms)
+    settled, held = balance.settled_nanousd, balance.held_nanousd
+    amounts = _amounts(limit=budget.limit_nanousd, settled=settled, held=held, remaining=account.room(now_ms))
+    return {
+        "id": budget.id,
+        "scope": budget.scope,
+        "value": budget.value,
+        "period": budget.period,
+        "mode": budget.mode,
+        "clamp": budget.clamp,
+        "window": balance.window,
+        **amounts,
+        "resets_at": _resets_at(balance),
+    }
+
+
+def _resets_at(balance: Balance) -> str | None:
+    return None if balance.end_ms == NEVER_MS else format_moment(balance.end_ms)
+
+
+def _refusal(balance: Balance, model: str, needed: int | None, now_ms: int) -> BudgetExceeded:
+    budget = balance.budget
+    limit, spent, held = budget.limit_nanousd, balance.settled_nanousd, balance.held_nanousd
+    fields = {"budget": budget.id, "scope": budget.scope, "window": balance.window, "resets_at": _resets_at(balance)}
+    fields |= _amounts(limit=limit, spent=spent, held=held)
+    if needed is None:
+        what = (
+            f"the most this call to {model!r} could cost is not known (no price, or a part without a bound), and the "
+            f"budget {budget.id} is a hard one; set a price for the model or make the budget soft"
+        )
+        return BudgetExceeded(what, fields={**fields, "needed_usd": None, "needed_nanousd": None})
+    resets = f"it resets at {_resets_at(balance)}" if _resets_at(balance) else "it does not reset"
+    what = (
+        f"the budget {budget.id} allows ${format_usd(limit)} {PERIOD_WORDS[budget.period]}: ${format_usd(spent)} is "
+        f"spent, ${format_usd(held)} is held by calls in flight, and this call may cost ${format_usd(needed)}; "
+        f"{resets}, and a lower max_tokens needs less"
+    )
+    retry_after_s = _retry_after_s(balance, needed, now_ms)
+    return BudgetExceeded(what, fields={**fields, **_amounts(needed=needed)}, retry_after_s=retry_after_s)
+
+
+def _retry_after_s(balance: Balance, needed: int, now_ms: int) -> float | None:
+    """Soon where only open holds stand in the way; None where waiting does not help."""
+    limit = balance.budget.limit_nanousd
+    if needed <= limit - balance.settled_nanousd:
+        return HELD_RETRY_S
+    if needed > limit or balance.end_ms == NEVER_MS:
+        return None
+    return float(-(-(balance.end_ms - now_ms) // 1000))
+
+
+# ----- Rate windows ---------------------------------------------------------------------------------------------------
+# A sum over the current second and the sixty before it: 61 counters, so that any 60 seconds, wherever they begin, lie
+# inside what was counted. All times are of the monotonic clock. Tokens are reserved by an estimate and corrected later.
+
+RATE_SLOTS: Final = 61
+PARALLEL_RETRY_S: Final = 1.0
+
+
+class SlidingSum:
+    """A sum over the last 61 whole seconds, kept by second. Time that goes back is taken as now."""
+
+    __slots__ = ("_newest_s", "_ring", "total", "used_s")
+
+    def __init__(self, now_s: int) -> None:
+        self._ring = [0] * RATE_SLOTS
+        self._newest_s = self.used_s = now_s
+        self.total = 0
+
+    def advance(self, now_s: int) -> None:
+        gone = now_s - self._newest_s
+        if gone <= 0:
+            return
+        if gone >= RATE_SLOTS:
+            self._ring, self.total = [0] * RATE_SLOTS, 0
+        else:
+            ring = self._ring
+            for second in range(self._newest_s + 1, now_s + 1):
+                self.total -= ring[second % RATE_SLOTS]
+                ring[second % RATE_SLOTS] = 0
+        self._newest_s = now_s
+
+    def add(self, amount: int) -> int:
+        """Count `amount` in the newest second; the second, to correct it by."""
+        second = self.used_s = self._newest_s
+        self._ring[second % RATE_SLOTS] += amount
+        self.total += amount
+        return second
+
+    def correct(self, amount: int, second: int) -> None:
+        """Add to a second of the past; one that has left the window gives nothing back, but owes what it exceeded."""
+        if self._newest_s - second < RATE_SLOTS:
+            self._ring[second % RATE_SLOTS] += amount
+            self.total += amount
+        elif amount > 0:
+            self.add(amount)
+
+    def wait_ms(self, most: int, now_ms: int) -> int:
+        """Milliseconds until the sum is at most `most` if nothing is added."""
+        left = self.total
+        for second in range(self._newest_s - RATE_SLOTS + 1, self._newest_s + 1):
+            if left <= most:
+                return max(0, (second - 1 + RATE_SLOTS) * 1000 - now_ms)
+            left -= self._ring[second % RATE_SLOTS]
+        return max(0, (self._newest_s + RATE_SLOTS) * 1000 - now_ms)
+
+    def reset_ms(self, now_ms: int) -> int:
+        """Milliseconds until the sum is zero if nothing is added."""
+        return max(0, (self.used_s + RATE_SLOTS) * 1000 - now_ms) if self.total else 0
+
+
+class Meter:
+    """The counters of one scope: a key, a model pattern, or everything."""
+
+    __slots__ = ("limit", "parallel", "requests", "scope", "tokens")
+
+    def __init__(self, scope: str, limit: RateLimit, now_s: int) -> None:
+        self.scope, self.parallel = scope, 0
+        self.requests, self.tokens = SlidingSum(now_s), SlidingSum(now_s)
+        self.limit = limit
+
+    def check(self, tokens: int, now_ms: int) -> None:
+        """LimitExceeded unless one more request of so many tokens fits."""
+        limit, now_s = self.limit, now_ms // 1000
+        if limit.rpm is not None:
+            self.requests.advance(now_s)
+            if self.requests.total >= limit.rpm:
+                raise self._refusal("rpm", limit.rpm, self.requests.total, 1, self.requests, now_ms)
+        if limit.tpm is not None:
+            self.tokens.advance(now_s)
+            if self.tokens.total + tokens > limit.tpm:
+                raise self._refusal("tpm", limit.tpm, self.tokens.total, tokens, self.tokens, now_ms)
+        if limit.parallel is not None and self.parallel >= limit.parallel:
+            raise self._refusal("parallel", limit.parallel, self.parallel, 1, None, now_ms)
+
+    def _refusal(
+        self, name: str, limit: int, used: int, needed: int, window: SlidingSum | None, now_ms: int
+    ) -> LimitExceeded:
+        fields = {"limit_name": name, "scope": self.scope, "limit": limit, "used": used, "needed": needed}
+        what = f"{self.scope} is limited to {limit} {RATE_WORDS[name]}; {used} are used, {needed} more asked for"
+        if needed > limit:
+            return LimitExceeded(f"{what}, which never fits; ask for less (a lower max_tokens)", fields=fields)
+        retry_s = float(-(-window.wait_ms(limit - needed, now_ms) // 1000)) if window else PARALLEL_RETRY_S
+        return LimitExceeded(f"{what}; try again in {retry_s:g} s", fields=fields, retry_after_s=retry_s)
+
+    def is_idle(self, now_s: int) -> bool:
+        newest_s = max(self.requests.used_s, self.tokens.used_s)
+        return not self.parallel and now_s - newest_s >= RATE_SLOTS
+
+
+RATE_WORDS: Final = {"rpm": "requests a minute", "tpm": "tokens a minute", "parallel": "calls at once"}
+
+
+class RateHold:
+    """What one call took of its rate limits, until it ends."""
+
+    __slots__ = ("meters", "open", "reserved", "tokens")
+
+    def __init__(self, meters: list[Meter], tokens: int, reserved: list[tuple[SlidingSum, int]]) -> None:
+        self.meters, self.tokens, self.reserved = meters, tokens, reserved
+        self.open = True
+
+
+class RateLimiter:
+    """Rate limits per key, per model pattern and for all, taken together or not at all. O(1) a call.
+
+    Meters of keys live while the key is in use: each new one looks at the two eldest and drops them if idle.
+    """
+
+    def __init__(self, everything: RateLimit | None, models: Mapping[str, RateLimit], now_ms: int) -> None:
+        now_s = now_ms // 1000
+        self._everything = [Meter("this Stockyard", everything, now_s)] if everything else []
+        self._models = [(pattern, Meter(f"the model {pattern}", limit, now_s)) for pattern, limit in models.items()]
+        self._keys: collections.OrderedDict[str, Meter] = collections.OrderedDict()
+        self.repeated_ends = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def admit(self, key: VirtualKey | None, model: str, tokens: int, now_ms: int) -> RateHold:
+        """Count one request of an estimated `tokens`, or raise LimitExceeded and count nothing."""
+        meters = self._meters(key, model, now_ms)
+        for meter in meters:
+            meter.check(tokens, now_ms)
+        reserved = []
+        for meter in meters:
+            meter.parallel += 1
+            if meter.limit.rpm is not None:
+                meter.requests.add(1)
+            if meter.limit.tpm is not None:
+                reserved.append((meter.tokens, meter.tokens.add(tokens)))
+        return RateHold(meters, tokens, reserved)
+
+    def settle(self, hold: RateHold, tokens: int | None) -> None:
+        """End a call: free its places, and count what it really used (None: unknown, the estimate stays)."""
+        if not hold.open:
+            self.repeated_ends += 1
+            return
+        hold.open = False
+        for meter in hold.meters:
+            meter.parallel -= 1
+        if tokens is not None and tokens != hold.tokens:
+            for window, second in hold.reserved:
+                window.correct(tokens - hold.tokens, second)
+
+    def headers(self, key: VirtualKey | None, model: str, now_ms: int) -> dict[str, str]:
+        """The x-ratelimit headers in OpenAI's form, each of the limit that has least left; none where none is set.
+
+        Source: https://platform.openai.com/docs/guides/rate-limits
+        """
+        found: dict[str, str] = {}
+        meters = self._meters(key, model, now_ms)
+        for names, read in RATE_HEADERS:
+            rows = []
+            for limit, window in map(read, meters):
+                if limit is not None:
+                    window.advance(now_ms // 1000)
+                    rows.append((limit - window.total, limit, window))
+            if rows:
+                left, limit, window = rows[0] if len(rows) == 1 else min(rows, key=lambda row: row[:2])
+                found[names[0]], found[names[1]] = str(limit), str(max(0, left))
+                found[names[2]] = format_duration(window.reset_ms(now_ms))
+        return found
+
+    def _meters(self, key: VirtualKey | None, model: str, now_ms: int) -> list[Meter]:
+        meters = self._everything.copy()
+        if key is not None and key.rate_limit is not None:
+            meter = self._keys.get(key.id) or self._new_meter(key, now_ms // 1000)
+            meter.limit = key.rate_limit
+            meters.append(meter)
+        if self._models:
+            meters += [meter for pattern, meter in self._models if matches_pattern(pattern, model)]
+        return meters
+
+    def _new_meter(self, key: VirtualKey, now_s: int) -> Meter:
+        for _ in range(min(2, len(self._keys))):
+            eldest_id, eldest = next(iter(self._keys.items()))
+            if eldest.is_idle(now_s):
+                del self._keys[eldest_id]
+            else:
+                self._keys.move_to_end(eldest_id)
+        meter = self._keys[key.id] = Meter("this key", key.rate_limit or RateLimit(), now_s)
+        return meter
+
+
+def _rate_header_names(what: str) -> tuple[str, str, str]:
+    return f"x-ratelimit-limit-{what}", f"x-ratelimit-remaining-{what}", f"x-ratelimit-reset-{what}"
+
+
+RATE_HEADERS: Final[tuple[tuple[tuple[str, str, str], Callable[[Meter], tuple[int | None, SlidingSum]]], ...]] = (
+    (_rate_header_names("requests"), lambda meter: (meter.limit.rpm, meter.requests)),
+    (_rate_header_names("tokens"), lambda meter: (meter.limit.tpm, meter.tokens)),
+)
+
+
+def format_duration(duration_ms: int) -> str:
+    """A time as OpenAI's headers write it: `120ms`, `1s`, `1.5s`, `6m0s`, `1h2m3s`."""
+    if 0 < duration_ms < 1000:
+        return f"{duration_ms}ms"
+    minutes, rest_ms = divmod(duration_ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours}h" if hours else ""
+    return text + (f"{minutes}m" if hours or minutes else "") + f"{rest_ms / 1000:g}s"
+
+
+# ----- Bounds of a call -----------------------------------------------------------------------------------------------
+# The largest number of tokens a request can be billed for. Text: tokens never outnumber the UTF-8 bytes of byte-level
+# BPE and byte-fallback vocabularies; what providers add themselves is a row of INPUT_BOUNDS. Parts whose tokens do not
+# follow from their bytes take the model's whole window; what is fetched from elsewhere has no bound, and is refused.
+
+
+class InputBound(NamedTuple):
+    """What a wire format's providers may bill beside the bytes sent, at most; in tokens."""
+
+    request: int
+    tools: int
+    image: int
+    message: int = 16
+    tool: int = 64
+
+
+# Images: OpenAI's dearest is gpt-4o-mini, 2,833 + 8 x 5,667 (newer ones stay below it, and so do 16,384 patches of
+# Qwen); Claude cuts patches of 28 pixels from at most 2,576 x 2,576; Gemini takes at most 2,240 at ultra-high
+# resolution and older ones 258 a tile of at most 32. Requests and tools: the largest seen, doubled (Cohere 1,430 and
+# Claude 1,160).
+# Sources: https://platform.openai.com/docs/guides/images-vision https://ai.google.dev/gemini-api/docs/media-resolution
+# https://platform.claude.com/docs/en/build-with-claude/vision
+INPUT_BOUNDS: Final = {
+    "openai": InputBound(request=1024, tools=1024, image=48_200),
+    "responses": InputBound(request=1024, tools=1024, image=48_200),
+    "anthropic": InputBound(request=2048, tools=2560, image=8_500),
+    "bedrock": InputBound(request=2048, tools=2560, image=16_400),
+    "gemini": InputBound(request=512, tools=1024, image=10_000),
+    "cohere": InputBound(request=3072, tools=2048, image=16_400),
+}
+DEAREST_BOUND: Final = InputBound(*(max(column) for column in zip(*INPUT_BOUNDS.values(), strict=True)))
+
+TEXT_PARTS: Final = frozenset(
+    {"text", "input_text", "output_text", "refusal", "thinking", "redacted_thinking", "reasoning_item"}
+)
+BOUNDED_TOOLS: Final = frozenset({"function", "custom"})
+# Members that make a provider read, search or generate what the request does not show, or bill another model.
+UNBOUNDED_MEMBERS: Final = frozenset({
+    "previous_response_id", "conversation", "cached_content", "cachedContent", "container", "context_management",
+    "mcp_servers", "web_search_options", "search_parameters", "enable_search", "plugins", "data_sources", "models",
+    "prediction", "file_ids",
+})  # fmt: skip
+UNKNOWN_OUTPUT_TOKENS: Final = 4096
+OUTPUT_CAP_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+
+
+def text_bytes(body: bytes, document: Json) -> int:
+    """The bytes to bound a body's tokens by: its own, or more where a tokenizer that normalises would expand them.
+
+    Some vocabularies apply NFKC first, which makes 33 bytes of one Arabic ligature; escapes hide such letters.
+    """
+    escaped = b"\\u" in body
+    if not escaped and body.isascii():
+        return len(body)
+    text = dump_json(document).decode() if escaped else body.decode()
+    if unicodedata.is_normalized("NFKC", text):
+        return len(body)
+    return max(len(body), len(unicodedata.normalize("NFKC", text).encode()))
+
+
+def token_estimate(body_bytes: int, output_cap_tokens: int | None) -> int:
+    """What a call will likely use, for rate limits: four bytes a token, and the answer it asked for."""
+    return body_bytes // 4 + (256 if output_cap_tokens is None else output_cap_tokens)
+
+
+def input_token_bound(
+    request: Json, body_bytes: int, dialect: str = "", context_tokens: int | None = None
+) -> int | None:
+    """The most input tokens a canonical request can be billed for, or None where nothing bounds them.
+
+    `body_bytes` is of `text_bytes`; `dialect` is the provider's (the dearest row if unknown); `context_tokens` is the
+    model's window, which bounds inline documents, video and odd audio; without it these give None too.
+    """
+    if not _is_self_contained(request):
+        return None
+    row = INPUT_BOUNDS.get(dialect, DEAREST_BOUND)
+    messages, tools = request.get("messages") or (), request.get("tools") or ()
+    total = body_bytes + row.request + row.message * len(messages) + row.tool * len(tools) + (row.tools if tools else 0)
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            extra = _part_bound(part, row, context_tokens)
+            if extra is None:
+                return None
+            total += extra
+    return total + _rerank_bound(request)
+
+
+def _is_self_contained(request: Json) -> bool:
+    """False where a member or a tool makes the provider bill what the request does not hold."""
+    extras = request.get("extra_body")
+    for members in (request, *(extras.values() if isinstance(extras, dict) else ())):
+        if isinstance(members, dict) and any(members.get(name) for name in UNBOUNDED_MEMBERS & members.keys()):
+            return False
+    if isinstance(request.get("prompt"), dict):
+        return False
+    tools = request.get("tools") or ()
+    return all(isinstance(tool, dict) and tool.get("type", "function") in BOUNDED_TOOLS for tool in tools)
+
+
+def _part_bound(part: Any, row: InputBound, context_tokens: int | None) -> int | None:
+    """Tokens of one content part beyond its bytes (less than none for an image: its bytes are not read as text)."""
+    kind = part.get("type") if isinstance(part, dict) else "text"
+    if kind in TEXT_PARTS:
+        return 0
+    if kind == "image_url":
+        image = part.get("image_url")
+        return row.image - _inline_bytes(image.get("url") if isinstance(image, dict) else image)
+    if kind == "input_audio":
+        audio = part.get("input_audio")
+        return 0 if isinstance(audio, dict) and _is_dense_audio(audio) else context_tokens
+    source = part.get(kind) if kind in ("file", "media") else None
+    data = source.get("file_data") if isinstance(source, dict) else None
+    if not isinstance(data, str):
+        return None
+    return 0 if data.startswith("data:text/") else context_tokens
+
+
+def _inline_bytes(url: Any) -> int:
+    return len(url) if isinstance(url, str) and url.startswith("data:") else 0
+
+
+def _is_dense_audio(audio: Json) -> bool:
+    """Whether a second of it takes more bytes than the 32 tokens that the dearest provider counts.
+
+    MP3 has a header each 0.072 s or less; plain WAV takes a byte a sample, so a false sample rate is what to look for.
+    """
+    data = audio.get("data")
+    if audio.get("format") == "mp3":
+        return isinstance(data, str) and data.startswith(("SUQz", "//"))  # "ID3" or the frame's sync bits
+    try:
+        head = base64.b64decode(data[:48], validate=True) if isinstance(data, str) else b""
+    except (binascii.Error, ValueError):
+        return False
+    is_plain = head[:4] == b"RIFF" and head[8:16] == b"WAVEfmt " and head[20:22] in (b"\x01\0", b"\x03\0")
+    return is_plain and int.from_bytes(head[24:28], "little") >= 4000
+
+
+def _rerank_bound(request: Json) -> int:
+    """Rerankers read the query once for each document."""
+    query, documents = request.get("query"), request.get("documents")
+    return len(query.encode("utf-8", "replace")) * len(documents) if query and documents else 0
+
+
+class OutputCap(NamedTuple):
+    """The cap of one answer; `injected`: it must be written into the provider's field. `total_tokens` is for all n."""
+
+    tokens: int
+    injected: bool
+    total_tokens: int
+
+
+def output_token_cap(
+    request: Json, provider_cap_field: str, model_max: int | None, affordable_tokens: int | None = None
+) -> OutputCap:
+    """The real bound of a call's output: what the client asked, else the model's maximum, else 4,096 tokens.
+
+    `affordable_tokens` (over all answers) clamps it. A cap under another name than the provider's counts as not yet
+    written: only `provider_cap_field` in the outgoing body binds the provider. InvalidRequest for anything but numbers.
+    """
+    names = (provider_cap_field, *OUTPUT_CAP_FIELDS)
+    name = next((name for name in names if request.get(name) is not None), None)
+    asked = None if name is None else _read_count(request[name], name, 0)
+    counts = [_read_count(request[many], many, 1) for many in ("n", "best_of") if request.get(many) is not None]
+    answers = max(counts, default=1)
+    tokens = (model_max or UNKNOWN_OUTPUT_TOKENS) if asked is None else asked
+    if affordable_tokens is not None:
+        tokens = min(tokens, affordable_tokens // answers)
+    return OutputCap(tokens, request.get(provider_cap_field) != tokens, tokens * answers)
+
+
+def _read_count(value: Any, param: str, least: int) -> int:
+    if type(value) is not int or not least <= value < 1 << 40:
+        raise _invalid(param, f"a whole number from {least}")
+    return value
 
 
 # ===== Echo ===========================================================================================================
@@ -10635,6 +11910,11 @@ MIGRATIONS: Final = (
     CREATE TABLE blocks (block INTEGER PRIMARY KEY, compressed INTEGER NOT NULL, bodies BLOB NOT NULL);
     """,
     """
+    CREATE TABLE keys (id TEXT PRIMARY KEY, record TEXT NOT NULL);
+    CREATE TABLE budgets (id TEXT PRIMARY KEY, record TEXT NOT NULL);
+    CREATE TABLE ledger (only INTEGER PRIMARY KEY CHECK (only = 1), generation INTEGER NOT NULL, books TEXT NOT NULL);
+    """,
+    """
     CREATE TABLE responses (
         id TEXT PRIMARY KEY, ts_ms INTEGER NOT NULL, key_id TEXT NOT NULL, provider TEXT NOT NULL, response BLOB, items BLOB
     );
@@ -11074,6 +12354,96 @@ def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
          by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
         for row in rows
     ]  # fmt: skip
+
+
+class Journal:
+    """Every movement of money, one JSON line each, written before what it allows happens.
+
+    A `write` to an append-only file survives the death of the process; with `full_sync` it also survives a power cut.
+    Balances go to SQLite now and then (`checkpoint`), with the number of the journal that continues them: a start reads
+    them, replays the journals from that number on, and so loses and doubles nothing.
+    """
+
+    CHECKPOINT_BYTES: ClassVar[int] = 8 * 1024 * 1024
+
+    def __init__(self, directory: Path, generation: int, full_sync: bool) -> None:
+        self._directory, self.generation, self._full_sync = directory, generation, full_sync
+        self._file = self._open()
+        self._size = 0
+
+    def _path(self, generation: int) -> Path:
+        return self._directory / f"ledger-{generation:08d}.journal"
+
+    def _open(self) -> int:
+        return os.open(self._path(self.generation), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def append(self, record: Json) -> None:
+        """Write one record; StorageUnavailable where it cannot be kept, and then nothing may be spent on it."""
+        line = orjson.dumps(record) + b"\n"
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError("short write")
+            if self._full_sync:
+                os.fsync(self._file)
+        except OSError as error:
+            raise StorageUnavailable(
+                "spending cannot be recorded, so calls under a budget are refused; see the disk"
+            ) from error
+        self._size += len(line)
+
+    @property
+    def is_long(self) -> bool:
+        return self._size > self.CHECKPOINT_BYTES
+
+    def turn(self) -> int:
+        """Go on in a new journal; its number."""
+        os.close(self._file)
+        self.generation += 1
+        self._size = 0
+        self._file = self._open()
+        return self.generation
+
+    def drop_before(self, generation: int) -> None:
+        for path in self._directory.glob("ledger-*.journal"):
+            if int(path.stem.removeprefix("ledger-")) < generation:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    @staticmethod
+    def read(directory: Path, generation: int) -> Iterator[Json]:
+        """The records from this journal on; a line that a crash cut short is the last, and was never acted on."""
+        for path in sorted(directory.glob("ledger-*.journal")):
+            if int(path.stem.removeprefix("ledger-")) >= generation:
+                for line in path.read_bytes().split(b"\n"):
+                    with contextlib.suppress(orjson.JSONDecodeError):
+                        yield orjson.loads(line)
+
+
+def read_records(store: LogStore, table: str) -> list[Json]:
+    """All records of one of the small tables, `keys` or `budgets`."""
+    sql = {"keys": "SELECT record FROM keys ORDER BY id", "budgets": "SELECT record FROM budgets ORDER BY id"}[table]
+    return [orjson.loads(row["record"]) for row in store.read(sql)]
+
+
+def read_books(store: LogStore, directory: Path) -> tuple[Books, int]:
+    """The balances as the last process left them, and the number of the next journal."""
+    rows = store.read("SELECT generation, books FROM ledger")
+    stored = orjson.loads(rows[0]["books"]) if rows else {"settled": [], "open": []}
+    generation = rows[0]["generation"] if rows else 0
+    settled = {(budget, window): nanousd for budget, window, nanousd in stored["settled"]}
+    books = Ledger.replay(Journal.read(directory, generation), Books(settled, stored["open"]))
+    last = max(
+        (int(path.stem.removeprefix("ledger-")) for path in directory.glob("ledger-*.journal")), default=generation
+    )
+    return books, last + 1
+
+
+def write_books(store: LogStore, books: Books, generation: int) -> None:
+    settled = [[budget, window, nanousd] for (budget, window), nanousd in books.settled.items()]
+    text = dump_json({"settled": settled, "open": list(books.open.values())}).decode()
+    store.put_write("INSERT OR REPLACE INTO ledger VALUES (1, ?, ?)", generation, text)
 
 
 # ===== Upstream =======================================================================================================
@@ -11740,6 +13110,53 @@ LIMIT_HEADERS: Final = tuple(
 )
 
 
+#: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
+BOUNDED_KINDS: Final = frozenset({"chat", "completions", "embeddings"})
+MIN_CLAMPED_TOKENS: Final = 16
+#: Failures after which a provider may have done and billed the work, and those before anything was sent.
+BILLED_PERHAPS: Final = frozenset({
+    "upstream_timeout", "upstream_disconnected", "upstream_truncated", "upstream_malformed", "upstream_too_large", "client_closed_request",
+    "internal_error",
+})  # fmt: skip
+UNBILLED_CODES: Final = frozenset(
+    {"upstream_unreachable", "upstream_tls", "upstream_connect_timeout", "upstream_misconfigured"}
+)
+
+
+def parse_tags(text: str) -> Json:
+    """`a=b,c=d` as an object; InvalidRequest for anything else."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if not all(middle for _, middle, _ in pairs):
+        raise InvalidRequest("x-stockyard-tags is written a=b,c=d", param="x-stockyard-tags")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def read_max_cost(text: str) -> int:
+    try:
+        return parse_usd(text)
+    except ValueError as error:
+        raise InvalidRequest(f"x-stockyard-max-cost-usd: {error}", param="x-stockyard-max-cost-usd") from None
+
+
+def presented_key(headers: Mapping[str, str], path_parameters: Mapping[str, str]) -> str:
+    """The key a client sent, wherever its dialect puts it."""
+    bearer = headers.get("authorization", "")
+    if bearer[:7].lower() == "bearer ":
+        return bearer[7:].strip()
+    return (
+        headers.get("x-api-key")
+        or headers.get("x-goog-api-key")
+        or headers.get("api-key")
+        or path_parameters.get("$key", "")
+    )
+
+
+def is_admin_key(given: str, admin_key: str) -> bool:
+    """Compared by digest, in constant time."""
+    mine = hashlib.sha256(admin_key.encode()).digest()
+    return hmac.compare_digest(hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest(), mine)
+
+
 #: The verbs that translate each kind of call: client's parse and render, provider's encode and decode.
 VERBS_OF_KIND: Final[Mapping[str, tuple[str, str]]] = {
     "chat": ("encode", "decode"),
@@ -11766,6 +13183,13 @@ class Gateway:
         self.draining = False
         self.in_flight = 0
         self.internal_errors = 0
+        self.keys = KeyRing(b"")
+        self.ledger = Ledger((), self.new_id, int(clock() * 1000))
+        self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
+        self.has_budgets = self.has_rates = False
+        self.journal: Journal | None = None
+        self.stored_settled: Mapping[tuple[str, str], int] = {}
+        self.set_budget_ids: list[str] = []
         self.google_tokens = GoogleTokens(upstream, clock)
         self._without_doors: set[str] = set()
         self._key_turn: collections.Counter[str] = collections.Counter()
@@ -11798,6 +13222,7 @@ class Gateway:
             if call.endpoint.dialect == "responses":
                 await self.recall(call)
             self.interpret(call)
+            self.limit(call)
             if call.stream:
                 return await self.stream(call, client)
             if call.endpoint.kind == "count_tokens":
@@ -11823,7 +13248,36 @@ class Gateway:
                 "the request log cannot keep up; send the request again in a moment", retry_after_s=1
             )
         call.session = clean_header(call.headers.get("x-stockyard-session", ""))
-        call.tags = clean_header(call.headers.get("x-stockyard-tags", ""))
+        self.authenticate(call)
+
+    def authenticate(self, call: Call) -> None:
+        """Whose call it is, where a key is required; else whatever was sent is ignored. Tags of the key win."""
+        tags = call.headers.get("x-stockyard-tags", "")
+        call.tag_map = read_tags(parse_tags(tags), "x-stockyard-tags") if tags else {}
+        if self.key_required:
+            secret = presented_key(call.headers, call.path_parameters)
+            if not is_admin_key(secret, self.admin_key):
+                key = self.keys.authenticate(secret, int(self.clock() * 1000))
+                if key.role != "client":
+                    raise Unauthenticated("this key reads the log; calls need a client's key")
+                call.key, call.key_id = key, key.id
+                call.tag_map = key.tagged(call.tag_map)
+        call.tags = ",".join(f"{name}={value}" for name, value in call.tag_map.items())
+
+    @property
+    def key_required(self) -> bool:
+        mode = self.settings.require_key
+        return mode == "always" or (mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback))
+
+    def limit(self, call: Call) -> None:
+        """Take the call's place in its rate limits; LimitExceeded where there is none."""
+        if self.has_rates or (call.key is not None and call.key.rate_limit is not None):
+            asked = call.canonical or call.request
+            cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
+            call.rate_hold = self.rates.admit(
+                call.key, call.model, token_estimate(len(call.body), cap), int(time.monotonic() * 1000)
+            )
+            call.rated = True
 
     def read(self, call: Call) -> None:
         """The body as JSON, strictly, and what routing needs of it."""
@@ -11928,6 +13382,9 @@ class Gateway:
 
     async def attempted(self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]]) -> T:
         """One attempt, with its line in the log."""
+        if call.key is not None:
+            call.key.check(target.provider.id, call.model, target.model)
+        hold = self.hold(call, target)
         began_s = self.tick()
         line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
         call.attempts.append(line)
@@ -11947,9 +13404,109 @@ class Gateway:
             line.status, line.error = error.status, error.code
             raise
         finally:
+            if hold is not None:
+                self.charge(call, hold, line)
             ended_s = self.tick()
             call.upstream_s += ended_s - began_s
             line.ended_ms = (ended_s - call.started_s) * 1000
+
+    def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
+        """Set the most an attempt can cost aside in every budget it touches, durably; None where no money is limited."""
+        most = call.headers.get("x-stockyard-max-cost-usd")
+        if not self.has_budgets and most is None:
+            return None
+        now_ms, provider, tags = int(self.clock() * 1000), target.provider.id, call.tag_map
+        hard = self.ledger.is_hard_limited(call.key, tags, call.model, provider)
+        cap, needed = self.cost_bound(call, target) if bounded else (None, None)
+        if hard and needed and cap is not None:
+            room = self.ledger.headroom(call.key, tags, call.model, provider, needed, now_ms)
+            if 0 < room < needed:
+                cap, needed = self.cost_bound(call, target, room)
+                call.clamped = True
+        if most is not None and (needed is None or needed > read_max_cost(most)):
+            shown = "is not known" if needed is None else f"may be ${format_usd(needed)}"
+            raise BudgetExceeded(
+                f"the cost of this call {shown}, more than x-stockyard-max-cost-usd allows ({clean_header(most, 20)})"
+            )
+        hold = self.ledger.admit(call.key, tags, call.model, provider, needed, now_ms)
+        call.output_cap = cap.tokens if cap is not None and cap.injected and (hard or most is not None) else None
+        if hold.record is not None and self.journal is not None:
+            try:
+                self.journal.append(hold.record)
+            except StorageUnavailable:
+                self.ledger.release(hold, now_ms)
+                raise
+        return hold
+
+    def cost_bound(
+        self, call: Call, target: Target, room_nanousd: int | None = None
+    ) -> tuple[OutputCap | None, int | None]:
+        """The output cap and the most the attempt can cost under it; None where no bound is known.
+
+        With `room_nanousd` the cap is lowered until the cost fits.
+        """
+        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000)
+        request = call.canonical or call.request
+        if price is None or call.endpoint.kind not in BOUNDED_KINDS:
+            return None, None
+        family = DIALECTS[target.provider.row.dialect].family
+        tokens_in = input_token_bound(request, text_bytes(call.body, call.request), family, price.context_tokens)
+        if tokens_in is None:
+            return None, None
+        if call.endpoint.kind == "embeddings":
+            return None, price.upper_bound(tokens_in, 0)
+        name = next((name for name in OUTPUT_CAP_FIELDS if request.get(name) is not None), OUTPUT_CAP_FIELDS[0])
+        cap = output_token_cap(request, name, price.max_output_tokens)
+        if room_nanousd is not None:
+            affordable = cap.total_tokens
+            while affordable and price.upper_bound(tokens_in, affordable) > room_nanousd:
+                base = price.upper_bound(tokens_in, 0)
+                spare = room_nanousd - base
+                step = (price.upper_bound(tokens_in, affordable) - base) / affordable
+                affordable = min(affordable - 1, int(spare / step)) if spare > 0 else 0
+            if affordable < MIN_CLAMPED_TOKENS:
+                return cap, price.upper_bound(tokens_in, cap.total_tokens)
+            cap = output_token_cap(request, name, price.max_output_tokens, affordable)
+        return cap, price.upper_bound(tokens_in, cap.total_tokens)
+
+    def charge(self, call: Call, hold: Hold, line: Attempt) -> None:
+        """End a hold exactly once: at the cost where it is known, released where surely nothing was billed, else whole."""
+        now_ms = int(self.clock() * 1000)
+        exact = call.usage is not None and not call.usage_estimated and call.cost_nanousd is not None
+        if line.status == 200 and exact:
+            ended = self.ledger.settle(hold, call.cost_nanousd, now_ms)
+        elif line.error in UNBILLED_CODES or (line.status >= 400 and line.error not in BILLED_PERHAPS):
+            ended = self.ledger.release(hold, now_ms)
+        else:
+            ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0, now_ms)
+        self.record_end(ended)
+
+    def record_end(self, ended: Settlement) -> None:
+        if ended.record is not None and self.journal is not None:
+            try:
+                self.journal.append(ended.record)
+            except StorageUnavailable as error:  # the hold stays on disk: the next start charges it whole, never less
+                print_error(f"a settlement could not be recorded: {error.message}")
+            if self.journal.is_long:
+                self.checkpoint()
+        for event in ended.events:
+            spent = f"${format_usd(event.settled_nanousd)} of ${format_usd(event.limit_nanousd)}"
+            print_error(f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})")
+
+    def checkpoint(self) -> None:
+        """Keep the balances in SQLite and go on in a new journal; the old ones go once that is committed."""
+        if self.journal is None:
+            return
+        generation = self.journal.turn()
+        books, year_ago_ms = self.ledger.books(), int(self.clock() * 1000) - 366 * DAY_MS
+        # Balances of budgets that are not configured now are kept as well: taking one away and back reopens nothing.
+        kept = {
+            at: nanousd
+            for at, nanousd in self.stored_settled.items()
+            if at[1] == "total" or window_start_ms(at[1]) > year_ago_ms
+        }
+        books.settled = {**kept, **books.settled}
+        write_books(self.store, books, generation)
 
     def _lacks_door(self, call: Call, target: Target, error: UpstreamRefused) -> bool:
         """Whether a host behind a moved base URL has no path for the client's own dialect: then its usual one is asked."""
@@ -11984,7 +13541,8 @@ class Gateway:
             else "application/json"
         )
         headers = [("content-type", kind), *self.answer_headers(call)]
-        headers += [(name, answer.headers[name]) for name in ANSWER_HEADERS if name in answer.headers]
+        names = ANSWER_HEADERS if call.rated else (*ANSWER_HEADERS, *LIMIT_HEADERS)
+        headers += [(name, answer.headers[name]) for name in names if name in answer.headers]
         return Reply(answer.status, headers, body)
 
     async def attempt_pieces(self, call: Call, target: Target, texts: list[Any], size: int) -> Reply:
@@ -12131,6 +13689,11 @@ class Gateway:
         """Close the call: exactly one row, however it ended."""
         call.ended_s = self.tick()
         call.status = call.status or 500
+        if call.rate_hold is not None:
+            used = (
+                call.usage.prompt_tokens + call.usage.completion_tokens if call.usage else None if call.attempts else 0
+            )
+            self.rates.settle(call.rate_hold, used)
         self.store.put(call)
 
     # -- requests out
@@ -12154,7 +13717,10 @@ class Gateway:
             if kind == "chat" and dialect.family != call.endpoint.dialect:
                 DIALECTS[call.endpoint.dialect].refuse_elsewhere(call.canonical or {})
             encode = getattr(dialect, VERBS_OF_KIND[kind][0])
-            body = dump_json(encode(canonical or call.canonical or call.request, translation))
+            canonical = canonical or call.canonical or call.request
+            if call.output_cap is not None:
+                canonical = DIALECTS["openai"].with_output_cap(canonical, call.output_cap)
+            body = dump_json(encode(canonical, translation))
             call.dropped = translation.dropped
         else:
             body = self.passing_body(call, target, dialect)
@@ -12190,6 +13756,9 @@ class Gateway:
     def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
         """The client's own bytes, changed only where the provider's row or the model name demands it."""
         request, body, row = call.request, call.body, target.provider.row
+        if call.output_cap is not None:
+            request = dialect.with_output_cap(request, call.output_cap)
+            body = dump_json({name: value for name, value in request.items() if name != "$alt"})
         if dialect.name == "openai" and (not row.touched.isdisjoint(request) or target.model in row.aliases):
             translation = self.translation(call, target)
             body = dump_json(DIALECTS["openai"].encode({**request, "model": target.model}, translation))
@@ -12234,6 +13803,57 @@ class Gateway:
         self._key_turn[provider.id] += 1
         return provider.keys[self._key_turn[provider.id] % len(provider.keys)]
 
+    # -- keys and budgets
+
+    def create_key(self, body: Json) -> tuple[VirtualKey, str]:
+        """A new virtual key and its secret, which is shown this once."""
+        if body.get("provider_keys"):
+            raise InvalidRequest(
+                "keys with provider keys of their own are not built into this version yet", param="provider_keys"
+            )
+        secret = mint_secret(self.random.randbytes(SECRET_BYTES))
+        digest = digest_secret(secret, self.keys.pepper)
+        return self.keep_key(create_key(body, self.new_id("key_"), digest, int(self.clock() * 1000))), secret
+
+    def rotate_key(self, key: VirtualKey, grace_ms: int) -> tuple[VirtualKey, str]:
+        secret = mint_secret(self.random.randbytes(SECRET_BYTES))
+        digest = digest_secret(secret, self.keys.pepper)
+        return self.keep_key(key.rotated(digest, int(self.clock() * 1000), grace_ms)), secret
+
+    def keep_key(self, key: VirtualKey) -> VirtualKey:
+        """Put a key into the ring, its budget into the ledger, and both on disk."""
+        before = self.keys.by_id.get(key.id)
+        if (
+            before is not None
+            and before.budget is not None
+            and (key.budget is None or key.budget.id != before.budget.id)
+        ):
+            self.ledger.drop_budget(before.budget.id)
+        self.keys.put(key)
+        if key.budget is not None:
+            self.put_budget(key.budget)
+        self.store.put_write("INSERT OR REPLACE INTO keys VALUES (?, ?)", key.id, dump_json(key.as_record()).decode())
+        return key
+
+    def put_budget(self, budget: Budget) -> None:
+        books = self.ledger.books()
+        self.ledger.put_budget(budget, int(self.clock() * 1000), {**self.stored_settled, **books.settled})
+        self.has_budgets = True
+
+    def set_budgets(self, budgets: list[Budget]) -> None:
+        """Replace the budgets that were set by PUT /api/budgets; those of keys and settings stay."""
+        for budget_id in self.set_budget_ids:
+            self.ledger.drop_budget(budget_id)
+        self.set_budget_ids = [budget.id for budget in budgets]
+        self.store.put_write("DELETE FROM budgets")
+        for budget in budgets:
+            self.put_budget(budget)
+            self.store.put_write(
+                "INSERT OR REPLACE INTO budgets VALUES (?, ?)",
+                budget.id,
+                dump_json(dataclasses.asdict(budget)).decode(),
+            )
+
     # -- answers
 
     def answer_headers(self, call: Call) -> list[tuple[str, str]]:
@@ -12248,6 +13868,10 @@ class Gateway:
         ]
         if call.cost_nanousd is not None and not call.stream:
             headers.append(("x-stockyard-cost-usd", format_usd(call.cost_nanousd)))
+        if call.rated:
+            headers += self.rates.headers(call.key, call.model, int(time.monotonic() * 1000)).items()
+        if call.clamped and call.output_cap is not None:
+            headers.append(("x-stockyard-clamped-max-tokens", str(call.output_cap)))
         if call.dropped:
             headers.append(("x-stockyard-dropped", header_value(",".join(call.dropped))))
         return headers
@@ -12980,7 +14604,12 @@ async def answer_gemini(request: web.Request) -> web.StreamResponse:
     endpoint = GEMINI_ENDPOINTS.get(method)
     if endpoint is None or not model:
         raise NotFound(f"no method {clean_header(method, 40)!r} is served; known are {', '.join(GEMINI_ENDPOINTS)}")
-    parameters = {"model": model.removeprefix("models/"), "method": method, "$alt": request.query.get("alt", "json")}
+    parameters = {
+        "model": model.removeprefix("models/"),
+        "method": method,
+        "$alt": request.query.get("alt", "json"),
+        "$key": request.query.get("key", ""),
+    }
     call = gateway.begin(endpoint, request.headers, b"", client_ip(request), parameters)
     return await read_and_run(request, gateway, call)
 
@@ -13186,6 +14815,9 @@ async def forward(
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
     )
+    if call.key is not None:
+        call.key.check(provider.id, call.model or "*")
+    hold = gateway.hold(call, target, bounded=False)
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
     began_s = gateway.tick()
@@ -13213,6 +14845,8 @@ async def forward(
             f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected"
         ) from error
     finally:
+        if hold is not None:
+            gateway.charge(call, hold, line)
         call.upstream_s += gateway.tick() - began_s
 
 
@@ -13447,6 +15081,69 @@ def target_view(gateway: Gateway, target: Target) -> Json:
     }  # fmt: skip
 
 
+async def body_json_of(request: web.Request) -> Json:
+    try:
+        return parse_json_object(await read_body(request, request.app[GATEWAY_KEY]))
+    except ValueError as error:
+        raise InvalidRequest(f"the body is no JSON object: {error}") from None
+
+
+async def post_key(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    key, secret = gateway.create_key(await body_json_of(request))
+    await gateway.store.flush()
+    return json_response({**key.as_json(int(gateway.clock() * 1000)), "key": secret}, status=201)
+
+
+async def get_keys(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    now_ms = int(gateway.clock() * 1000)
+    return json_response({"data": [key.as_json(now_ms) for key in gateway.keys.by_id.values()], "next": None})
+
+
+def key_of(request: web.Request) -> VirtualKey:
+    key = request.app[GATEWAY_KEY].keys.by_id.get(request.match_info["id"])
+    if key is None:
+        raise NotFound("no key has this id")
+    return key
+
+
+async def change_key(request: web.Request) -> web.Response:
+    """GET, PATCH and DELETE (revoke) of one key."""
+    gateway, key = request.app[GATEWAY_KEY], key_of(request)
+    now_ms = int(gateway.clock() * 1000)
+    if request.method == "PATCH":
+        key = gateway.keep_key(patch_key(key, await body_json_of(request)))
+    elif request.method == "DELETE":
+        key = gateway.keep_key(dataclasses.replace(key, revoked_at_ms=now_ms))
+    await gateway.store.flush()
+    return json_response(key.as_json(now_ms))
+
+
+async def rotate_key(request: web.Request) -> web.Response:
+    gateway, key = request.app[GATEWAY_KEY], key_of(request)
+    body = await body_json_of(request) if request.can_read_body else {}
+    grace_s = body.get("grace_s", 0)
+    if not isinstance(grace_s, int) or not 0 <= grace_s <= 31 * 86_400:
+        raise InvalidRequest("`grace_s` must be whole seconds, at most 31 days", param="grace_s")
+    key, secret = gateway.rotate_key(key, grace_s * 1000)
+    await gateway.store.flush()
+    return json_response({**key.as_json(int(gateway.clock() * 1000)), "key": secret})
+
+
+async def get_budgets(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    return json_response({"data": gateway.ledger.snapshot(int(gateway.clock() * 1000)), "next": None})
+
+
+async def put_budgets(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    body = await body_json_of(request)
+    gateway.set_budgets(read_budgets(body.get("budgets", body.get("data"))))
+    await gateway.store.flush()
+    return await get_budgets(request)
+
+
 async def get_config(request: web.Request) -> web.Response:
     return json_response({"data": config_view(request.app[GATEWAY_KEY].settings)})
 
@@ -13498,6 +15195,12 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/models", get_models, "admin"),
     RouteRow("GET", "/api/route", get_route, "admin"),
     RouteRow("GET", "/api/config", get_config, "admin"),
+    RouteRow("POST", "/api/keys", post_key, "admin"),
+    RouteRow("GET", "/api/keys", get_keys, "admin"),
+    RouteRow("GET PATCH DELETE", "/api/keys/{id}", change_key, "admin"),
+    RouteRow("POST", "/api/keys/{id}/rotate", rotate_key, "admin"),
+    RouteRow("GET", "/api/budgets", get_budgets, "admin"),
+    RouteRow("PUT", "/api/budgets", put_budgets, "admin"),
 )
 
 
@@ -13512,8 +15215,8 @@ async def boundary(
         refusal = request.app[GUARD_KEY].check(request.headers) or odd_request(request)
         if refusal is not None:
             raise refusal
-        if row and row.role == "admin":
-            require_admin(request, gateway)
+        if row and (row.role == "admin" or (row.role == "client" and not row.spends and gateway.key_required)):
+            require_role(request, gateway, row.role)
         return await handler(request)
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
@@ -13558,14 +15261,19 @@ def odd_request(request: web.Request) -> GatewayError | None:
     return None
 
 
-def require_admin(request: web.Request, gateway: Gateway) -> None:
-    """The admin key as a bearer token; compared in constant time, with one message for every failure."""
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
-    mine = hashlib.sha256(gateway.admin_key.encode()).digest()
-    if not hmac.compare_digest(hashlib.sha256(given).digest(), mine):
-        raise Unauthenticated(
-            "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
-        )
+def require_role(request: web.Request, gateway: Gateway, role: str) -> None:
+    """The admin key, or a virtual key whose role is enough; one message for every failure."""
+    given = presented_key(request.headers, {})
+    if is_admin_key(given, gateway.admin_key):
+        return
+    try:
+        key = gateway.keys.authenticate(given, int(gateway.clock() * 1000))
+    except Unauthenticated:
+        message = "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
+        raise Unauthenticated(message) from None
+    if role == "client" or key.role == "admin" or (key.role == "viewer" and request.method == "GET"):
+        return
+    raise Forbidden(f"a key of the role {key.role} may not do this")
 
 
 ROUTES_BY_NAME: Final[Mapping[str, RouteRow]] = {f"route{number}": row for number, row in enumerate(ROUTES)}
@@ -13711,6 +15419,57 @@ def load_prices(settings: Settings) -> PriceBook:
         raise SettingsError(f"[[prices]]: {error}") from None
 
 
+def load_pepper(settings: Settings) -> bytes:
+    """What key digests are made with: a file beside the database, so that neither alone tells a key."""
+    path = settings.data_path / "pepper"
+    if not path.exists():
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(secrets.token_bytes(32))
+    return path.read_bytes()
+
+
+def configured_budgets(settings: Settings) -> list[Budget]:
+    """Budgets of the settings and of stockyard.toml; SettingsError where one is not understood."""
+    try:
+        budgets = [parse_budget(settings.budget)] if settings.budget else []
+        return budgets + (read_budgets(settings.tables["budgets"]) if "budgets" in settings.tables else [])
+    except (InvalidRequest, ValueError) as error:
+        raise SettingsError(f"budget: {getattr(error, 'message', error)}") from None
+
+
+def configured_rates(settings: Settings) -> RateLimit | None:
+    try:
+        return parse_rate_limit(settings.rate_limit) if settings.rate_limit else None
+    except (InvalidRequest, ValueError) as error:
+        raise SettingsError(f"rate_limit: {getattr(error, 'message', error)}") from None
+
+
+def open_ledger(gateway: Gateway) -> None:
+    """Keys, budgets and balances as the last process left them. Holds it left open are charged whole, and told."""
+    settings, store, path = gateway.settings, gateway.store, gateway.settings.data_path
+    keys = [VirtualKey.from_record(record) for record in read_records(store, "keys")]
+    gateway.keys = KeyRing(load_pepper(settings), keys)
+    stored = [Budget(**record) for record in read_records(store, "budgets")]
+    gateway.set_budget_ids = [budget.id for budget in stored]
+    budgets = [*configured_budgets(settings), *stored, *(key.budget for key in keys if key.budget is not None)]
+    books, generation = read_books(store, path)
+    now_ms = int(gateway.clock() * 1000)
+    gateway.ledger, orphans = Ledger.restore(budgets, books, gateway.new_id, now_ms)
+    gateway.journal = Journal(path, generation, settings.durability == "full")
+    gateway.stored_settled = {**books.settled}  # before this process; what it settles itself lies in the ledger
+    gateway.has_budgets = bool(budgets)
+    for ended in orphans:
+        gateway.record_end(ended)
+    if orphans:
+        total = sum(ended.cost_nanousd for ended in orphans)
+        print_error(
+            f"{len(orphans)} calls were cut off by the last stop; their holds are charged whole (${format_usd(total)})"
+        )
+    rates = configured_rates(settings)
+    gateway.has_rates = rates is not None
+    gateway.rates = RateLimiter(rates, {}, int(time.monotonic() * 1000))
+
+
 @contextlib.asynccontextmanager
 async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Gateway]:
     """Everything a process needs to answer calls, closed in order at the end. SettingsError, StoreError."""
@@ -13732,7 +15491,19 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
     )
     upstream = Upstream(asyncio.get_running_loop(), deadlines)
     try:
-        yield Gateway(settings, Router(providers, prices), prices, store, upstream, load_admin_key(settings))
+        gateway = Gateway(settings, Router(providers, prices), prices, store, upstream, load_admin_key(settings))
+        open_ledger(gateway)
+        if not settings.is_loopback and settings.require_key == "auto" and not len(gateway.keys):
+            raise SettingsError(
+                f"{settings.host} can be reached by others, and there is no virtual key yet: make one with "
+                "`stockyard keys create --name me`, or listen on this machine alone with `--host 127.0.0.1`"
+            )
+        yield gateway
+        gateway.checkpoint()
+        await store.flush()
+        if gateway.journal is not None:
+            gateway.journal.drop_before(gateway.journal.generation)
+            gateway.journal.close()
     finally:
         await upstream.close()
         await asyncio.to_thread(store.close)
