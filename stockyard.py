@@ -15349,6 +15349,10 @@ def read_asset(name: str) -> bytes:
     return (Path(__file__).resolve().parent / ASSETS / name).read_bytes()
 
 
+class DirectoryInUse(StoreError):
+    """Another process holds the data directory."""
+
+
 class DirectoryLock:
     """Holds a data directory for this process; StoreError names the holder otherwise."""
 
@@ -15360,7 +15364,7 @@ class DirectoryLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise StoreError(
+            raise DirectoryInUse(
                 f"{path} is in use by {holder}; stop it, or set STOCKYARD_DATA_DIR to another directory"
             ) from None
         self._file.truncate(0)
@@ -15915,6 +15919,103 @@ def run_costs(options: argparse.Namespace) -> int:
     return print_rows(rows, options, line)
 
 
+async def ask_admin(settings: Settings, method: str, path: str, body: Json | None = None) -> Json:
+    """Ask the running proxy of a data directory; where none runs, a short-lived one of our own.
+
+    So keys and budgets are written by one process only, and the command line and the API cannot differ.
+    """
+
+    async def ask(url: str, admin_key: str) -> Json:
+        headers = {"authorization": f"Bearer {admin_key}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.request(method, url + path, json=body) as answer,
+        ):
+            document: Json = await answer.json()
+            if answer.status >= 400:
+                raise SettingsError(document["error"]["message"])
+            return document
+
+    host = settings.host if settings.is_loopback else "127.0.0.1"
+    local = dataclasses.replace(settings, host="127.0.0.1", port=0)
+    try:
+        async with open_gateway(local, {}) as gateway:
+            listener = bind(local)
+            async with open_server(gateway, listener):
+                return await ask(f"http://127.0.0.1:{listener.getsockname()[1]}", gateway.admin_key)
+    except DirectoryInUse:
+        try:
+            return await ask(f"http://{host}:{settings.port}", load_admin_key(settings))
+        except aiohttp.ClientConnectionError as error:
+            what = f"a proxy uses {settings.data_path}, but does not answer on {host}:{settings.port}; name its port with --port"
+            raise SettingsError(what) from error
+
+
+def run_keys(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    if options.action in ("revoke", "rotate") and not options.id:
+        raise SettingsError(f"keys {options.action} needs the id of a key; `stockyard keys list` shows them")
+    path = f"/api/keys/{options.id}" if options.id else "/api/keys"
+    if options.action == "list":
+        rows = asyncio.run(ask_admin(settings, "GET", "/api/keys"))["data"]
+        return print_rows(
+            rows,
+            options,
+            lambda row: f"{row['id']}  {row['status']:8} {row['role']:7} {row['name']:24} {show_budget(row['budget'])}",
+        )
+    if options.action == "create":
+        answer = asyncio.run(ask_admin(settings, "POST", path, key_body(options)))
+    elif options.action == "rotate":
+        answer = asyncio.run(ask_admin(settings, "POST", f"{path}/rotate", {"grace_s": options.grace}))
+    else:
+        answer = asyncio.run(ask_admin(settings, "DELETE", path))
+    if options.json or options.action == "revoke":
+        return print_rows([answer], options, lambda row: f"{row['id']} is {row['status']}")
+    print(
+        f"{answer['key']}\n\nThis is the secret of {answer['id']} ({answer['name']}). It is shown this once; Stockyard keeps a digest only."
+    )
+    return 0
+
+
+def key_body(options: argparse.Namespace) -> Json:
+    """The flags of `keys create` as the body of POST /api/keys."""
+    body: Json = {"name": options.name} if options.name else {}
+    if options.role:
+        body["role"] = options.role
+    if options.models:
+        body["models"] = options.models.split(",")
+    if options.limit_usd:
+        amount, _, period = options.limit_usd.partition("/")
+        body["budget"] = {"usd": read_amount(amount), "period": period or "total"}
+    if options.limit_rate:
+        limit = parse_rate_limit(options.limit_rate)
+        body["rate_limit"] = {name: value for name, value in dataclasses.asdict(limit).items() if value is not None}
+    return body
+
+
+def read_amount(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingsError(f"--limit-usd {text!r} is not understood; write 20/day") from None
+
+
+def show_budget(budget: Json | None) -> str:
+    return f"${budget['usd']}/{budget['period']}" if budget else "no budget"
+
+
+def run_budgets(options: argparse.Namespace) -> int:
+    rows = asyncio.run(ask_admin(load_settings(options), "GET", "/api/budgets"))["data"]
+
+    def line(row: Json) -> str:
+        spent = (
+            f"${row['settled_usd']} spent, ${row['held_usd']} held, ${row['remaining_usd']} left of ${row['limit_usd']}"
+        )
+        return f"{row['id']:48} {row['mode']:5} {row['window']:12} {spent}"
+
+    return print_rows(rows, options, line)
+
+
 def run_config(options: argparse.Namespace) -> int:
     if options.action == "example":
         print(EXAMPLE_TOML, end="")
@@ -15987,6 +16088,14 @@ VERBS: Final = (
     Verb("costs", run_costs, "print what was spent", (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
     )),
+    Verb("keys", run_keys, "create, list, revoke or rotate virtual keys", (
+        ("action", {"choices": ("create", "list", "revoke", "rotate")}), ("id", {"nargs": "?", "help": "the key, for revoke and rotate"}),
+        ("--name", {"help": "a name for people"}), ("--role", {"choices": ROLES, "help": "what it may do (client)"}),
+        ("--models", {"help": "only these models, comma separated; * stands for any text"}),
+        ("--limit-usd", {"help": "a hard budget, such as 20/day"}), ("--limit-rate", {"help": "such as 600rpm,100000tpm,8parallel"}),
+        ("--grace", {"type": int, "default": 0, "help": "seconds that the old secret goes on working after rotate (0)"}), _JSON,
+    )),
+    Verb("budgets", run_budgets, "list all budgets with what is spent, held and left", (_JSON,)),
     Verb("config", run_config, "check: print the merged settings and their sources; example: print a commented stockyard.toml", (
         ("action", {"choices": ("check", "example")}), _JSON,
     )),
