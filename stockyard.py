@@ -265,6 +265,10 @@ def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
     return body[:at] + b'"%b":%b,' % (name.encode(), dump_json(value)) + body[at:]
 
 
+class MalformedStream(ValueError):
+    """A stream of events that no reader can make sense of."""
+
+
 class SseReader:
     """An incremental reader of server-sent events: bytes in any split, `(event name, data)` pairs out.
 
@@ -290,7 +294,7 @@ class SseReader:
             data = data.removeprefix(b"\xef\xbb\xbf")
         *blocks, self._tail = data.split(b"\n\n")
         if len(self._tail) > SSE_MAX_EVENT_BYTES:
-            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
+            raise MalformedStream("the provider sent an event without end")
         return [event for block in blocks if (event := parse_sse_block(block))]
 
     def close(self) -> list[tuple[str, bytes]]:
@@ -13018,6 +13022,9 @@ class Relay:
         except UpstreamError as error:
             self._end(error)
             return
+        except MalformedStream as error:
+            self._end(UpstreamError(str(error), code="upstream_malformed"))
+            return
         if self.sent_content:
             if out:
                 self._client.send(out)
@@ -14152,6 +14159,26 @@ def print_error(message: str, error: BaseException | None = None) -> None:
 # else goes on to aiohttp untouched. Both ways end in `Gateway.answer`, so they cannot differ in what they do.
 # The lane keeps order: while it answers, what else arrives on the connection waits, and past a small cap is not read.
 
+HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint("chat", "/v1/chat/completions", streams=True),
+        Endpoint("completions", "/v1/completions", streams=True),
+        Endpoint("embeddings", "/v1/embeddings"),
+        Endpoint("chat", "/v1/responses", "responses", streams=True),
+        Endpoint("chat", "/v1/messages", "anthropic", streams=True),
+    )
+}
+LATE_BODY: Final = dump_json(
+    {
+        "error": {
+            "message": "the request's body did not arrive in time",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "request_timeout",
+        }
+    }
+)
 LANE_MAX_WAITING: Final = 8
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus if status.value >= 200
@@ -14428,16 +14455,6 @@ class RequestGuard:
         return True
 
 
-HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
-    endpoint.path: endpoint
-    for endpoint in (
-        Endpoint("chat", "/v1/chat/completions", streams=True),
-        Endpoint("completions", "/v1/completions", streams=True),
-        Endpoint("embeddings", "/v1/embeddings"),
-        Endpoint("chat", "/v1/responses", "responses", streams=True),
-        Endpoint("chat", "/v1/messages", "anthropic", streams=True),
-    )
-}
 #: Client endpoints whose body is JSON and passes through by model name.
 JSON_ENDPOINTS: Final = (
     Endpoint("moderations", "/v1/moderations"),
@@ -14534,18 +14551,6 @@ def too_large_error(gateway: Gateway) -> PayloadTooLarge:
     )
 
 
-LATE_BODY: Final = dump_json(
-    {
-        "error": {
-            "message": "the request's body did not arrive in time",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "request_timeout",
-        }
-    }
-)
-
-
 async def read_body(request: web.Request, gateway: Gateway) -> bytes:
     """A request's whole body within its size and its time; GatewayError otherwise."""
     if request.headers.get("content-encoding", "identity") != "identity":
@@ -14574,7 +14579,7 @@ async def read_body(request: web.Request, gateway: Gateway) -> bytes:
     return bytes(body)
 
 
-def client_ip(request: web.Request) -> str:
+def peer_ip(request: web.Request) -> str:
     peer = request.transport.get_extra_info("peername") if request.transport else None
     return str(peer[0]) if isinstance(peer, tuple) else ""
 
@@ -14583,7 +14588,7 @@ async def answer_call(request: web.Request) -> web.StreamResponse:
     """A model call that did not fit the lane, or is not hot: the same pipeline, aiohttp's writer."""
     gateway = request.app[GATEWAY_KEY]
     endpoint = request.match_info.route.resource.endpoint  # type: ignore[union-attr]
-    call = gateway.begin(endpoint, request.headers, b"", client_ip(request), dict(request.match_info))
+    call = gateway.begin(endpoint, request.headers, b"", peer_ip(request), dict(request.match_info))
     return await read_and_run(request, gateway, call)
 
 
@@ -14610,7 +14615,7 @@ async def answer_gemini(request: web.Request) -> web.StreamResponse:
         "$alt": request.query.get("alt", "json"),
         "$key": request.query.get("key", ""),
     }
-    call = gateway.begin(endpoint, request.headers, b"", client_ip(request), parameters)
+    call = gateway.begin(endpoint, request.headers, b"", peer_ip(request), parameters)
     return await read_and_run(request, gateway, call)
 
 
@@ -14666,7 +14671,7 @@ MODEL_PART: Final = re.compile(rb'name="model"[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n(
 async def pass_upload(request: web.Request) -> web.StreamResponse:
     """An upload that names its model in a form part before the file: routed by it, streamed on."""
     gateway = request.app[GATEWAY_KEY]
-    call = gateway.begin(request.match_info.route.resource.endpoint, request.headers, b"", client_ip(request))  # type: ignore[union-attr]
+    call = gateway.begin(request.match_info.route.resource.endpoint, request.headers, b"", peer_ip(request))  # type: ignore[union-attr]
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
@@ -14697,7 +14702,7 @@ async def pass_files(request: web.Request) -> web.StreamResponse:
     """Files and batches: they name no model, so the provider is the forced one, or the only one that offers them."""
     kind = request.path.split("/")[2]
     gateway = request.app[GATEWAY_KEY]
-    call = gateway.begin(Endpoint(kind, f"/v1/{kind}", upload=True), request.headers, b"", client_ip(request))
+    call = gateway.begin(Endpoint(kind, f"/v1/{kind}", upload=True), request.headers, b"", peer_ip(request))
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
@@ -14724,7 +14729,7 @@ async def pass_proxy(request: web.Request) -> web.StreamResponse:
     """`/proxy/{provider}/{path}`: the provider's own interface, authenticated, admitted, logged, and priced where it shows."""
     gateway = request.app[GATEWAY_KEY]
     name = request.match_info["provider"]
-    call = gateway.begin(PROXY_ENDPOINT, request.headers, b"", client_ip(request))
+    call = gateway.begin(PROXY_ENDPOINT, request.headers, b"", peer_ip(request))
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
@@ -14979,7 +14984,7 @@ async def pass_response(request: web.Request, gateway: Gateway, stored: StoredRe
     provider = gateway.router.providers.get(stored.provider)
     if provider is None:
         raise NotFound("the provider that keeps this response is not configured any more", code="response_not_found")
-    call = gateway.begin(RESPONSES_ENDPOINT, request.headers, b"", client_ip(request))
+    call = gateway.begin(RESPONSES_ENDPOINT, request.headers, b"", peer_ip(request))
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
@@ -15574,7 +15579,7 @@ async def serve(
         listener.close()
 
 
-def run_loop(main: Awaitable[None]) -> None:
+def run_loop(program: Awaitable[None]) -> None:
     """Run on uvloop where it imports, else on asyncio's own loop."""
     factory = None
     if importlib.util.find_spec("uvloop") is not None and not os.environ.get("PYTHONASYNCIODEBUG"):
@@ -15582,7 +15587,7 @@ def run_loop(main: Awaitable[None]) -> None:
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(cast(Any, main))
+        runner.run(cast(Any, program))
 
 
 # ===== Command line ===================================================================================================

@@ -1,10 +1,19 @@
 """What several test files share."""
 
+from __future__ import annotations
+
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+from upstreams import FakeUpstream, fake_upstream
 
+import stockyard
 from stockyard import Provider, Translation
 
 
@@ -25,3 +34,59 @@ def attempt() -> Callable[..., Translation]:
         )
 
     return make
+
+
+class Proxy:
+    """A gateway with its server in this process, its fake upstream, and its log."""
+
+    def __init__(
+        self, gateway: stockyard.Gateway, url: str, upstream: FakeUpstream, session: aiohttp.ClientSession
+    ) -> None:
+        self.gateway, self.url, self.upstream, self.session = gateway, url, upstream, session
+
+    async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Any]:
+        """Status, headers, and the body: JSON where it is, else bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.session.post(
+            self.url + path, data=data, headers={"content-type": "application/json", **headers}
+        ) as answer:
+            raw = await answer.read()
+            told = json.loads(raw) if answer.content_type == "application/json" else raw
+            return answer.status, answer.headers, told
+
+    async def rows(self) -> list[dict[str, Any]]:
+        """All log rows, the oldest first."""
+        await self.gateway.store.flush()
+        return [stockyard.public_row(row) for row in reversed(stockyard.find_requests(self.gateway.store, {}, 1000, 0))]
+
+
+Start = Callable[..., AbstractAsyncContextManager[Proxy]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Starts a proxy with settings given as keywords and provider variables given in upper case."""
+
+    @asynccontextmanager
+    async def run(**given: Any) -> AsyncIterator[Proxy]:
+        async with fake_upstream() as upstream:
+            flags = {
+                "port": "0",
+                "data_dir": str(tmp_path),
+                **{name: str(value) for name, value in given.items() if name.islower()},
+            }
+            environment = {"OPENAI_API_KEY": "sk-canary-openai", "OPENAI_BASE_URL": upstream.url}
+            environment |= {
+                name: value.replace("UPSTREAM", upstream.url) for name, value in given.items() if name.isupper()
+            }
+            settings = stockyard.read_settings(flags, {})
+            listener = stockyard.bind(settings)
+            port = listener.getsockname()[1]
+            async with (
+                stockyard.open_gateway(settings, environment) as gateway,
+                stockyard.open_server(gateway, listener),
+                aiohttp.ClientSession() as session,
+            ):
+                yield Proxy(gateway, f"http://127.0.0.1:{port}", upstream, session)
+
+    return run

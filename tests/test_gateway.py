@@ -1,0 +1,424 @@
+"""The life of a call: what clients see, what goes upstream, what is charged, and the one row that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import yarl
+from conftest import Start
+from upstreams import DONE, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
+
+import stockyard
+
+CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+CHAT_PATH = "/v1/chat/completions"
+# Chunked uploads do not fit the lane, so each test that takes `way` runs over both ways in.
+WAYS = [pytest.param(False, id="lane"), pytest.param(True, id="aiohttp")]
+
+
+async def ask(proxy: Any, body: Any, chunked: bool, **headers: str) -> tuple[int, Any, Any]:
+    data = json.dumps(body).encode()
+
+    async def pieces() -> Any:
+        yield data[:7]
+        yield data[7:]
+
+    payload = pieces() if chunked else data
+    async with proxy.session.post(
+        proxy.url + CHAT_PATH, data=payload, headers={"content-type": "application/json", **headers}
+    ) as answer:
+        raw = await answer.read()
+        return answer.status, answer.headers, json.loads(raw) if answer.content_type == "application/json" else raw
+
+
+@pytest.mark.parametrize("chunked", WAYS)
+async def test_a_plain_call_passes_bytes_and_leaves_one_row(start: Start, chunked: bool) -> None:
+    async with start() as proxy:
+        body = {**CHAT, "temperature": 0.5, "unknown_field": {"deep": [1, 2.50]}}
+        status, headers, told = await ask(proxy, body, chunked)
+        [seen] = proxy.upstream.seen
+        [row] = await proxy.rows()
+    assert status == 200
+    assert told["choices"][0]["message"]["content"] == "Hello there"
+    assert seen.body == json.dumps(body).encode()
+    assert seen.headers["authorization"] == "Bearer sk-canary-openai"
+    assert (headers["x-stockyard-provider"], headers["x-stockyard-model"]) == ("openai", "gpt-4o-mini")
+    assert headers["cache-control"] == "private, no-store"
+    # 6 uncached at 0.15, 4 cached at 0.075, 5 out at 0.60 dollars a million
+    assert headers["x-stockyard-cost-usd"] == "0.0000042"
+    assert headers["x-stockyard-request-id"] == row["id"]
+    assert (row["status"], row["input_tokens"], row["cached_tokens"], row["output_tokens"]) == (200, 6, 4, 5)
+    assert row["cost_usd"] == 0.0000042
+    assert row["finish_reason"] == "stop"
+    assert row["latency_ms"] >= row["overhead_ms"] >= 0
+
+
+@pytest.mark.parametrize("chunked", WAYS)
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_stream_asks_for_usage_and_shows_it_to_who_asked(start: Start, chunked: bool, asked: bool) -> None:
+    body = {**CHAT, "stream": True, **({"stream_options": {"include_usage": True}} if asked else {})}
+    async with start() as proxy:
+        status, headers, told = await ask(proxy, body, chunked)
+        [seen] = proxy.upstream.seen
+        [row] = await proxy.rows()
+    events = [json.loads(line[6:]) for line in told.decode().split("\n\n") if line.startswith("data: {")]
+    assert status == 200
+    assert headers["content-type"].startswith("text/event-stream")
+    assert "x-stockyard-cost-usd" not in headers
+    assert seen.json["stream_options"] == {"include_usage": True}
+    assert told.endswith(DONE)
+    assert (
+        "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"])
+        == 'Hello "there" \u00e9\u4e2d'
+    )
+    usage = [e["usage"] for e in events if e.get("usage")]
+    assert [u["cost"] for u in usage] == ([0.0000045] if asked else [])
+    assert (row["input_tokens"], row["output_tokens"], row["cost_usd"]) == (10, 5, 0.0000045)
+    assert row["first_token_ms"] is not None
+
+
+async def test_the_log_keeps_the_assembled_answer_of_a_stream(start: Start) -> None:
+    async with start() as proxy:
+        await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+        found = stockyard.find_request(proxy.gateway.store, row["id"])
+    assert found is not None
+    assert found["response"]["choices"][0]["message"]["content"] == 'Hello "there" \u00e9\u4e2d'
+    assert found["request"]["messages"] == CHAT["messages"]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 529])
+async def test_what_may_pass_is_tried_again_and_never_seen(start: Start, status: int) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [
+            plain({"error": {"message": "busy"}}, status),
+            plain({**stockyard.orjson.loads(b"{}"), **_completion()}),
+        ]
+        got, headers, _ = await proxy.post(CHAT_PATH, CHAT)
+        [row] = await proxy.rows()
+    assert (got, headers["x-stockyard-attempts"], row["attempts"], row["error"]) == (200, "2", 2, "")
+
+
+def _completion() -> dict[str, Any]:
+    from upstreams import COMPLETION
+
+    return COMPLETION
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"),
+    [
+        (
+            plain({"error": {"message": "no", "type": "invalid_request_error", "code": "bad", "param": "top_p"}}, 400),
+            400,
+            "bad",
+        ),
+        (plain({"error": {"message": "bad key"}}, 401), 502, "upstream_authentication"),
+        (plain({"detail": [{"loc": ["body", "seed"], "msg": "extra"}]}, 422), 422, "upstream_refused"),
+        (Answer(302, {"location": "http://127.0.0.1:1/"}, [], chunked=False), 502, "upstream_redirect"),
+        (Answer(200, {"content-type": "text/html"}, [b"<html>hi</html>"], chunked=False), 502, "upstream_malformed"),
+        (
+            Answer(200, {"content-type": "application/json"}, [b'{"choices": [', b"{"], cut=True),
+            502,
+            "upstream_truncated",
+        ),
+        (plain({"error": {"message": "out", "code": "insufficient_quota"}}, 429), 429, "insufficient_quota"),
+    ],
+)
+async def test_failures_end_in_one_error_and_one_row(start: Start, answer: Answer, status: int, code: str) -> None:
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [answer]
+        got, headers, told = await proxy.post(CHAT_PATH, CHAT)
+        [row] = await proxy.rows()
+        assert len(proxy.upstream.seen) == 1
+    assert (got, told["error"]["code"]) == (status, code)
+    assert told["error"]["request_id"] == row["id"] == headers["x-stockyard-request-id"]
+    assert headers["x-should-retry"] == "false"
+    assert (row["status"], row["error"], row["cost_usd"], row["priced"]) == (status, code, None, False)
+
+
+async def test_an_unknown_model_names_the_variable_and_reaches_nobody(start: Start) -> None:
+    async with start() as proxy:
+        status, _, told = await proxy.post(CHAT_PATH, {**CHAT, "model": "claude-sonnet-4-5"})
+        other, _, nothing = await proxy.post(CHAT_PATH, {**CHAT, "model": "no-such-model"})
+    assert (status, told["error"]["code"]) == (404, "model_not_found")
+    assert "ANTHROPIC_API_KEY" in told["error"]["message"]
+    assert (other, nothing["error"]["code"]) == (404, "model_not_found")
+    assert not [seen for seen in proxy.upstream.seen if seen.method == "POST"]
+
+
+async def test_a_failure_before_the_first_content_is_retried_and_after_it_is_an_error_event(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [stream(STREAM[:1], cut=True), stream(STREAM)]
+        status, headers, told = await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        assert (status, headers["x-stockyard-attempts"]) == (200, "2")
+        assert told.count(b'"role":"assistant"') == 1
+        proxy.upstream.answers = [stream(STREAM[:3], cut=True)]
+        status, _, told = await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        rows = await proxy.rows()
+    assert status == 200
+    assert DONE not in told
+    last = json.loads(told.decode().strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "upstream_truncated"
+    assert [row["error"] for row in rows] == ["", "upstream_truncated"]
+    assert rows[1]["output_tokens"] > 0
+
+
+@pytest.mark.parametrize("at", range(0, sum(map(len, STREAM)), 23))
+async def test_a_stream_cut_anywhere_never_looks_whole(start: Start, at: int) -> None:
+    whole = b"".join(STREAM)
+    finished = (
+        whole[:at].find(b'"finish_reason":"stop"') >= 0 and b"\n\n" in whole[whole.find(b'"finish_reason":"stop"') : at]
+    )
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [stream([whole[:at]] if at else [], cut=True)]
+        status, _, told = await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+    assert DONE not in (told if isinstance(told, bytes) else b"")
+    assert row["error"], (at, finished)
+    assert status in (200, 502)
+
+
+async def test_a_stream_in_any_split_gives_the_same_bytes(start: Start) -> None:
+    whole = b"".join(STREAM)
+    async with start() as proxy:
+        answers = []
+        for size in (1, 2, 3, 7, 64, len(whole)):
+            proxy.upstream.answers = [stream([whole[at : at + size] for at in range(0, len(whole), size)])]
+            answers.append((await proxy.post(CHAT_PATH, {**CHAT, "stream": True}))[2])
+        proxy.upstream.answers = [stream([whole.replace(b"\n", b"\r\n")])]
+        answers.append((await proxy.post(CHAT_PATH, {**CHAT, "stream": True}))[2])
+    assert len(set(answers)) == 1
+    assert b"".join(piece for piece in STREAM if piece != USAGE_EVENT) == answers[0]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [event({"error": {"message": "boom", "code": 503}}), b"data: {broken\n\n", chunk({}, "error"), b"data: [1]\n\n"],
+)
+async def test_errors_inside_a_stream_are_told(start: Start, piece: bytes) -> None:
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [stream([b"".join(STREAM[:2]), piece], gap_s=0.1)]
+        _, _, told = await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+    assert b'"error":' in told
+    assert DONE not in told
+    assert row["error"]
+    assert row["status"] >= 500
+
+
+async def test_a_client_that_leaves_ends_the_providers_work_and_leaves_a_row(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [stream([b"".join(STREAM[:2])], gap_s=20)]
+        answer = await proxy.session.post(proxy.url + CHAT_PATH, json={**CHAT, "stream": True})
+        assert await answer.content.readany()
+        answer.close()
+        for _ in range(100):
+            if proxy.upstream.hung_up:
+                break
+            await asyncio.sleep(0.02)
+        assert proxy.upstream.hung_up == 1
+        [row] = await proxy.rows()
+    assert (row["status"], row["error"]) == (499, "client_closed_request")
+    assert row["output_tokens"] > 0
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH])
+async def test_deadlines(start: Start, path: str) -> None:
+    async with start(retries=0, first_byte_timeout=0.2, idle_timeout=0.3) as proxy:
+        proxy.upstream.answers = [Answer(hang_s=20)]
+        status, _, told = await proxy.post(path, CHAT)
+        proxy.upstream.answers = [stream([b"".join(STREAM[:2])], gap_s=20)]
+        _, _, streamed = await proxy.post(path, {**CHAT, "stream": True})
+        await asyncio.sleep(0.1)  # the broken stream ended its connection
+        unreachable, _, refused = await proxy.post(path, {**CHAT, "model": "groq/llama"})
+    assert (status, told["error"]["code"]) == (504, "upstream_timeout")
+    assert b"upstream_timeout" in streamed
+    assert (unreachable, refused["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_heartbeats_keep_a_waiting_stream_open(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockyard, "HEARTBEAT_S", 0.05)
+    async with start() as proxy:
+        proxy.upstream.answers = [stream(STREAM, hang_s=0.3)]
+        _, _, told = await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+    assert told.startswith(b": heartbeat\n\n")
+    assert told.endswith(DONE)
+
+
+async def test_usage_and_text_survive_translation_to_every_client_dialect(start: Start) -> None:
+    asked = {
+        "/v1/messages": {"model": "gpt-4o-mini", "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]},
+        "/v1/responses": {"model": "openai_compatible/m", "input": "Hi"},
+        "/v1beta/models/gpt-4o-mini:generateContent": {"contents": [{"parts": [{"text": "Hi"}]}]},
+    }
+    async with start(OPENAI_COMPATIBLE_BASE_URL="UPSTREAM") as proxy:
+        told = {path: (await proxy.post(path, body))[2] for path, body in asked.items()}
+        rows = await proxy.rows()
+    assert told["/v1/messages"]["content"] == [{"type": "text", "text": "Hello there"}]
+    assert told["/v1/messages"]["usage"]["cache_read_input_tokens"] == 4
+    assert told["/v1/responses"]["output"][-1]["content"][0]["text"] == "Hello there"
+    gemini = told["/v1beta/models/gpt-4o-mini:generateContent"]
+    assert gemini["candidates"][0]["content"]["parts"] == [{"text": "Hello there"}]
+    assert gemini["usageMetadata"]["totalTokenCount"] == 15
+    assert [(row["client_dialect"], row["output_tokens"]) for row in rows] == [
+        ("anthropic", 5),
+        ("responses", 5),
+        ("gemini", 5),
+    ]
+
+
+async def test_what_cannot_be_carried_is_named_or_refused(start: Start) -> None:
+    body = {"model": "gpt-4o-mini", "max_tokens": 9, "top_k": 3, "messages": [{"role": "user", "content": "Hi"}]}
+    async with start() as proxy:
+        _, headers, _ = await proxy.post("/v1/messages", body)
+        status, _, told = await proxy.post("/v1/messages", body, **{"x-stockyard-strict": "true"})
+        seen = proxy.upstream.seen[0].json
+    assert headers["x-stockyard-dropped"] == "top_k"
+    assert "top_k" not in seen
+    assert seen["max_completion_tokens"] == 9
+    assert (status, told["type"], told["error"]["type"]) == (400, "error", "invalid_request_error")
+
+
+async def test_secrets_reach_no_sink(start: Start, tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [
+            plain({"error": {"message": "no"}}, 500),
+            plain({"error": "x"}, 401),
+            stream(STREAM[:2], cut=True),
+        ]
+        seen = [
+            str(await proxy.post(CHAT_PATH, {**CHAT, "stream": n == 2}, authorization="Bearer sk-canary-client"))
+            for n in range(3)
+        ]
+        admin = proxy.gateway.admin_key
+        async with proxy.session.get(
+            proxy.url + "/api/providers", headers={"authorization": f"Bearer {admin}"}
+        ) as answer:
+            seen.append(await answer.text())
+        await proxy.rows()
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.name != "admin.key")
+    printed = "".join(capfd.readouterr())
+    for secret in ("sk-canary-openai", "sk-canary-client", admin):
+        assert secret.encode() not in written
+        assert secret not in printed
+        assert not any(secret in text for text in seen)
+
+
+async def test_passthrough_uploads_and_files(start: Start) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nopenai/whisper-1\r\n--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n\r\n'
+    form += b"\x00" * 3000 + b"\r\n--b--\r\n"
+    async with start() as proxy:
+        proxy.upstream.answers = [plain({"text": "hi"})]
+        status, _, told = await proxy.post(
+            "/v1/audio/transcriptions", form, **{"content-type": "multipart/form-data; boundary=b"}
+        )
+        raw, _, _ = await proxy.post("/proxy/openai/v1/chat/completions?key=secret&x=1", CHAT)
+        async with proxy.session.post(
+            yarl.URL(proxy.url + "/proxy/openai/a/%2e%2e/b", encoded=True), json=CHAT
+        ) as answer:
+            climbed = answer.status
+        unknown, _, _ = await proxy.post("/proxy/nobody/x", CHAT)
+        rows = await proxy.rows()
+    upload, passed = proxy.upstream.seen
+    assert (status, told) == (200, {"text": "hi"})
+    assert b'name="model"\r\n\r\nwhisper-1\r\n' in upload.body
+    assert len(upload.body) == len(form) - len("openai/")
+    assert (raw, passed.path) == (200, "/v1/chat/completions?x=1")
+    assert (climbed, unknown) == (400, 404)
+    assert [row["status"] for row in rows] == [200, 200, 400, 404]
+
+
+async def test_a_hard_budget_admits_what_fits_and_no_more(start: Start) -> None:
+    body = {**CHAT, "max_tokens": 100}
+    async with start(budget="0.000001/day", require_key="never") as proxy:
+        status, _, told = await proxy.post(CHAT_PATH, body)
+        needed = told["error"]["needed_nanousd"]
+        assert (status, told["error"]["code"], proxy.upstream.seen) == (429, "insufficient_quota", [])
+        budget = stockyard.dataclasses.replace(stockyard.parse_budget("1/total"), limit_nanousd=needed * 11 // 2)
+        proxy.gateway.set_budgets(
+            [stockyard.dataclasses.replace(budget, id="five", scope="model", value="gpt-4o-mini")]
+        )
+        proxy.gateway.ledger.drop_budget("global:day")
+        proxy.gateway.ledger.drop_budget(proxy.gateway.ledger.snapshot(0)[0]["id"]) if len(
+            proxy.gateway.ledger.snapshot(0)
+        ) > 1 else None
+        proxy.upstream.answers = [
+            Answer(
+                200,
+                {"content-type": "application/json"},
+                [json.dumps(_completion()).encode()],
+                chunked=False,
+                hang_s=0.3,
+            )
+        ]
+        statuses = [status for status, _, _ in await asyncio.gather(*(proxy.post(CHAT_PATH, body) for _ in range(60)))]
+        [account] = [row for row in proxy.gateway.ledger.snapshot(0) if row["id"] == "five"]
+    assert statuses.count(200) == 5
+    assert statuses.count(429) == 55
+    assert account["held_nanousd"] == 0
+    assert account["settled_nanousd"] == 5 * 4200
+
+
+async def test_a_missing_cap_is_injected_under_a_hard_budget(start: Start) -> None:
+    async with start(budget="20/day") as proxy:
+        await proxy.post(CHAT_PATH, CHAT)
+        await proxy.post(
+            "/v1/messages", {"model": "gpt-4o-mini", "max_tokens": 7, "messages": [{"role": "user", "content": "Hi"}]}
+        )
+        unpriced, _, told = await proxy.post(CHAT_PATH, {**CHAT, "model": "openai/unheard-of"})
+    caps = [seen.json.get("max_completion_tokens") for seen in proxy.upstream.seen]
+    assert caps == [4096, 7]
+    assert (unpriced, told["error"]["code"]) == (429, "insufficient_quota")
+
+
+async def test_virtual_keys_are_required_once_one_exists_and_limit_what_they_say(start: Start) -> None:
+    async with start() as proxy:
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 200
+        key, secret = proxy.gateway.create_key(
+            {"name": "team", "models": ["gpt-4o*"], "rate_limit": {"rpm": 2}, "tags": {"team": "a"}}
+        )
+        bearer = {"authorization": f"Bearer {secret}"}
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 401
+        assert (await proxy.post(CHAT_PATH, CHAT, authorization="Bearer sy-wrong"))[0] == 401
+        status, headers, _ = await proxy.post(CHAT_PATH, CHAT, **bearer, **{"x-stockyard-tags": "team=b,x=1"})
+        assert (status, headers["x-ratelimit-remaining-requests"]) == (200, "1")
+        assert (await proxy.post("/v1/messages", {**CHAT, "max_tokens": 5}, **{"x-api-key": secret}))[0] == 200
+        limited, headers, told = await proxy.post(CHAT_PATH, CHAT, **bearer)
+        assert (limited, told["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert 1 <= int(headers["retry-after"]) <= 61
+        rows = await proxy.rows()
+        proxy.gateway.keep_key(stockyard.patch_key(key, {"models": ["o3"], "rate_limit": None}))
+        assert (await proxy.post(CHAT_PATH, CHAT, **bearer))[0] == 403
+    assert [row["tags"] for row in rows if row["status"] == 200] == ["", "team=a,x=1", "team=a"]
+    assert rows[-1]["key_id"] == key.id
+
+
+async def test_every_route_that_spends_is_admitted(start: Start) -> None:
+    """Walk the router: under a hard budget no path reaches a provider with a cost that nothing bounds."""
+    async with start(budget="0.000000001/day") as proxy:
+        for row in stockyard.ROUTES:
+            if not row.spends:
+                continue
+            path = (
+                row.path.replace("{rest:(/.*)?}", "")
+                .replace("{provider}", "openai")
+                .replace("{path:.*}", "chat/completions")
+            )
+            path = path.replace("{target:.+}", "gpt-4o-mini:generateContent").replace("{id}", "resp_x")
+            for method in row.methods.split():
+                body: Any = {
+                    **CHAT,
+                    "input": "x",
+                    "prompt": "x",
+                    "max_tokens": 5,
+                    "contents": [{"parts": [{"text": "Hi"}]}],
+                }
+                async with proxy.session.request(
+                    method, proxy.url + path, json=body if method != "GET" else None
+                ) as answer:
+                    assert answer.status >= 400 or "count_tokens" in path, (method, path)
+    assert [seen.path for seen in proxy.upstream.seen if not seen.path.endswith("/models")] == []
