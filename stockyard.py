@@ -11648,6 +11648,7 @@ class Flow:
         self.usage: Usage | None = None
         self.finish_reason = ""
         self.answer_id = ""
+        self.signatures: dict[str, str] = {}
         self._cost_of = cost_of
 
     @property
@@ -11668,6 +11669,9 @@ class Flow:
                 self.finish_reason = reason
             if not self.content_seen and (reason or has_content(choice)):
                 self.content_seen = True
+            delta = choice.get("delta")
+            if isinstance(delta, dict) and delta.get("tool_calls"):
+                self.signatures |= signatures_of(delta)
 
     def note_usage(self, chunk: Json, usage: Usage) -> None:
         """Keep the usage and add the cost to the event that carries it."""
@@ -11675,6 +11679,16 @@ class Flow:
         cost = self._cost_of(usage)
         if cost is not None and isinstance(chunk.get("usage"), dict):
             chunk["usage"]["cost"] = cost / NANOUSD_PER_USD
+
+
+def signatures_of(message: Json) -> dict[str, str]:
+    """Thought signatures of a message's tool calls, by call id: many clients drop the field that carries them."""
+    found = {}
+    for call in message.get("tool_calls") or ():
+        signature = ((call.get("extra_content") or {}).get("google") or {}).get("thought_signature")
+        if signature and call.get("id"):
+            found[call["id"]] = signature
+    return found
 
 
 def has_content(choice: Json) -> bool:
@@ -13197,6 +13211,7 @@ class Gateway:
         self.journal: Journal | None = None
         self.stored_settled: Mapping[tuple[str, str], int] = {}
         self.set_budget_ids: list[str] = []
+        self.signatures: dict[str, str] = {}
         self.google_tokens = GoogleTokens(upstream, clock)
         self._without_doors: set[str] = set()
         self._key_turn: collections.Counter[str] = collections.Counter()
@@ -13637,6 +13652,8 @@ class Gateway:
             return body
         completion = getattr(outgoing.dialect, VERBS_OF_KIND[outgoing.kind][1])(document, outgoing.translation)
         usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
+        for choice in completion.get("choices") or ():
+            self.keep_signatures(signatures_of(choice.get("message") or {}))
         self.learn(call, target, usage, finish_reason_of(completion))
         call.dropped = outgoing.translation.dropped
         if call.endpoint.dialect == "responses":
@@ -13652,6 +13669,12 @@ class Gateway:
         if call.endpoint.kind == "embeddings":
             return client.render_embeddings(completion, call.request, call.path_parameters)
         return client.render(completion, call.request) if call.endpoint.kind == "chat" else completion
+
+    def keep_signatures(self, found: Mapping[str, str]) -> None:
+        """Remember signatures for the next turn of the conversation; the newest ten thousand."""
+        self.signatures |= found
+        while len(self.signatures) > 10_000:
+            del self.signatures[next(iter(self.signatures))]
 
     def learn(self, call: Call, target: Target, usage: Usage | None, finish_reason: str) -> None:
         call.finish_reason = finish_reason
@@ -13756,9 +13779,9 @@ class Gateway:
     def translation(self, call: Call, target: Target) -> Translation:
         strict = call.headers.get("x-stockyard-strict", "").lower() in ("1", "true", "on")
         foreign = call.endpoint.dialect != "openai"
-        return Translation(
-            target.model, target.provider.row, call.stream, int(self.clock()), self.new_id, strict, foreign
-        )
+        names = {"signatures": self.signatures}
+        row, now_s = target.provider.row, int(self.clock())
+        return Translation(target.model, row, call.stream, now_s, self.new_id, strict, foreign, names=names)
 
     def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
         """The client's own bytes, changed only where the provider's row or the model name demands it."""
@@ -14035,6 +14058,7 @@ class StreamedCall:
             usage = Usage(input_tokens=(len(call.body) + 3) // 4, output_tokens=flow.transcript.output_tokens())
             call.usage_estimated = True
         self.native_id = flow.answer_id
+        self._gateway.keep_signatures(flow.signatures)
         self._gateway.learn(call, target, usage, flow.finish_reason)
 
     def _heartbeat(self) -> None:
