@@ -11,6 +11,7 @@ usage() {
 ./build.sh run [ARGS]  build if needed, then run dist/stockyard demo ARGS
 ./build.sh test [ARGS] build if needed, then run all tests (ARGS go to pytest)
 ./build.sh check       ruff, mypy --strict, then the tests
+./build.sh docs        write the conformance table of README anew from the tests
 ./build.sh prices      refresh stockyard_assets/prices.json from the newest genai-prices package
 ./build.sh lock        pin the newest versions that setup.cfg allows, with their hashes
 ./build.sh help        this text
@@ -168,7 +169,7 @@ with_newest() {
 verb=${1:-build}
 [ "$#" -eq 0 ] || shift
 case $verb in
-build | run | test | check | prices | lock) find_python ;;
+build | run | test | check | docs | prices | lock) find_python ;;
 help | -h | --help)
     usage
     exit
@@ -189,6 +190,10 @@ run)
     ;;
 test) run_tests "$@" ;;
 check) check ;;
+docs)
+    ready .venv .build/requirements.txt tests/requirements.txt
+    PYTHONPATH=.:tests .venv/bin/python tests/test_conformance.py
+    ;;
 prices) with_newest genai-prices .build/prices.py --date "$(date -u +%Y-%m-%d)" "$@" ;;
 lock) with_newest uv .build/lock.py ;;
 esac
