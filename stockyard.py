@@ -1118,6 +1118,7 @@ OPENAI_MODELS: Final[Mapping[str, ModelFacts]] = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def openai_model_facts(model: str) -> ModelFacts:
     """The row of `model`; a vendor (`openai/…`) or fine-tune (`ft:…`) mark in front does not matter."""
     name = model.lower().rpartition("/")[2].removeprefix("ft:")
@@ -13208,6 +13209,8 @@ class Gateway:
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
+        self.key_required = True
+        self.decide_keys()
         self.journal: Journal | None = None
         self.stored_settled: Mapping[tuple[str, str], int] = {}
         self.set_budget_ids: list[str] = []
@@ -13286,10 +13289,10 @@ class Gateway:
                 call.tag_map = key.tagged(call.tag_map)
         call.tags = ",".join(f"{name}={value}" for name, value in call.tag_map.items())
 
-    @property
-    def key_required(self) -> bool:
+    def decide_keys(self) -> None:
+        """Whether clients must send a key; decided anew whenever one is made."""
         mode = self.settings.require_key
-        return mode == "always" or (mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback))
+        self.key_required = mode == "always" or (mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback))
 
     def limit(self, call: Call) -> None:
         """Take the call's place in its rate limits; LimitExceeded where there is none."""
@@ -13860,6 +13863,7 @@ class Gateway:
         ):
             self.ledger.drop_budget(before.budget.id)
         self.keys.put(key)
+        self.decide_keys()
         if key.budget is not None:
             self.put_budget(key.budget)
         self.store.put_write("INSERT OR REPLACE INTO keys VALUES (?, ?)", key.id, dump_json(key.as_record()).decode())
@@ -15482,6 +15486,7 @@ def open_ledger(gateway: Gateway) -> None:
     settings, store, path = gateway.settings, gateway.store, gateway.settings.data_path
     keys = [VirtualKey.from_record(record) for record in read_records(store, "keys")]
     gateway.keys = KeyRing(load_pepper(settings), keys)
+    gateway.decide_keys()
     stored = [Budget(**record) for record in read_records(store, "budgets")]
     gateway.set_budget_ids = [budget.id for budget in stored]
     budgets = [*configured_budgets(settings), *stored, *(key.budget for key in keys if key.budget is not None)]
