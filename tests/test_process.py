@@ -322,3 +322,87 @@ def test_streams_end_with_done(client: openai.OpenAI, script: FakeUpstream) -> N
         model="gpt-4o-mini", messages=MESSAGES, stream=True
     ) as told:
         assert told.read().endswith(DONE)
+
+
+def test_a_coding_agents_loop_over_anthropic_messages(process: Process, script: FakeUpstream) -> None:
+    """The shape of Claude Code: cached system blocks, many tools, thinking asked for, streamed turns with results."""
+    tools: Any = [
+        {
+            "name": "Read",
+            "description": "Reads a file",
+            "input_schema": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+        },
+        {
+            "name": "Bash",
+            "description": "Runs",
+            "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}},
+            "cache_control": {"type": "ephemeral"},
+        },
+    ]
+    system: Any = [{"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}}]
+    call = [
+        {"index": 0, "id": "call_9", "type": "function", "function": {"name": "Read", "arguments": '{"path":"a.py"}'}}
+    ]
+    script.answers = [
+        stream(
+            [
+                chunk({"role": "assistant", "content": "", "reasoning_content": "I look."}),
+                chunk({"tool_calls": call}),
+                chunk({}, "tool_calls"),
+                DONE,
+            ]
+        ),
+        stream(STREAM),
+    ]
+    sdk = anthropic.Anthropic(
+        base_url=process.url, api_key="x", max_retries=0, default_headers={"anthropic-beta": "claude-code-20250219"}
+    )
+    messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "Fix a.py"}]}]
+    asked: Any = {
+        "model": "gpt-4o-mini",
+        "max_tokens": 4000,
+        "system": system,
+        "tools": tools,
+        "thinking": {"type": "enabled", "budget_tokens": 2000},
+    }
+    with sdk.messages.stream(messages=messages, **asked) as events:
+        first = events.get_final_message()
+    assert [block.type for block in first.content] == ["thinking", "tool_use"]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "call_9",
+        "content": [{"type": "text", "text": "print(1)"}],
+        "cache_control": {"type": "ephemeral"},
+    }
+    messages += [
+        {"role": "assistant", "content": [block.model_dump() for block in first.content]},
+        {"role": "user", "content": [result, {"type": "text", "text": "Go on"}]},
+    ]
+    with sdk.messages.stream(messages=messages, **asked) as events:
+        assert events.get_final_message().stop_reason == "end_turn"
+    sdk.close()
+    sent = list(script.seen[1].json["messages"])
+    assert [message["role"] for message in sent] == ["system", "user", "assistant", "tool", "user"]
+    assert sent[2]["tool_calls"][0] == {
+        "id": "call_9",
+        "type": "function",
+        "function": {"name": "Read", "arguments": '{"path":"a.py"}'},
+    }
+    assert (sent[3]["tool_call_id"], sent[3]["content"], sent[4]["content"]) == ("call_9", "print(1)", "Go on")
+    assert [tool["function"]["name"] for tool in script.seen[1].json["tools"]] == ["Read", "Bash"]
+
+
+def test_rerank_goes_to_whom_the_model_belongs(process: Process, upstream: FakeUpstream, tmp_path: Path) -> None:
+    answer = {
+        "id": "r",
+        "results": [{"index": 1, "relevance_score": 0.9}],
+        "meta": {"billed_units": {"search_units": 1}},
+    }
+    running = Process(tmp_path, CO_API_KEY="k", COHERE_BASE_URL=upstream.url)
+    upstream.answers = [plain(answer)]
+    body = b'{"model":"rerank-v3.5","query":"q","documents":["a","b"],"return_documents":true}'
+    with urllib.request.urlopen(f"{running.url}/v1/rerank", body, timeout=20) as told:
+        result = stockyard.orjson.loads(told.read())["results"][0]
+    upstream.answers = []
+    assert (result["index"], result["document"], upstream.seen[-1].path) == (1, {"text": "b"}, "/v2/rerank")
+    assert running.stop() == 0
