@@ -14,6 +14,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Prices                   price rows, matching, cost of a usage
     Settings                 rows of name, default, help
     Router                   from a name to targets
+    Cache                    which answers may be given again, under which key, in which form
     Ledger                   virtual keys, budgets with holds and settlement, rate limits, bounds of a call
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
@@ -31,7 +32,8 @@ The life of a call (`Gateway.answer`):
     1  the lane or an aiohttp handler makes a Call of plain values: headers, body bytes
     2  admit      may it go on: draining, log bound, keys, budgets, limits
     3  read       strict JSON, model name, canonical request
-    4  route      ordered targets; a name nobody serves is a 404 that says what to set
+    4  route      ordered targets; a name nobody serves is a 404 that says what to set; a kept answer ends here, an equal
+                  call under way is joined
     5  prepare    the client's bytes where they may pass, else encoded in the provider's dialect
     6  attempt    send, read, retry what may pass; streams are held back until their first content
     7  learn      usage, finish reason, cost by a versioned price
@@ -39,6 +41,7 @@ The life of a call (`Gateway.answer`):
 
 Words: client, call, attempt (one try at one target), target (provider and its model name), provider (whom), dialect
 (how its bytes look), upstream key (theirs) and virtual key (ours), usage, price, cost, flow (a stream's translation),
+entry (a kept answer), hit, miss, coalesced, flight (one upstream call for equal calls), rider (one of those calls),
 passthrough (bytes unchanged), hold and settle (money), verdict (of a guardrail), span.
 """
 
@@ -89,7 +92,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -654,6 +657,9 @@ class Call:
     dropped: Sequence[str] = ()
     #: The request was changed before it was read (a resumed conversation), so its bytes cannot pass.
     must_translate: bool = False
+    #: The client hung up; and the work goes on all the same, for equal calls that wait for its answer.
+    is_gone: bool = False
+    is_carried: bool = False
 
     def __init__(
         self,
@@ -889,6 +895,9 @@ class Dialect:
     events: ClassVar[bool] = True
     #: Whether an answer may only name the address where the real one is got.
     follows: ClassVar[bool] = False
+    #: Whether a request without `store` is kept by the provider; whether a stream tells its usage only when asked.
+    stores_unasked: ClassVar[bool] = False
+    usage_on_request: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
 
     def __init_subclass__(cls) -> None:
@@ -1341,6 +1350,7 @@ def pack_floats(answer: Json) -> Json:
 
 class OpenAiChat(Dialect):
     name = "openai"
+    usage_on_request = True
     forwarded_headers = ("openai-beta", "x-title", "http-referer")
 
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
@@ -2719,6 +2729,7 @@ class OpenAiResponses(Dialect):
     """Both sides of OpenAI's Responses API. A stricter host is a subclass with other class attributes."""
 
     name = "responses"
+    stores_unasked = True
     forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
     #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
     custom_tools: ClassVar[bool] = True
@@ -9984,6 +9995,9 @@ class Settings:
     cache: str = _row(
         "deterministic", "off, deterministic or all: which answers are cached", _one_of("off", "deterministic", "all")
     )
+    cache_scope: str = _row(
+        "key", "key or shared: whether virtual keys see each other's cached answers", _one_of("key", "shared")
+    )
     cache_ttl: float = _row(3600.0, "seconds a cached answer lives", _number(0, 31_536_000))
     cache_mb: float = _row(256.0, "memory and disk bound of the cache in MB", _number(1, 1_000_000))
     budget: str = _row("", "a hard spend limit for everything, such as 20/day (USD; day, week, month or total)")
@@ -10038,8 +10052,7 @@ SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.m
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
 NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "client_keys": frozenset({"off"}), "cache": frozenset({"off", "deterministic"}),
-    "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
+    "client_keys": frozenset({"off"}), "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
     "guard_secrets": frozenset({"off"}), "log_bodies": frozenset({"on", "none"}), "workers": frozenset({"1"}),
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
@@ -10222,6 +10235,296 @@ class Router:
             "Name the provider as `provider/model`, or set its variable (for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GROQ_API_KEY)"
         )
         return UnknownModel(say, param="model")
+
+
+# ===== Cache ==========================================================================================================
+# Which answers may be given again, under which key, and in which form. Pure: the clock comes in as an argument, what is
+# kept on disk and what is shared in flight lies below (Store, Gateway).
+#
+# - The key is a SHA-256 over the tenant's scope (an argument of its own, so that nothing in a body can imitate it), the
+#   place, the targets, the headers that travel, the redaction mode, and the whole body: keys sorted, white space gone.
+#   Only how the answer is delivered is left out, so that plain and streamed calls share what is kept.
+# - Kept are whole answers alone: never errors, truncated or filtered answers, or streams that did not complete.
+# - A streamed answer is kept as its events. Asked for in the other form, an entry is converted through the client's own
+#   dialect where that loses nothing; otherwise the call is a miss.
+# To let more calls in, change `is_cacheable`; to let more of a request decide, change `cache_key` and CACHE_FORMAT.
+
+CACHE_FORMAT: Final = 1
+#: Kinds of calls whose answers may be kept, by policy.
+KINDS_KEPT: Final[Mapping[str, frozenset[str]]] = {
+    "off": frozenset(),
+    "deterministic": frozenset({"chat", "completions", "embeddings"}),
+    "all": frozenset({"chat", "completions", "embeddings", "moderations", "rerank", "images", "speech"}),
+}
+#: Members by which a provider searches, runs code or calls others while it answers.
+SERVER_SIDE_MEMBERS: Final = frozenset(
+    {"web_search_options", "plugins", "search_parameters", "enable_search", "mcp_servers"}
+)
+#: Members that make an answer hang on state that no key can see.
+STATEFUL_MEMBERS: Final = frozenset({"conversation", "background"})
+CLIENT_SIDE_TOOLS: Final = frozenset({"function", "custom"})
+#: Members that say how an answer is delivered, not what it is.
+DELIVERY_MEMBERS: Final = frozenset({"stream", "stream_options"})
+WHOLE_FINISHES: Final = frozenset({"stop", "tool_calls", "function_call"})
+#: What an entry costs beside its bytes: its objects in memory, its row and key on disk.
+ENTRY_OVERHEAD_BYTES: Final = 800
+#: One entry may take this share of the cache, so that one large answer cannot push out all others.
+ENTRY_MAX_SHARE: Final = 16
+
+
+def is_cacheable(policy: str, kind: str, asked: Json, request: Json, stores_unasked: bool = False) -> bool:
+    """Whether the answer to a request may be kept. `asked` is the canonical request, `request` the client's own.
+
+    The usual call (neither temperature 0 nor a seed) is told by two lookups.
+    """
+    is_random = kind != "embeddings" and asked.get("temperature") != 0 and asked.get("seed") is None
+    if is_random and policy != "all":
+        return False
+    if kind not in KINDS_KEPT[policy] or not STATEFUL_MEMBERS.isdisjoint(request):
+        return False
+    return policy == "all" or not has_side_effects(asked, request, stores_unasked)
+
+
+def has_side_effects(asked: Json, request: Json, stores_unasked: bool) -> bool:
+    """Whether a request asks for several answers, is kept by the provider, or makes it do more than answer."""
+    store = request.get("store")
+    if (stores_unasked if store is None else store) or asked.get("n") not in (None, 1):
+        return True
+    if not SERVER_SIDE_MEMBERS.isdisjoint(request) or not SERVER_SIDE_MEMBERS.isdisjoint(asked):
+        return True
+    tools = asked.get("tools") or ()
+    return any(not isinstance(tool, dict) or tool.get("type") not in CLIENT_SIDE_TOOLS for tool in tools)
+
+
+def cache_key(
+    scope: str,
+    place: str,
+    dialect: str,
+    targets: Sequence[Target],
+    request: Json,
+    headers: Sequence[Any],
+    redaction: str,
+) -> bytes:
+    """The key of a request's answer. `scope` is the virtual key's id, empty where there is none or all share.
+
+    `place` tells endpoints apart, `headers` are the (name, value) pairs that change what a provider answers.
+    """
+    told = {name: value for name, value in request.items() if name not in DELIVERY_MEMBERS}
+    where = [(target.provider.id, target.provider.base_url, target.model) for target in targets]
+    parts = [CACHE_FORMAT, scope, place, dialect, where, headers, redaction, told]
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One kept answer in one form: a plain body, or the events of a stream in three parts.
+
+    `usage_event` stands between `body` and `tail` and goes only to clients who asked for usage. `cost_nanousd` is what
+    the answer cost when it was got, so what a hit saves; None where that is unknown.
+    """
+
+    key: bytes
+    scope: str
+    stream: bool
+    expires_ms: int
+    content_type: str
+    body: bytes
+    usage_event: bytes = b""
+    tail: bytes = b""
+    provider: str = ""
+    upstream_model: str = ""
+    usage: Usage | None = None
+    usage_estimated: bool = False
+    cost_nanousd: int | None = None
+    price_id: str = ""
+    finish_reason: str = ""
+    dropped: Sequence[str] = ()
+
+    @property
+    def slot(self) -> bytes:
+        """Where it is kept: a plain answer and a streamed one of the same key stand side by side."""
+        return slot_of(self.key, self.stream)
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.body) + len(self.usage_event) + len(self.tail) + ENTRY_OVERHEAD_BYTES
+
+    def events(self, with_usage: bool) -> bytes:
+        """A kept stream's bytes, for a client who asked for usage or did not."""
+        return b"".join((self.body, self.usage_event if with_usage else b"", self.tail))
+
+    def pack(self) -> tuple[bytes, bytes]:
+        """Head and body as they are kept on disk; the inverse of `unpack_entry`."""
+        head = {name: getattr(self, name) for name in PACKED_MEMBERS}
+        lengths = [len(self.body), len(self.usage_event)]
+        head |= {"usage": self.usage and self.usage._asdict(), "lengths": lengths, "dropped": list(self.dropped)}
+        return dump_json(head), self.events(with_usage=True)
+
+
+PACKED_MEMBERS: Final = (
+    "stream", "content_type", "provider", "upstream_model", "usage_estimated", "cost_nanousd", "price_id", "finish_reason",
+)  # fmt: skip
+
+
+def slot_of(key: bytes, stream: bool) -> bytes:
+    return key + (b"s" if stream else b"p")
+
+
+def unpack_entry(slot: bytes, scope: str, expires_ms: int, head: bytes, body: bytes) -> Entry:
+    """An entry as it was kept on disk."""
+    members = orjson.loads(head)
+    middle, length = members.pop("lengths")
+    usage = members.pop("usage")
+    parts = body[:middle], body[middle : middle + length], body[middle + length :]
+    return Entry(
+        slot[:-1], scope, members.pop("stream"), expires_ms, members.pop("content_type"), *parts,
+        usage=Usage(**usage) if usage else None, **members,
+    )  # fmt: skip
+
+
+class CacheMemory:
+    """Entries by slot, bounded by bytes: the least recently used go first, expired ones when they are met."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size_bytes = 0
+        #: Entries that were pushed out may live until then elsewhere.
+        self.pushed_out_until_ms = 0
+        self._entries: collections.OrderedDict[bytes, Entry] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, slot: bytes, now_ms: int) -> Entry | None:
+        entry = self._entries.get(slot)
+        if entry is None:
+            return None
+        if entry.expires_ms <= now_ms:
+            self._drop(slot)
+            return None
+        self._entries.move_to_end(slot)
+        return entry
+
+    def put(self, entry: Entry) -> None:
+        self._drop(entry.slot)
+        self._entries[entry.slot] = entry
+        self.size_bytes += entry.size_bytes
+        while self.size_bytes > self.max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.size_bytes -= oldest.size_bytes
+            self.pushed_out_until_ms = max(self.pushed_out_until_ms, oldest.expires_ms)
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.size_bytes = self.pushed_out_until_ms = 0
+
+    def _drop(self, slot: bytes) -> None:
+        entry = self._entries.pop(slot, None)
+        if entry is not None:
+            self.size_bytes -= entry.size_bytes
+
+
+class Tape:
+    """What a stream said, piece by piece, up to a bound; past it nothing is kept and `whole` is false."""
+
+    __slots__ = ("_max_bytes", "pieces", "size_bytes", "usage_at", "whole")
+
+    def __init__(self, max_bytes: int) -> None:
+        self.pieces: list[bytes] = []
+        self.size_bytes = 0
+        self.whole = True
+        #: The index of the event that only tells usage; -1 where there is none.
+        self.usage_at = -1
+        self._max_bytes = max_bytes
+
+    def add(self, piece: bytes) -> None:
+        self.size_bytes += len(piece)
+        if self.size_bytes > self._max_bytes:
+            self.whole = False
+            self.pieces.clear()
+        elif piece:
+            self.pieces.append(piece)
+
+    def add_usage(self, event: bytes) -> None:
+        self.usage_at = len(self.pieces)
+        self.add(event)
+
+    def parts(self) -> tuple[bytes, bytes, bytes]:
+        """The bytes before the usage event, that event, and the bytes after it."""
+        at = self.usage_at if 0 <= self.usage_at < len(self.pieces) else len(self.pieces)
+        return b"".join(self.pieces[:at]), b"".join(self.pieces[at : at + 1]), b"".join(self.pieces[at + 1 :])
+
+
+def free_of_charge(chunk: Json) -> Json:
+    """A chunk whose usage says that it cost nothing, as it does when it is given again."""
+    return {**chunk, "usage": {**chunk["usage"], "cost": 0}} if isinstance(chunk.get("usage"), dict) else chunk
+
+
+def finishes_of(completion: Json) -> set[str]:
+    """How the answers of a completion ended, in OpenAI's words."""
+    reasons = [str(choice.get("finish_reason") or "") for choice in completion.get("choices") or () if choice]
+    return {FINISH_REASONS.get(reason, reason) for reason in reasons}
+
+
+def completion_of(events: bytes, dialect: Dialect, translation: Translation) -> Json | None:
+    """A kept stream as the canonical completion it stands for; None where joining its chunks would lose something."""
+    decoder = dialect.decoder(translation)
+    chunks = [{**chunk, "choices": chunk.get("choices") or []} for chunk in (*decoder.feed(events), *decoder.close())]
+    if not decoder.complete or not chunks or not all(map(is_joinable, chunks)):
+        return None
+    return join_chunks(chunks)
+
+
+def is_joinable(chunk: Json) -> bool:
+    return all(
+        not choice.get("index")
+        and all(value is None or isinstance(value, str | list) for value in (choice.get("delta") or {}).values())
+        for choice in chunk["choices"]
+    )
+
+
+#: Members of a message that `message_deltas` tells.
+TOLD_MEMBERS: Final = frozenset({
+    "role", "content", "refusal", "annotations", "images", "extra_content", "reasoning_content", "reasoning", "thinking_blocks",
+    "tool_calls",
+})  # fmt: skip
+
+
+def chunks_of(completion: Json) -> list[Json] | None:
+    """A canonical completion as the chunks of a stream; None where a message holds what chunks cannot tell."""
+    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
+    head["object"] = "chat.completion.chunk"
+    chunks: list[Json] = []
+    for choice in completion.get("choices") or ():
+        message, index = choice.get("message") or {}, choice.get("index") or 0
+        if any(message[name] is not None for name in message.keys() - TOLD_MEMBERS):
+            return None
+        deltas = [{"role": "assistant", "content": ""}]
+        deltas += [{name: value for name, value in delta.items() if value} for delta in message_deltas(message)]
+        for delta in filter(None, deltas):
+            logprobs = choice.get("logprobs") if delta.get("content") else None
+            told = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            chunks.append({**head, "choices": [told]})
+        end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason")}
+        chunks.append({**head, "choices": [end]})
+    if completion.get("usage"):
+        chunks.append(free_of_charge({**head, "choices": [], "usage": completion["usage"]}))
+    return chunks
+
+
+class KeptTranscript(Transcript):
+    """The transcript of a stream that was given again: its events are read only when the log is written."""
+
+    def __init__(self, events: bytes, dialect: Dialect, translation: Translation) -> None:
+        super().__init__()
+        self._unread, self._decoder = events, dialect.decoder(translation)
+
+    def completion(self) -> Json:
+        events, self._unread = self._unread, b""
+        with contextlib.suppress(GatewayError, LookupError, TypeError, AttributeError):
+            for chunk in self._decoder.feed(events):
+                self.add_chunk(chunk)
+        return super().completion()
 
 
 # ===== Ledger =========================================================================================================
@@ -11643,9 +11946,13 @@ def echo_embeddings(request: Json) -> Json:
 class Flow:
     """What all flows know. `feed` and `close` give the bytes to send on; `close` is called at the provider's end."""
 
+    #: Where the flow notes what it gives, for those who get the same answer later; None where nobody may.
+    tape: Tape | None = None
+
     def __init__(self, transcript: Transcript, cost_of: Callable[[Usage], int | None]) -> None:
         self.transcript = transcript
         self.content_seen = False
+        self.finishes: set[str] = set()
         self.usage: Usage | None = None
         self.finish_reason = ""
         self.answer_id = ""
@@ -11668,11 +11975,18 @@ class Flow:
             reason = choice.get("finish_reason")
             if reason:
                 self.finish_reason = reason
+                self.finishes.add(reason)
             if not self.content_seen and (reason or has_content(choice)):
                 self.content_seen = True
             delta = choice.get("delta")
             if isinstance(delta, dict) and delta.get("tool_calls"):
                 self.signatures |= signatures_of(delta)
+
+    def note(self, out: bytes) -> bytes:
+        """Give bytes of the answer on, noted on the tape."""
+        if self.tape is not None:
+            self.tape.add(out)
+        return out
 
     def note_usage(self, chunk: Json, usage: Usage) -> None:
         """Keep the usage and add the cost to the event that carries it."""
@@ -11774,12 +12088,14 @@ class OpenAiFlow(Flow):
             and run.count(b'"usage"') == run.count(b'"usage":null')
         ):
             self.transcript.add_block(run)
+            if self.tape is not None:
+                self.tape.add(run)
             return run
         return self._read(run)
 
     def close(self) -> bytes:
         last = self._read(self._events.close())
-        return last if self._done or not self.finish_reason else last + b"data: [DONE]\n\n"
+        return last if self._done or not self.finish_reason else last + self.note(b"data: [DONE]\n\n")
 
     def _read(self, run: bytes) -> bytes:
         return b"".join([self._event(block) for block in run.split(b"\n\n") if block])
@@ -11790,19 +12106,21 @@ class OpenAiFlow(Flow):
             return block + b"\n\n"
         if event[1].strip() == b"[DONE]":
             self._done = True
-            return block + b"\n\n"
+            return self.note(block + b"\n\n")
         chunk = read_event_json(event[1])
         refuse_error_event(chunk, self._dialect)
         self.transcript.add_chunk(chunk)
         changed = self._rename_finish(chunk)
         self.observe(chunk)
         usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
-        if usage:
-            self.note_usage(chunk, self._dialect.usage_of(usage, self._provider))
-            if not chunk.get("choices") and not self._include_usage:
-                return b""
-            return sse_event(chunk) if self._include_usage or changed else block + b"\n\n"
-        return sse_event(chunk) if changed else block + b"\n\n"
+        if not usage:
+            return self.note(sse_event(chunk) if changed else block + b"\n\n")
+        self.note_usage(chunk, self._dialect.usage_of(usage, self._provider))
+        if self.tape is not None:
+            (self.tape.add if chunk.get("choices") else self.tape.add_usage)(sse_event(free_of_charge(chunk)))
+        if not chunk.get("choices") and not self._include_usage:
+            return b""
+        return sse_event(chunk) if self._include_usage or changed else block + b"\n\n"
 
     def _rename_finish(self, chunk: Json) -> bool:
         changed = False
@@ -11841,7 +12159,7 @@ class NativeFlow(Flow):
         if run:
             for chunk in self._decoder.feed(run):
                 self._learn(chunk)
-        return run
+        return self.note(run)
 
     def _learn(self, chunk: Json) -> None:
         self.answer_id = self.answer_id or str(chunk.get("id") or "")
@@ -11882,6 +12200,7 @@ class TranslatingFlow(Flow):
     ) -> None:
         super().__init__(transcript, cost_of)
         self._decoder, self._renderer = decoder, renderer
+        self._paid = b""
 
     @property
     def complete(self) -> bool:
@@ -11893,7 +12212,9 @@ class TranslatingFlow(Flow):
     def close(self) -> bytes:
         last = [self._render(chunk) for chunk in self._decoder.close()]
         if self._decoder.complete:
-            last.append(self._renderer.close())
+            end = self._renderer.close()
+            last.append(end)
+            self.note(end.replace(self._paid, b'"cost":0') if self._paid else end)
         return b"".join(last)
 
     def _render(self, chunk: Json) -> bytes:
@@ -11901,7 +12222,26 @@ class TranslatingFlow(Flow):
         self.observe(chunk)
         if chunk.get("usage"):
             self.note_usage(chunk, read_openai_usage(chunk["usage"]))
-        return self._renderer.feed(chunk)
+        return self._rendered(chunk) if self.tape is not None else self._renderer.feed(chunk)
+
+    def _rendered(self, chunk: Json) -> bytes:
+        """A chunk rendered, and noted as it will be given again: free of charge, its usage for those who ask."""
+        assert self.tape is not None
+        if isinstance(self._renderer, OpenAiRenderer):
+            usage = free_of_charge({**chunk, "choices": []}) if chunk.get("usage") else None
+            out = self._renderer.feed(chunk)
+            if chunk.get("choices"):
+                chunk.pop("usage", None)
+                self.tape.add(sse_event(chunk) if usage else out)
+            if usage:
+                self.tape.add_usage(sse_event(usage))
+            return out
+        cost = (chunk.get("usage") or {}).get("cost")
+        if cost is not None:
+            self._paid = b'"cost":' + orjson.dumps(cost)
+        out = self._renderer.feed(chunk)
+        self.tape.add(out.replace(self._paid, b'"cost":0') if self._paid else out)
+        return out
 
 
 # ===== Store ==========================================================================================================
@@ -11937,6 +12277,13 @@ MIGRATIONS: Final = (
     CREATE TABLE responses (
         id TEXT PRIMARY KEY, ts_ms INTEGER NOT NULL, key_id TEXT NOT NULL, provider TEXT NOT NULL, response BLOB, items BLOB
     );
+    """,
+    """
+    CREATE TABLE cache (
+        slot BLOB PRIMARY KEY, scope TEXT NOT NULL, expires_ms INTEGER NOT NULL, size_bytes INTEGER NOT NULL,
+        head BLOB NOT NULL, body BLOB NOT NULL
+    );
+    CREATE INDEX cache_by_expiry ON cache (expires_ms);
     """,
 )
 
@@ -12373,6 +12720,52 @@ def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
          by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
         for row in rows
     ]  # fmt: skip
+
+
+class CacheShelf:
+    """The cache's entries on disk, so that hits survive a restart: newest kept, bounded by bytes.
+
+    Everything is written by the store's one writer; reading goes through its read-only connection, in threads.
+    """
+
+    def __init__(self, store: LogStore, max_bytes: int, now_ms: int) -> None:
+        self._store, self._max_bytes, self._unpruned_bytes = store, max_bytes, 0
+        self.prune(now_ms)
+        #: Entries that only the disk holds live at most until then.
+        self.holds_until_ms: int = store.read("SELECT MAX(expires_ms) AS last FROM cache")[0]["last"] or 0
+
+    def put(self, entry: Entry, now_ms: int) -> None:
+        head, body = entry.pack()
+        row = (entry.slot, entry.scope, entry.expires_ms, entry.size_bytes, head, body)
+        self._store.put_write("INSERT OR REPLACE INTO cache VALUES (?, ?, ?, ?, ?, ?)", *row)
+        self._unpruned_bytes += entry.size_bytes
+        if self._unpruned_bytes * ENTRY_MAX_SHARE > self._max_bytes:
+            self.prune(now_ms)
+
+    def prune(self, now_ms: int) -> None:
+        """Drop what has expired, then the oldest until what is put before the next pruning has room."""
+        self._unpruned_bytes = 0
+        self._store.put_write("DELETE FROM cache WHERE expires_ms <= ?", now_ms)
+        self._store.put_write(
+            "DELETE FROM cache WHERE rowid IN (SELECT place FROM (SELECT rowid AS place, "
+            "SUM(size_bytes) OVER (ORDER BY rowid DESC) AS newer FROM cache) WHERE newer > ?)",
+            self._max_bytes - 2 * self._max_bytes // ENTRY_MAX_SHARE,
+        )
+
+    def find(self, slot: bytes, other: bytes, now_ms: int) -> list[Entry]:
+        """Entries that live, of one slot or the other; the first is the better one."""
+        sql = "SELECT * FROM cache WHERE slot IN (?, ?) AND expires_ms > ?"
+        rows = sorted(self._store.read(sql, (slot, other, now_ms)), key=lambda row: row["slot"] != slot)
+        return [unpack_entry(row["slot"], row["scope"], row["expires_ms"], row["head"], row["body"]) for row in rows]
+
+    def clear(self) -> None:
+        self._store.put_write("DELETE FROM cache")
+
+    def size(self, now_ms: int) -> tuple[int, int]:
+        """How many entries live, and their bytes."""
+        sql = "SELECT COUNT(*) AS entries, COALESCE(SUM(size_bytes), 0) AS bytes FROM cache WHERE expires_ms > ?"
+        [row] = self._store.read(sql, (now_ms,))
+        return row["entries"], row["bytes"]
 
 
 class Journal:
@@ -13187,6 +13580,242 @@ VERBS_OF_KIND: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
+class Cache:
+    """The answers kept, in memory and on disk, the calls that equal ones wait for, and what all that saved.
+
+    Bodies that may not lie on disk (`log_bodies` other than on, or redaction, whose originals come back in answers) are
+    kept in memory alone.
+    """
+
+    def __init__(self, settings: Settings, store: LogStore, now_ms: Callable[[], int]) -> None:
+        self.policy, self.ttl_ms = settings.cache, settings.cache_ttl * 1000
+        self.is_shared = settings.cache_scope == "shared"
+        self.memory = CacheMemory(int(settings.cache_mb * 1024 * 1024))
+        self.entry_max_bytes = self.memory.max_bytes // ENTRY_MAX_SHARE
+        on_disk = self.policy != "off" and settings.log_bodies == "on" and settings.redact == "off"
+        self.shelf = CacheShelf(store, self.memory.max_bytes, now_ms()) if on_disk else None
+        self.flights: dict[tuple[bytes, bytes], Flight] = {}
+        self.generation = 0
+        self.hits = self.misses = self.coalesced = self.saved_nanousd = 0
+        self._store, self._now_ms = store, now_ms
+
+    def covers(self, call: Call) -> bool:
+        """Whether the call's answer may be kept; asked for every call, so it looks at no header and no key."""
+        kind, dialect = call.endpoint.kind, DIALECTS[call.endpoint.dialect]
+        return is_cacheable(self.policy, kind, call.canonical or call.request, call.request, dialect.stores_unasked)
+
+    def recall(self, key: bytes, stream: bool) -> Entry | None:
+        """An entry that memory holds, better in the form that is asked for."""
+        now_ms = self._now_ms()
+        return self.memory.get(slot_of(key, stream), now_ms) or self.memory.get(slot_of(key, not stream), now_ms)
+
+    async def fetch(self, key: bytes, stream: bool) -> Entry | None:
+        """An entry that only the disk holds; it goes back to memory."""
+        now_ms, generation = self._now_ms(), self.generation
+        if self.shelf is None or now_ms >= max(self.shelf.holds_until_ms, self.memory.pushed_out_until_ms):
+            return None
+        find = functools.partial(self.shelf.find, slot_of(key, stream), slot_of(key, not stream), now_ms)
+        try:
+            found = await asyncio.to_thread(find)
+        except (sqlite3.Error, ValueError, TypeError, LookupError):  # what cannot be read is not there
+            return None
+        if not found or generation != self.generation:
+            return None
+        self.memory.put(found[0])
+        return found[0]
+
+    def put(self, entry: Entry, generation: int) -> None:
+        """Keep an entry, unless it is too large or the cache was emptied since its call began."""
+        if generation == self.generation and entry.size_bytes <= self.entry_max_bytes:
+            self.memory.put(entry)
+            if self.shelf is not None:
+                self.shelf.put(entry, self._now_ms())
+
+    async def clear(self) -> None:
+        """Empty it. Answers on their way to it, from providers or from disk, are not kept either."""
+        self.generation += 1
+        self.memory.clear()
+        if self.shelf is not None:
+            self.shelf.clear()
+            await self._store.flush()
+            self.shelf.holds_until_ms = 0
+            self.generation += 1
+            self.memory.clear()
+
+    async def view(self) -> Json:
+        """For the operator: sizes now, counts since this process began."""
+        entries, size = len(self.memory), self.memory.size_bytes
+        if self.shelf is not None:
+            await self._store.flush()
+            entries, size = await asyncio.to_thread(self.shelf.size, self._now_ms())
+        asked = self.hits + self.coalesced + self.misses
+        scope = "shared" if self.is_shared else "key"
+        return {
+            "policy": self.policy, "scope": scope, "ttl_s": self.ttl_ms / 1000, "on_disk": self.shelf is not None,
+            "max_bytes": self.memory.max_bytes, "entries": entries, "bytes": size,
+            "memory_entries": len(self.memory), "memory_bytes": self.memory.size_bytes, "in_flight": len(self.flights),
+            "hits": self.hits, "misses": self.misses, "coalesced": self.coalesced,
+            "hit_ratio": (self.hits + self.coalesced) / asked if asked else None,
+            "saved_usd": self.saved_nanousd / NANOUSD_PER_USD,
+        }  # fmt: skip
+
+
+class Rider:
+    """One of the calls that a flight answers. While its client reads too slowly, what it has not got yet waits here."""
+
+    def __init__(self, call: Call, client: Client | None) -> None:
+        self.call, self.client = call, client
+        self.got_content = self.is_paused = False
+        self.renderer: Renderer | None = None
+        self.waiting: collections.deque[bytes] = collections.deque()
+        self.waiting_bytes = 0
+
+    def give(self, data: bytes) -> None:
+        if self.is_paused or self.waiting:
+            self.waiting.append(data)
+            self.waiting_bytes += len(data)
+        elif self.client is not None:
+            self.client.send(data)
+
+    def catch_up(self, whole: bool = False) -> None:
+        """Give what waits until the client is full again, or all of it."""
+        while self.waiting and self.client is not None and (whole or not self.is_paused):
+            piece = self.waiting.popleft()
+            self.waiting_bytes -= len(piece)
+            self.client.send(piece)
+
+
+class Flight:
+    """One call to a provider for equal calls of clients: it is a `Client` to the stream, and gives to all riders.
+
+    The work is done on the leader's Call, in a task of its own, so that no client's hang-up ends it for the others; the
+    last one to leave ends it. Those who come late get a stream from its start. The provider is made to wait while no
+    rider keeps up, or one is too far behind.
+    """
+
+    BEHIND_MAX_BYTES: ClassVar[int] = 1024 * 1024
+
+    def __init__(self, gateway: Gateway, leader: Call, place: tuple[bytes, bytes]) -> None:
+        self.leader = leader
+        self.generation = gateway.cache.generation
+        self.throttle: Callable[[bool], None] | None = None
+        self.streamed: StreamedCall | None = None
+        self.reply: Reply | None = None
+        self.entry: Entry | None = None
+        self._gateway, self._place = gateway, place
+        self._riders: list[Rider] = []
+        self._tape = Tape(gateway.cache.entry_max_bytes)
+        self._holding = self._is_slow = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._gateway.cache.flights.setdefault(self._place, self)
+        self._task = self._gateway.loop.create_task(work)
+        self._task.add_done_callback(self._landed)
+
+    @property
+    def takes_riders(self) -> bool:
+        """Whether one who comes now still gets all of it."""
+        return self._tape.whole
+
+    async def ride(self, rider: Rider) -> None:
+        """Return when the flight has landed and the rider has got everything; raise what the flight ended with."""
+        assert self._task is not None
+        self._riders.append(rider)
+        if rider.client is not None:
+            rider.client.throttle = functools.partial(self._throttle, rider)
+            self._board(rider)
+        try:
+            await asyncio.wait([self._task])
+        finally:
+            rider.renderer = self.streamed.renderer if self.streamed is not None else None
+            self._leave(rider)
+        rider.catch_up(whole=True)
+        self._task.result()
+
+    def _board(self, rider: Rider) -> None:
+        """Give a late rider what was said so far."""
+        if self._tape.pieces:
+            self._begin(rider)
+            self._mark(rider)
+            for piece in self._tape.pieces:
+                rider.give(piece)
+
+    def _leave(self, rider: Rider) -> None:
+        assert self._task is not None
+        self._riders.remove(rider)
+        if rider.client is not None:
+            rider.client.throttle = None
+        if self._task.done():
+            return
+        if rider.call is self.leader:
+            rider.call.is_carried = True
+        if self._riders:
+            self._balance()
+        else:
+            self._unlist()
+            self._task.cancel()
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._unlist()
+        if not task.cancelled():
+            task.exception()  # the riders raise it; where the last has left, nobody needs to
+        if self.leader.is_carried:
+            self._gateway.finish(self.leader)
+
+    def _unlist(self) -> None:
+        if self._gateway.cache.flights.get(self._place) is self:
+            del self._gateway.cache.flights[self._place]
+
+    # -- Client: the stream's end of it
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None:
+        for rider in self._riders:
+            if rider.call is self.leader and rider.client is not None:
+                rider.client.begin_stream(headers)
+            else:
+                self._begin(rider)
+
+    def send(self, data: bytes) -> None:
+        self._tape.add(data)
+        for rider in self._riders:
+            if not rider.got_content:
+                self._begin(rider)
+                self._mark(rider)
+            rider.give(data)
+        if self._is_slow:
+            self._balance()
+
+    def end_stream(self, broken: bool) -> None:
+        """Each rider ends its own."""
+
+    def _begin(self, rider: Rider) -> None:
+        if rider.call.status == 0 and rider.client is not None:
+            rider.call.provider, rider.call.upstream_model = self.leader.provider, self.leader.upstream_model
+            rider.call.dropped = self.leader.dropped
+            self._gateway.commit(rider.call, rider.client)
+
+    def _mark(self, rider: Rider) -> None:
+        """Note a rider's first content; heartbeats before it do not count."""
+        if not rider.got_content and self.streamed is not None and self.streamed.sent_content:
+            rider.got_content = True
+            rider.call.first_token_s = rider.call.first_token_s or self._gateway.tick()
+
+    def _throttle(self, rider: Rider, paused: bool) -> None:
+        rider.is_paused = paused
+        if not paused:
+            rider.catch_up()
+        self._balance()
+
+    def _balance(self) -> None:
+        self._is_slow = any(rider.is_paused for rider in self._riders)
+        behind = any(rider.waiting_bytes > self.BEHIND_MAX_BYTES for rider in self._riders)
+        holding = behind or (bool(self._riders) and all(rider.is_paused for rider in self._riders))
+        if holding is not self._holding and self.throttle is not None:
+            self._holding = holding
+            self.throttle(holding)
+
+
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
@@ -13202,6 +13831,7 @@ class Gateway:
         self.tick = time.monotonic  # uvloop's own clock moves in whole milliseconds
         self.new_id = IdSource(lambda: int(clock() * 1000), self.random.getrandbits)
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        self.cache = Cache(settings, store, lambda: int(clock() * 1000))
         self.draining = False
         self.in_flight = 0
         self.internal_errors = 0
@@ -13249,20 +13879,25 @@ class Gateway:
             self.interpret(call)
             self.limit(call)
             if call.stream:
-                return await self.stream(call, client)
+                await self.stream(call, client)
+                return None
             if call.endpoint.kind == "count_tokens":
                 return await self.count(call)
             return await self.complete(call)
         except GatewayError as error:
             return self.refuse(call, error)
         except asyncio.CancelledError:
-            call.status, call.error = ClientGone.status, ClientGone.code
+            call.is_gone = True
             raise
         except Exception as error:
             return self.refuse(call, self.internal_error(error))
         finally:
-            self.in_flight -= 1
-            self.settle(call)
+            if not call.is_carried:
+                self.finish(call)
+
+    def finish(self, call: Call) -> None:
+        self.in_flight -= 1
+        self.settle(call)
 
     def admit(self, call: Call) -> None:
         """Keys and limits; raises a GatewayError for a call that may not go on."""
@@ -13358,8 +13993,19 @@ class Gateway:
             keep_response(self.store, call, response_id, *kept)
 
     async def complete(self, call: Call) -> Reply:
-        """A plain call: the first attempt that succeeds."""
-        return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+        """A plain call: kept, or shared with an equal one under way, or the first attempt that succeeds."""
+        key = await self.cache_key(call) if self.cache.covers(call) else None
+        if key is None:
+            return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+        if (entry := await self.kept(call, key)) is not None:
+            self.credit(call, entry, "hit")
+            return self.replay(call, entry)
+        flight = await self.share(call, Rider(call, None), key)
+        if flight.leader is call and flight.reply is not None:
+            return flight.reply
+        assert flight.entry is not None
+        self.credit(call, flight.entry, "coalesced")
+        return self.replay(call, flight.entry)
 
     async def count(self, call: Call) -> Reply:
         """Count input tokens: the provider's own count where it speaks the client's dialect, else an estimate."""
@@ -13372,24 +14018,208 @@ class Gateway:
         call.answer = dump_json(client.count_tokens(call.canonical or {}, call.request))
         return Reply(200, [("content-type", "application/json"), *self.answer_headers(call)], call.answer)
 
-    async def stream(self, call: Call, client: Client) -> Reply | None:
-        """A streamed call: the first attempt that reaches its first content decides; after that nothing is retried."""
-        streamed = StreamedCall(self, call, client)
+    async def stream(self, call: Call, client: Client) -> None:
+        """A streamed call: kept, or shared with an equal one under way, or asked for."""
+        key = await self.cache_key(call) if self.cache.covers(call) else None
+        if key is None:
+            streamed = StreamedCall(self, call, client)
+            await self.end_stream(call, client, self.run_stream(streamed, call), lambda: streamed.renderer)
+        elif (entry := await self.kept(call, key)) is not None:
+            self.credit(call, entry, "hit")
+            self.replay_stream(call, client, entry)
+        else:
+            rider = Rider(call, client)
+            await self.end_stream(call, client, self.share_stream(call, rider, key), lambda: rider.renderer)
+
+    async def end_stream(
+        self, call: Call, client: Client, work: Awaitable[None], renderer: Callable[[], Renderer | None]
+    ) -> None:
+        """End a client's stream as its work ends: a failure after its headers went out is an event of the stream."""
+        try:
+            await work
+            client.end_stream(broken=False)
+        except GatewayError as error:
+            if call.status == 0:
+                raise
+            call.status, call.error = error.status, error.code
+            client.send((renderer() or self.renderer(call)).fail(error, call.id))
+            client.end_stream(broken=True)
+
+    async def share_stream(self, call: Call, rider: Rider, key: bytes) -> None:
+        flight = await self.share(call, rider, key)
+        if flight.leader is not call:
+            assert flight.entry is not None
+            self.credit(call, flight.entry, "coalesced")
+            call.transcript = flight.leader.transcript
+
+    async def run_stream(self, streamed: StreamedCall, call: Call) -> None:
+        """The first attempt that reaches its first content decides; after that nothing is retried."""
         try:
             await self.first_success(call, streamed.attempt, may_retry=lambda: not streamed.sent_content)
             call.status = call.status or 200
             if streamed.response is not None:
                 self.remember(call, streamed.response, native=streamed.is_native)
-            client.end_stream(broken=False)
-        except GatewayError as error:
-            if not streamed.started:
-                raise
-            call.status, call.error = error.status, error.code
-            client.send(streamed.renderer.fail(error, call.id))
-            client.end_stream(broken=True)
         finally:
             streamed.close()
+
+    def renderer(self, call: Call) -> Renderer:
+        return DIALECTS[call.endpoint.dialect].renderer(call.request, self.new_id, int(self.clock()))
+
+    # -- answers kept and shared
+
+    async def cache_key(self, call: Call) -> bytes | None:
+        """The key of the call's answer; None where the client wants nothing to do with the cache."""
+        control = call.headers.get("x-stockyard-cache", "")
+        if control and control not in ("off", "refresh"):
+            raise InvalidRequest("x-stockyard-cache is `off` or `refresh`", param="x-stockyard-cache")
+        if control == "off":
+            return None
+        targets = await self.route(call)
+        if call.key is not None:  # what was kept may be more than the key may have by now
+            call.key.check(targets[0].provider.id, call.model, targets[0].model)
+        call.cache = "miss"
+        endpoint, dialect = call.endpoint, DIALECTS[call.endpoint.dialect]
+        names = (*dialect.forwarded_headers, "x-stockyard-strict")
+        headers = [(name, clean_header(text)) for name in names if (text := call.headers.get(name))]
+        scope = "" if self.cache.is_shared else call.key_id
+        place = endpoint.kind if endpoint.streams else endpoint.path
+        return cache_key(scope, place, endpoint.dialect, targets, call.request, headers, self.settings.redact)
+
+    async def kept(self, call: Call, key: bytes) -> Entry | None:
+        """The kept answer in the form that the call asks for; None where there is none, or a fresh one is wanted."""
+        if "x-stockyard-cache" not in call.headers:
+            entry = self.cache.recall(key, call.stream) or await self.cache.fetch(key, call.stream)
+            if entry is not None and entry.stream is not call.stream:
+                entry = self.converted(call, entry)
+            if entry is not None and (not call.stream or entry.content_type == self.stream_type(call)):
+                return entry
         return None
+
+    def converted(self, call: Call, entry: Entry) -> Entry | None:
+        """A plain answer as a stream of the same dialect, or the other way round; None where something would be lost."""
+        if call.endpoint.kind != "chat":
+            return None
+        dialect = DIALECTS[call.endpoint.dialect]
+        translation = self.translation(call, self.target_of(entry))
+        try:
+            if call.stream:
+                chunks = chunks_of(dialect.decode(orjson.loads(entry.body), translation))
+                return None if chunks is None else self.rendered_stream(call, entry, chunks)
+            completion = completion_of(entry.events(with_usage=True), dialect, translation)
+            if completion is None:
+                return None
+            body = dump_json(self.rendered(call, completion))
+            return dataclasses.replace(
+                entry, stream=False, content_type="application/json", body=body, usage_event=b"", tail=b""
+            )
+        except (GatewayError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # not a shape that can be told in the other form: the call is a miss
+
+    def rendered_stream(self, call: Call, entry: Entry, chunks: list[Json]) -> Entry:
+        renderer = self.renderer(call)
+        body = b"".join([*map(renderer.feed, chunks), renderer.close()])
+        return dataclasses.replace(entry, stream=True, content_type=self.stream_type(call), body=body)
+
+    def target_of(self, answered: Call | Entry) -> Target:
+        """Who gave an answer. The key of an entry names its targets, so they are configured."""
+        return Target(self.router.providers[answered.provider], answered.upstream_model)
+
+    @staticmethod
+    def stream_type(call: Call) -> str:
+        return DIALECTS[call.endpoint.dialect].stream_type_of(call.request)
+
+    def credit(self, call: Call, entry: Entry, how: str) -> None:
+        """What the log tells of an answer that was not asked for anew: it cost nothing, and saved what it once cost."""
+        call.cache, call.cost_nanousd, call.price_id = how, 0, entry.price_id
+        call.provider, call.upstream_model, call.dropped = entry.provider, entry.upstream_model, entry.dropped
+        call.usage, call.usage_estimated, call.finish_reason = entry.usage, entry.usage_estimated, entry.finish_reason
+        self.cache.saved_nanousd += entry.cost_nanousd or 0
+        if how == "hit":
+            self.cache.hits += 1
+        else:
+            self.cache.coalesced += 1
+
+    def replay(self, call: Call, entry: Entry) -> Reply:
+        call.status, call.answer = 200, entry.body
+        return Reply(200, [("content-type", entry.content_type), *self.answer_headers(call)], entry.body)
+
+    def replay_stream(self, call: Call, client: Client, entry: Entry) -> None:
+        dialect = DIALECTS[call.endpoint.dialect]
+        asked = not dialect.usage_on_request or bool((call.request.get("stream_options") or {}).get("include_usage"))
+        events = entry.events(asked)
+        call.transcript = KeptTranscript(events, dialect, self.translation(call, self.target_of(entry)))
+        self.commit(call, client)
+        call.first_token_s = self.tick()
+        client.send(events)
+        client.end_stream(broken=False)
+
+    async def share(self, call: Call, rider: Rider, key: bytes) -> Flight:
+        """Ride along with an equal call under way, or lead.
+
+        A leader's failure is not believed: whoever waited tries again, the first of them leading the others. A second
+        failure of the provider is; otherwise many calls would wait for each other's time-outs in turn.
+        """
+        place = (key, dump_json(call.request.get("stream_options")) if call.stream else b"")
+        failures = 0
+        while (flight := self.cache.flights.get(place)) is not None and flight.takes_riders:
+            if "x-stockyard-cache" in call.headers:  # `refresh`: what is under way began before it was asked for
+                break
+            call.cache, call.cost_nanousd = "coalesced", 0
+            try:
+                await flight.ride(rider)
+                return flight
+            except GatewayError as error:
+                failures += isinstance(error, UpstreamError)
+                if failures == 2 or rider.got_content:
+                    raise
+        call.cache, call.cost_nanousd = "miss", None
+        self.cache.misses += 1
+        flight = Flight(self, call, place)
+        flight.start(self.fly(flight, key))
+        await flight.ride(rider)
+        return flight
+
+    async def fly(self, flight: Flight, key: bytes) -> None:
+        """The work of a flight: ask the provider on the leader's call, and keep the answer where it may be kept."""
+        call = flight.leader
+        if call.stream:
+            streamed = flight.streamed = StreamedCall(self, call, flight, self.cache.entry_max_bytes)
+            await self.run_stream(streamed, call)
+            body, usage_event, tail = streamed.tape.parts()
+            is_whole = streamed.tape.whole and bool(streamed.finishes) and streamed.finishes <= WHOLE_FINISHES
+            entry = self.entry_of(call, key, self.stream_type(call), body, usage_event, tail)
+        else:
+            reply = flight.reply = await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+            is_whole = reply.status == 200 and self.is_whole(call, reply.body)
+            entry = self.entry_of(call, key, dict(reply.headers)["content-type"], reply.body)
+        flight.entry = entry
+        if is_whole and self.cache.ttl_ms > 0:
+            self.cache.put(entry, flight.generation)
+
+    def is_whole(self, call: Call, body: bytes) -> bool:
+        """Whether a plain answer was neither truncated nor filtered."""
+        if call.endpoint.kind not in ("chat", "completions"):
+            return True
+        try:
+            completion: Json = orjson.loads(body)
+            if call.endpoint.kind == "chat":
+                translation = self.translation(call, self.target_of(call))
+                completion = DIALECTS[call.endpoint.dialect].decode(completion, translation)
+            finishes = finishes_of(completion)
+        except (GatewayError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+        return bool(finishes) and finishes <= WHOLE_FINISHES
+
+    def entry_of(
+        self, call: Call, key: bytes, content_type: str, body: bytes, usage_event: bytes = b"", tail: bytes = b""
+    ) -> Entry:
+        return Entry(
+            key, call.key_id, call.stream, int(self.clock() * 1000 + self.cache.ttl_ms), content_type, body, usage_event, tail,
+            call.provider, call.upstream_model, call.usage, call.usage_estimated, call.cost_nanousd, call.price_id,
+            call.finish_reason, tuple(call.dropped),
+        )  # fmt: skip
+
+    # -- attempts
 
     async def first_success(
         self, call: Call, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool]
@@ -13721,12 +14551,12 @@ class Gateway:
     def settle(self, call: Call) -> None:
         """Close the call: exactly one row, however it ended."""
         call.ended_s = self.tick()
+        if call.is_gone:
+            call.status, call.error = ClientGone.status, ClientGone.code
         call.status = call.status or 500
         if call.rate_hold is not None:
-            used = (
-                call.usage.prompt_tokens + call.usage.completion_tokens if call.usage else None if call.attempts else 0
-            )
-            self.rates.settle(call.rate_hold, used)
+            told = call.usage.prompt_tokens + call.usage.completion_tokens if call.usage else None
+            self.rates.settle(call.rate_hold, told if call.attempts else 0)
         self.store.put(call)
 
     # -- requests out
@@ -13989,13 +14819,15 @@ class Gateway:
 class StreamedCall:
     """The attempts of one streamed call, and what they share: the client, its heartbeat, what was sent."""
 
-    def __init__(self, gateway: Gateway, call: Call, client: Client) -> None:
+    def __init__(self, gateway: Gateway, call: Call, client: Client, tape_bytes: int = 0) -> None:
         self._gateway, self._call, self._client = gateway, call, client
         self._dialect = DIALECTS[call.endpoint.dialect]
+        #: What was said and how it ended, where the answer may be kept.
+        self._tape_bytes, self.tape, self.finishes = tape_bytes, Tape(tape_bytes), cast(set[str], set())
         self._written_s = gateway.tick()
         self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._relay: Relay | None = None
-        self.renderer = self._new_renderer()
+        self.renderer = gateway.renderer(call)
         self.is_native = False
         self.native_id = ""
 
@@ -14014,9 +14846,6 @@ class StreamedCall:
             return {"id": self.native_id} if self.native_id else None
         return getattr(self.renderer, "response", None)
 
-    def _new_renderer(self) -> Renderer:
-        return self._dialect.renderer(self._call.request, self._gateway.new_id, int(self._gateway.clock()))
-
     async def attempt(self, call: Call, target: Target) -> None:
         gateway = self._gateway
         outgoing = gateway.prepare(call, target)
@@ -14024,7 +14853,7 @@ class StreamedCall:
             created = await gateway.fetch(target, outgoing)
             outgoing = gateway.following(target, outgoing, gateway.next_address(outgoing, created) or "")
         call.transcript = Transcript()
-        flow_of = functools.partial(self._flow, call, target, outgoing)
+        flow_of = functools.partial(self._taped_flow, call, target, outgoing)
         relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)
         exchange = await gateway.exchange(target, outgoing, relay)
         self._client.throttle = exchange.hold
@@ -14035,6 +14864,12 @@ class StreamedCall:
             if not relay.done.done() or relay.done.cancelled() or relay.done.exception():
                 exchange.abort()
             self._learn(call, target, relay.flow)
+
+    def _taped_flow(self, call: Call, target: Target, outgoing: Outgoing, spoken: Dialect | None = None) -> Flow:
+        flow = self._flow(call, target, outgoing, spoken)
+        if self._tape_bytes:
+            self.tape, self.finishes = flow.tape, flow.finishes = Tape(self._tape_bytes), set()
+        return flow
 
     def _flow(self, call: Call, target: Target, outgoing: Outgoing, spoken: Dialect | None = None) -> Flow:
         """The flow of an attempt; `spoken` is the dialect the provider turned out to answer in, if another."""
@@ -14047,7 +14882,7 @@ class StreamedCall:
                 outgoing.translation = None
         if outgoing.translation is not None:
             decoder = outgoing.dialect.decoder(outgoing.translation)
-            self.renderer, self.is_native = self._new_renderer(), False
+            self.renderer, self.is_native = self._gateway.renderer(call), False
             return TranslatingFlow(decoder, self.renderer, call.transcript, cost_of)
         if isinstance(outgoing.dialect, OpenAiChat):
             asked = bool((call.request.get("stream_options") or {}).get("include_usage"))
@@ -15177,6 +16012,17 @@ async def put_budgets(request: web.Request) -> web.Response:
     return await get_budgets(request)
 
 
+async def get_cache(request: web.Request) -> web.Response:
+    return json_response(await request.app[GATEWAY_KEY].cache.view())
+
+
+async def delete_cache(request: web.Request) -> web.Response:
+    cache = request.app[GATEWAY_KEY].cache
+    entries = (await cache.view())["entries"]
+    await cache.clear()
+    return json_response({"deleted": entries})
+
+
 async def get_config(request: web.Request) -> web.Response:
     return json_response({"data": config_view(request.app[GATEWAY_KEY].settings)})
 
@@ -15227,6 +16073,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
     RouteRow("GET", "/api/models", get_models, "admin"),
     RouteRow("GET", "/api/route", get_route, "admin"),
+    RouteRow("GET", "/api/cache", get_cache, "admin"),
+    RouteRow("DELETE", "/api/cache", delete_cache, "admin"),
     RouteRow("GET", "/api/config", get_config, "admin"),
     RouteRow("POST", "/api/keys", post_key, "admin"),
     RouteRow("GET", "/api/keys", get_keys, "admin"),
