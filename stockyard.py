@@ -10499,7 +10499,7 @@ def chunks_of(completion: Json) -> list[Json] | None:
         message, index = choice.get("message") or {}, choice.get("index") or 0
         if any(message[name] is not None for name in message.keys() - TOLD_MEMBERS):
             return None
-        deltas = [{"role": "assistant", "content": ""}]
+        deltas: list[Json] = [{"role": "assistant", "content": None if message.get("content") is None else ""}]
         deltas += [{name: value for name, value in delta.items() if value} for delta in message_deltas(message)]
         for delta in filter(None, deltas):
             logprobs = choice.get("logprobs") if delta.get("content") else None

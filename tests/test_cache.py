@@ -1,0 +1,641 @@
+"""What is kept, under which key, in which form; and equal calls under way that share one call to the provider."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from upstreams import COMPLETION, DONE, STREAM, USAGE_EVENT, chunk, plain, stream
+
+import stockyard as s
+
+CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "temperature": 0, "messages": [{"role": "user", "content": "Hello"}]}
+STREAMED = {**CHAT, "stream": True}
+WITH_USAGE = {**STREAMED, "stream_options": {"include_usage": True}}
+PATH = "/v1/chat/completions"
+TARGETS = [s.Target(s.configure_provider(s.PROVIDERS_BY_ID["openai"], {"OPENAI_API_KEY": "k"}), "gpt-4o-mini")]  # type: ignore[arg-type]
+
+
+def key_of(request: dict[str, Any], scope: str = "", **changed: Any) -> bytes:
+    given = {"place": "chat", "dialect": "openai", "targets": TARGETS, "headers": [], "redaction": "off", **changed}
+    return s.cache_key(scope, request=request, **given)
+
+
+# ----- Keys and policy
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"model": "gpt-4o"}, {"temperature": 1}, {"top_p": 0.5}, {"seed": 1}, {"seed": 2}, {"max_tokens": 5}, {"max_completion_tokens": 5},
+    {"stop": ["x"]}, {"presence_penalty": 1}, {"frequency_penalty": 1}, {"logit_bias": {"5": 1}}, {"logprobs": True},
+    {"top_logprobs": 2}, {"user": "u"}, {"n": 2}, {"response_format": {"type": "json_object"}}, {"tool_choice": "none"},
+    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tools": [{"type": "function", "function": {"name": "g"}}]},
+    {"parallel_tool_calls": False}, {"reasoning_effort": "low"}, {"service_tier": "flex"}, {"metadata": {"a": "b"}},
+    {"store": True}, {"an_unknown_member": 1}, {"messages": []},
+    {"messages": [{"role": "user", "content": "Hello "}]}, {"messages": [{"role": "system", "content": "Hello"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]},
+    {"messages": [*CHAT["messages"], {"role": "assistant", "content": "Hi"}]},
+]  # fmt: skip
+
+
+def test_every_changed_parameter_is_another_key() -> None:
+    keys = [key_of(CHAT), *(key_of({**CHAT, **change}) for change in CHANGES)]
+    assert len(set(keys)) == len(CHANGES) + 1
+
+
+def test_place_target_headers_and_redaction_are_in_the_key() -> None:
+    moved = s.configure_provider(s.PROVIDERS_BY_ID["openai"], {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://h/v1"})
+    assert moved is not None
+    keys = [
+        key_of(CHAT), key_of(CHAT, place="completions"), key_of(CHAT, dialect="anthropic"), key_of(CHAT, redaction="mask"),
+        key_of(CHAT, headers=[("openai-beta", "x")]), key_of(CHAT, targets=[s.Target(TARGETS[0].provider, "gpt-4o")]),
+        key_of(CHAT, targets=[s.Target(moved, "gpt-4o-mini")]), key_of(CHAT, targets=TARGETS * 2),
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_scope_is_in_the_key_and_cannot_be_imitated() -> None:
+    assert key_of(CHAT, "key_a") != key_of(CHAT, "key_b") != key_of(CHAT)
+    assert key_of({**CHAT, "scope": "key_a", "key_id": "key_a"}) != key_of(CHAT, "key_a")
+
+
+def test_key_order_and_delivery_are_not_in_the_key() -> None:
+    turned = {name: CHAT[name] for name in reversed(CHAT)}
+    turned["messages"] = [{"content": "Hello", "role": "user"}]
+    assert key_of(turned) == key_of(CHAT) == key_of(WITH_USAGE)
+
+
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "deterministic", "with_all"),
+    [
+        ("chat", {}, True, True),
+        ("chat", {"temperature": 0.0}, True, True),
+        ("chat", {"temperature": 0.1}, False, True),
+        ("chat", {"temperature": None}, False, True),
+        ("chat", {"temperature": 1, "seed": 7}, True, True),
+        ("chat", {"temperature": 1, "seed": 0}, True, True),
+        ("chat", {"store": False}, True, True),
+        ("chat", {"store": True}, False, True),
+        ("chat", {"n": 1}, True, True),
+        ("chat", {"n": 2}, False, True),
+        ("chat", {"tools": [FUNCTION]}, True, True),
+        ("chat", {"tools": [FUNCTION, {"type": "web_search"}]}, False, True),
+        ("chat", {"tools": [{"type": "native", "dialect": "anthropic", "tool": {}}]}, False, True),
+        ("chat", {"web_search_options": {}}, False, True),
+        ("chat", {"conversation": "conv_1"}, False, False),
+        ("chat", {"background": True}, False, False),
+        ("completions", {}, True, True),
+        ("completions", {"temperature": 1}, False, True),
+        ("embeddings", {"temperature": 1}, True, True),
+        ("rerank", {}, False, True),
+        ("count_tokens", {}, False, False),
+    ],
+)
+def test_policy(kind: str, change: dict[str, Any], deterministic: bool, with_all: bool) -> None:
+    request = {**CHAT, **change}
+    assert s.is_cacheable("deterministic", kind, request, request) is deterministic
+    assert s.is_cacheable("all", kind, request, request) is with_all
+    assert s.is_cacheable("off", kind, request, request) is False
+
+
+def test_a_dialect_that_stores_unasked_must_be_told_not_to() -> None:
+    assert not s.is_cacheable("deterministic", "chat", CHAT, CHAT, stores_unasked=True)
+    assert s.is_cacheable("deterministic", "chat", CHAT, {**CHAT, "store": False}, stores_unasked=True)
+
+
+# ----- Memory and disk
+
+
+def entry(name: str, size: int = 100, expires_ms: int = 10_000, streamed: bool = False) -> s.Entry:
+    return s.Entry(name.encode(), "key_a", streamed, expires_ms, "application/json", b"x" * size)
+
+
+def test_memory_is_bounded_by_bytes_and_the_least_used_go_first() -> None:
+    one = entry("0").size_bytes
+    memory = s.CacheMemory(3 * one)
+    for name in "abc":
+        memory.put(entry(name))
+    assert memory.get(s.slot_of(b"a", False), 0) is not None
+    memory.put(entry("d", expires_ms=20_000))
+    held = [name for name in "abcd" if memory.get(s.slot_of(name.encode(), False), 0)]
+    assert (held, memory.size_bytes, memory.pushed_out_until_ms) == (["a", "c", "d"], 3 * one, 10_000)
+    memory.put(entry("d", size=200))
+    assert len(memory) == 2
+    assert memory.size_bytes <= memory.max_bytes
+    memory.clear()
+    assert (len(memory), memory.size_bytes) == (0, 0)
+
+
+def test_memory_forgets_what_has_expired() -> None:
+    memory = s.CacheMemory(10_000)
+    memory.put(entry("a"))
+    assert memory.get(s.slot_of(b"a", False), 9_999) is not None
+    assert memory.get(s.slot_of(b"a", False), 10_000) is None
+    assert memory.size_bytes == 0
+
+
+def test_an_entry_comes_back_from_disk_as_it_was() -> None:
+    usage = s.Usage(input_tokens=5, output_tokens=3, reasoning_tokens=1)
+    kept = s.Entry(
+        b"k", "key_a", True, 5_000, "text/event-stream", b"before", b"usage", b"after", "openai", "m", usage, True, 77, "p1", "stop", ("x",)
+    )  # fmt: skip
+    restored = s.unpack_entry(kept.slot, kept.scope, kept.expires_ms, *kept.pack())
+    assert restored == dataclasses.replace(kept, dropped=["x"])
+    assert kept.events(True) == b"beforeusageafter"
+    assert kept.events(False) == b"beforeafter"
+
+
+async def test_the_disk_is_bounded_and_keeps_the_newest(start: Any) -> None:
+    async with start() as proxy:
+        store = proxy.gateway.store
+        shelf = s.CacheShelf(store, 100_000, 0)
+        for number in range(40):
+            shelf.put(entry(f"{number:02d}", size=5_000), 0)
+            await store.flush()
+            assert shelf.size(0)[1] <= 100_000
+        assert shelf.find(s.slot_of(b"39", False), s.slot_of(b"39", True), 0)
+        assert not shelf.find(s.slot_of(b"00", False), s.slot_of(b"00", True), 0)
+        shelf.prune(10_000)
+        await store.flush()
+        assert store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 0
+
+
+# ----- Hits
+
+
+async def test_a_hit_costs_nothing_and_is_logged_as_one(start: Any) -> None:
+    async with start() as proxy:
+        first = await proxy.post(PATH, CHAT)
+        again = await proxy.post(PATH, json.dumps({name: CHAT[name] for name in reversed(CHAT)}, indent=3).encode())
+        assert first[2] == again[2] == COMPLETION
+        assert (first[1]["x-stockyard-cache"], again[1]["x-stockyard-cache"]) == ("miss", "hit")
+        assert (again[1]["x-stockyard-attempts"], again[1]["x-stockyard-cost-usd"]) == ("0", "0")
+        assert again[1]["x-stockyard-provider"] == "openai"
+        assert len(proxy.upstream.seen) == 1
+        miss, hit = await proxy.rows()
+        assert (miss["cache"], miss["attempts"], hit["cache"], hit["attempts"]) == ("miss", 1, "hit", 0)
+        assert miss["cost_usd"] > 0
+        assert (hit["cost_usd"], hit["price_id"], hit["finish_reason"]) == (0, miss["price_id"], "stop")
+        assert [hit[name] for name in ("input_tokens", "cached_tokens", "output_tokens")] == [6, 4, 5]
+        view = await proxy.gateway.cache.view()
+        assert (view["hits"], view["misses"], view["entries"], view["hit_ratio"]) == (1, 1, 1, 0.5)
+        assert view["saved_usd"] == pytest.approx(miss["cost_usd"])
+
+
+async def test_random_calls_bypass_the_cache(start: Any) -> None:
+    async with start() as proxy:
+        for _ in range(2):
+            _, headers, _ = await proxy.post(PATH, {**CHAT, "temperature": 1})
+            assert headers["x-stockyard-cache"] == "bypass"
+        assert len(proxy.upstream.seen) == 2
+        assert (await proxy.gateway.cache.view())["misses"] == 0
+
+
+async def test_embeddings_hit(start: Any) -> None:
+    async with start() as proxy:
+        body = {"model": "text-embedding-3-small", "input": "hi"}
+        answers = [await proxy.post("/v1/embeddings", body) for _ in range(2)]
+        assert [headers["x-stockyard-cache"] for _, headers, _ in answers] == ["miss", "hit"]
+        assert answers[0][2] == answers[1][2]
+        _, headers, _ = await proxy.post("/v1/embeddings", {**body, "input": "ho"})
+        assert headers["x-stockyard-cache"] == "miss"
+
+
+async def test_off_and_refresh(start: Any) -> None:
+    async with start() as proxy:
+        control = ["", "off", "refresh", ""]
+        proxy.upstream.answers = [plain({**COMPLETION, "id": f"c{number}"}) for number in range(4)]
+        told = [await proxy.post(PATH, CHAT, **({"x-stockyard-cache": word} if word else {})) for word in control]
+        assert [headers["x-stockyard-cache"] for _, headers, _ in told] == ["miss", "bypass", "miss", "hit"]
+        assert [body["id"] for _, _, body in told] == ["c0", "c1", "c2", "c2"]
+        status, _, body = await proxy.post(PATH, CHAT, **{"x-stockyard-cache": "never"})
+        assert (status, body["error"]["param"]) == (400, "x-stockyard-cache")
+        assert all("x-stockyard-cache" not in seen.headers for seen in proxy.upstream.seen)
+
+
+async def test_no_cache_where_it_is_off(start: Any) -> None:
+    async with start(cache="off") as proxy:
+        for _ in range(2):
+            _, headers, _ = await proxy.post(PATH, CHAT)
+            assert headers["x-stockyard-cache"] == "bypass"
+        assert len(proxy.upstream.seen) == 2
+
+
+async def test_entries_expire(start: Any) -> None:
+    async with start(cache_ttl=60) as proxy:
+        clock = [1_790_000_000.0]
+        proxy.gateway.clock = lambda: clock[0]
+        proxy.gateway.cache._now_ms = lambda: int(clock[0] * 1000)
+        told = []
+        for step_s in (0, 59, 2, 0):
+            clock[0] += step_s
+            told.append((await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"])
+        assert told == ["miss", "hit", "miss", "hit"]
+
+
+async def test_hits_survive_a_restart(start: Any) -> None:
+    async with start() as proxy:
+        url = proxy.upstream.url
+        await proxy.post(PATH, CHAT)
+        await proxy.post(PATH, {**WITH_USAGE, "seed": 1})
+    async with start(OPENAI_BASE_URL=url) as proxy:
+        _, headers, body = await proxy.post(PATH, CHAT)
+        assert (headers["x-stockyard-cache"], body) == ("hit", COMPLETION)
+        _, headers, events = await proxy.post(PATH, {**STREAMED, "seed": 1})
+        assert headers["x-stockyard-cache"] == "hit"
+        assert events == b"".join(STREAM[:4]) + DONE
+        assert proxy.upstream.seen == []
+        rows = await proxy.rows()
+        assert [row["output_tokens"] for row in rows] == [5, 5, 5, 5]
+        assert (await proxy.gateway.cache.view())["entries"] == 2
+
+
+async def test_bodies_that_are_not_logged_are_not_kept_on_disk(start: Any) -> None:
+    async with start(log_bodies="none") as proxy:
+        await proxy.post(PATH, CHAT)
+        assert (await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] == "hit"
+        await proxy.gateway.store.flush()
+        assert proxy.gateway.store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 0
+
+
+async def test_no_answer_crosses_keys(start: Any) -> None:
+    async with start() as proxy:
+        keys = [proxy.gateway.create_key({"name": name})[1] for name in ("a", "b")]
+        told = []
+        for secret in (keys[0], keys[1], keys[0], keys[1]):
+            told.append((await proxy.post(PATH, CHAT, authorization=f"Bearer {secret}"))[1]["x-stockyard-cache"])
+        assert told == ["miss", "miss", "hit", "hit"]
+
+
+async def test_keys_share_where_they_are_told_to_and_a_key_gets_only_its_models(start: Any) -> None:
+    async with start(cache_scope="shared") as proxy:
+        free = proxy.gateway.create_key({"name": "a"})[1]
+        bound = proxy.gateway.create_key({"name": "b", "models": ["gpt-4o"]})[1]
+        told = [await proxy.post(PATH, CHAT, authorization=f"Bearer {secret}") for secret in (free, free, bound)]
+        assert [headers["x-stockyard-cache"] for _, headers, _ in told][:2] == ["miss", "hit"]
+        assert told[2][0] in (403, 404)
+
+
+async def test_the_admin_empties_the_cache(start: Any) -> None:
+    async with start() as proxy:
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        await proxy.post(PATH, CHAT)
+        async with proxy.session.get(proxy.url + "/api/cache") as answer:
+            assert answer.status == 401
+        async with proxy.session.get(proxy.url + "/api/cache", headers=admin) as answer:
+            view = await answer.json()
+            assert (view["entries"], view["policy"]) == (1, "deterministic")
+        async with proxy.session.delete(proxy.url + "/api/cache", headers=admin) as answer:
+            assert await answer.json() == {"deleted": 1}
+        assert (await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] == "miss"
+
+
+# ----- What is never kept
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter", None])
+async def test_truncated_and_filtered_answers_are_not_kept(start: Any, finish: str | None) -> None:
+    async with start() as proxy:
+        choice = {**COMPLETION["choices"][0], "finish_reason": finish}
+        proxy.upstream.answers = [plain({**COMPLETION, "choices": [choice]})]
+        assert [(await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "miss"]
+        proxy.upstream.answers = [stream([chunk({"content": "a"}), chunk({}, finish), USAGE_EVENT, DONE])]
+        assert [(await proxy.post(PATH, STREAMED))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "miss"]
+
+
+async def test_errors_and_broken_streams_are_not_kept(start: Any) -> None:
+    async with start(retries=0) as proxy:
+        for status in (400, 429, 500):
+            proxy.upstream.answers = [plain({"error": {"message": "no"}}, status), plain(COMPLETION)]
+            told = [await proxy.post(PATH, {**CHAT, "seed": status}) for _ in range(2)]
+            assert [answer[0] for answer in told] == [status, 200]
+            assert told[1][1]["x-stockyard-cache"] == "miss"
+        proxy.upstream.answers = [stream(STREAM[:3], cut=True), stream(STREAM)]
+        broken = (await proxy.post(PATH, STREAMED))[2]
+        assert b"[DONE]" not in broken
+        await asyncio.sleep(0.05)  # the connection of a broken stream is closed; let the client see it
+        _, headers, whole = await proxy.post(PATH, STREAMED)
+        assert headers["x-stockyard-cache"] == "miss"
+        assert whole.endswith(DONE)
+
+
+async def test_an_answer_too_large_is_passed_on_and_not_kept(start: Any) -> None:
+    async with start(cache_mb=1) as proxy:
+        text = "x" * 30_000
+        pieces = [chunk({"content": text}) for _ in range(4)]
+        proxy.upstream.answers = [stream([*pieces, chunk({}, "stop"), DONE])]
+        for _ in range(2):
+            _, headers, events = await proxy.post(PATH, STREAMED)
+            assert headers["x-stockyard-cache"] == "miss"
+            assert events.count(text.encode()) == 4
+
+
+# ----- Plain and streamed
+
+
+async def test_a_stream_is_replayed_as_it_came(start: Any) -> None:
+    async with start() as proxy:
+        first = await proxy.post(PATH, STREAMED)
+        again = await proxy.post(PATH, STREAMED)
+        asked = await proxy.post(PATH, WITH_USAGE)
+        assert first[2] == again[2] == b"".join(STREAM[:4]) + DONE
+        assert again[1]["x-stockyard-cache"] == asked[1]["x-stockyard-cache"] == "hit"
+        assert again[1]["content-type"] == first[1]["content-type"]
+        usage = json.loads(asked[2].split(b"\n\n")[4].removeprefix(b"data: "))["usage"]
+        assert (usage["completion_tokens"], usage["cost"]) == (5, 0)
+        assert len(proxy.upstream.seen) == 1
+        rows = await proxy.rows()
+        found = s.find_request(proxy.gateway.store, rows[1]["id"])
+        assert found is not None
+        assert found["response"]["choices"][0]["message"]["content"] == 'Hello "there" \u00e9\u4e2d'
+
+
+TOOL_CHUNKS = [
+    chunk({"role": "assistant", "content": None, "tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}]}),
+    chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]}),
+    chunk({"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]}),
+    chunk({}, "tool_calls"),
+    USAGE_EVENT,
+    DONE,
+]  # fmt: skip
+
+
+def official(proxy: Any) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+
+
+async def gather(client: openai.AsyncOpenAI, **more: Any) -> Any:
+    """A streamed call through the SDK, put together by the SDK itself."""
+    async with client.chat.completions.stream(**{**CHAT, **more}) as events:
+        return await events.get_final_completion()
+
+
+@pytest.mark.parametrize("pieces", [STREAM, TOOL_CHUNKS], ids=["text", "tools"])
+async def test_the_sdk_sees_the_same_answer_streamed_and_plain(start: Any, pieces: list[bytes]) -> None:
+    async with start() as proxy, official(proxy) as client:
+        proxy.upstream.answers = [stream(pieces)]
+        streamed = await gather(client, stream_options={"include_usage": True})
+        answer = await client.chat.completions.create(**CHAT)
+        [told], [said] = answer.choices, streamed.choices
+        assert (told.message.content, told.finish_reason) == (said.message.content, said.finish_reason)
+        calls = [
+            [(call.id, call.function.arguments) for call in m.tool_calls or []] for m in (told.message, said.message)
+        ]
+        assert calls[0] == calls[1]
+        assert (answer.id, answer.model, answer.usage.total_tokens) == (streamed.id, streamed.model, 15)
+        assert answer.object == "chat.completion"
+        assert len(proxy.upstream.seen) == 1
+
+
+async def test_the_sdk_sees_the_same_answer_plain_and_streamed(start: Any) -> None:
+    async with start() as proxy, official(proxy) as client:
+        calls = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+        messages: list[dict[str, Any]] = [
+            {"content": "Hello there", "refusal": None, "annotations": []},
+            {"content": None, "tool_calls": calls},
+        ]
+        for message in messages:
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", **message},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+            proxy.upstream.answers = [plain({**COMPLETION, "choices": [choice]})]
+            seed = len(proxy.upstream.seen)
+            answer = await client.chat.completions.create(**CHAT, seed=seed)
+            streamed = await gather(client, seed=seed, stream_options={"include_usage": True})
+            assert streamed.choices[0].message.content == answer.choices[0].message.content
+            names = [[call.function.name for call in a.choices[0].message.tool_calls or []] for a in (answer, streamed)]
+            assert names[0] == names[1]
+            assert (streamed.id, streamed.usage.total_tokens) == (answer.id, 15)
+            assert len(proxy.upstream.seen) == seed + 1
+        raw = (await proxy.post(PATH, {**STREAMED, "seed": 0}))[2]
+        assert b'"usage"' not in raw
+        assert raw.endswith(DONE)
+
+
+async def test_what_cannot_be_told_in_the_other_form_is_a_miss(start: Any) -> None:
+    async with start() as proxy:
+        audio = chunk({"audio": {"id": "a", "data": "AAAA"}})
+        proxy.upstream.answers = [stream([audio, chunk({}, "stop"), DONE]), plain(COMPLETION)]
+        told = [(await proxy.post(PATH, body))[1]["x-stockyard-cache"] for body in (STREAMED, CHAT, STREAMED, CHAT)]
+        assert told == ["miss", "miss", "hit", "hit"]
+
+
+MESSAGES = {"model": "gpt-4o-mini", "temperature": 0, "max_tokens": 50, "messages": CHAT["messages"]}
+
+
+async def test_other_dialects_are_kept_in_their_own_words(start: Any) -> None:
+    async with start() as proxy:
+        plain_answer = await proxy.post("/v1/messages", MESSAGES)
+        hits = [await proxy.post("/v1/messages", body) for body in (MESSAGES, {**MESSAGES, "stream": True})]
+        assert plain_answer[2]["content"][0]["text"] == "Hello there"
+        assert hits[0][2] == plain_answer[2]
+        assert [headers["x-stockyard-cache"] for _, headers, _ in hits] == ["hit", "hit"]
+        assert b"Hello there" in hits[1][2]
+        assert hits[1][2].endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+        assert (await proxy.post(PATH, {**CHAT, "max_tokens": 50}))[1]["x-stockyard-cache"] == "miss"
+        live = await proxy.post("/v1/messages", {**MESSAGES, "stream": True, "max_tokens": 60})
+        again = await proxy.post("/v1/messages", {**MESSAGES, "stream": True, "max_tokens": 60})
+        assert again[1]["x-stockyard-cache"] == "hit"
+        assert b'"cost":0}' in again[2]
+        assert b'"cost":0}' not in live[2]
+        whole = await proxy.post("/v1/messages", {**MESSAGES, "max_tokens": 60})
+        assert whole[1]["x-stockyard-cache"] == "hit"
+        assert whole[2]["content"][0]["text"] == 'Hello "there" \u00e9\u4e2d'
+        assert len(proxy.upstream.seen) == 3
+
+
+# ----- Equal calls under way
+
+
+async def test_fifty_equal_calls_make_one(start: Any) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.2)]
+        told = await asyncio.gather(*(proxy.post(PATH, CHAT) for _ in range(50)))
+        assert len(proxy.upstream.seen) == 1
+        assert {answer[0] for answer in told} == {200}
+        assert all(answer[2] == COMPLETION for answer in told)
+        how = sorted(answer[1]["x-stockyard-cache"] for answer in told)
+        assert how == ["coalesced"] * 49 + ["miss"]
+        assert len({answer[1]["x-stockyard-request-id"] for answer in told}) == 50
+        rows = await proxy.rows()
+        assert len(rows) == 50
+        assert sum(row["cost_usd"] > 0 for row in rows) == 1
+        assert {row["output_tokens"] for row in rows} == {5}
+        assert proxy.gateway.cache.flights == {}
+
+
+async def test_fifty_equal_streams_make_one_and_late_ones_get_it_from_its_start(start: Any) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [stream(STREAM, gap_s=0.06)]
+
+        async def after(delay_s: float) -> tuple[int, Any, Any]:
+            await asyncio.sleep(delay_s)
+            told: tuple[int, Any, Any] = await proxy.post(PATH, STREAMED)
+            return told
+
+        told = await asyncio.gather(*(after(0.005 * number) for number in range(50)))
+        assert len(proxy.upstream.seen) == 1
+        assert {answer[2] for answer in told} == {b"".join(STREAM[:4]) + DONE}
+        how = sorted(answer[1]["x-stockyard-cache"] for answer in told)
+        assert how[-1] == "miss"
+        assert set(how[:-1]) == {"coalesced"}
+        rows = await proxy.rows()
+        assert {row["finish_reason"] for row in rows} == {"stop"}
+        assert all(row["first_token_ms"] > 0 for row in rows)
+        bodies = [s.find_request(proxy.gateway.store, row["id"])["response"] for row in rows]  # type: ignore[index]
+        assert {body["choices"][0]["message"]["content"] for body in bodies} == {'Hello "there" \u00e9\u4e2d'}
+
+
+async def test_calls_of_two_keys_are_not_shared(start: Any) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.1)]
+        keys = [proxy.gateway.create_key({"name": name})[1] for name in ("a", "b")]
+        await asyncio.gather(*(proxy.post(PATH, CHAT, authorization=f"Bearer {secret}") for secret in keys * 3))
+        assert len(proxy.upstream.seen) == 2
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
+async def test_a_leaders_failure_is_not_shared(start: Any, body: dict[str, Any]) -> None:
+    async with start(retries=0) as proxy:
+        failed = dataclasses.replace(plain({"error": {"message": "no"}}, 500), hang_s=0.1)
+        whole = stream(STREAM, hang_s=0.1) if body is STREAMED else dataclasses.replace(plain(COMPLETION), hang_s=0.1)
+        proxy.upstream.answers = [failed, whole]
+        told = await asyncio.gather(*(proxy.post(PATH, body) for _ in range(10)))
+        assert sorted(answer[0] for answer in told) == [200] * 9 + [500]
+        assert len(proxy.upstream.seen) == 2
+        assert sorted(row["cache"] for row in await proxy.rows()) == ["coalesced"] * 8 + ["miss"] * 2
+
+
+async def test_a_second_failure_is_believed(start: Any) -> None:
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [dataclasses.replace(plain({"error": {"message": "no"}}, 503), hang_s=0.05)]
+        told = await asyncio.gather(*(proxy.post(PATH, CHAT) for _ in range(20)))
+        assert {answer[0] for answer in told} == {503}
+        assert len(proxy.upstream.seen) == 2
+        assert len(await proxy.rows()) == 20
+
+
+async def test_a_stream_that_breaks_after_content_breaks_for_all(start: Any) -> None:
+    async with start(retries=0) as proxy:
+        proxy.upstream.answers = [stream(STREAM[:3], cut=True, gap_s=0.05)]
+        told = await asyncio.gather(*(proxy.post(PATH, STREAMED) for _ in range(5)))
+        assert len(proxy.upstream.seen) == 1
+        for _, headers, events in told:
+            assert b"upstream_truncated" in events
+            assert headers["x-stockyard-request-id"].encode() in events
+            assert b"[DONE]" not in events
+
+
+async def post_and_leave(proxy: Any, body: dict[str, Any], after_s: float) -> None:
+    with contextlib.suppress(TimeoutError, aiohttp.ServerTimeoutError):
+        async with asyncio.timeout(after_s):
+            await proxy.post(PATH, body)
+            pytest.fail("it was answered")
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
+async def test_a_leaders_hang_up_does_not_end_the_others(start: Any, body: dict[str, Any]) -> None:
+    async with start() as proxy:
+        slow = stream(STREAM, gap_s=0.1) if body is STREAMED else dataclasses.replace(plain(COMPLETION), hang_s=0.5)
+        proxy.upstream.answers = [slow]
+        leader = asyncio.create_task(post_and_leave(proxy, body, 0.15))
+        await asyncio.sleep(0.05)
+        told = await asyncio.gather(*(proxy.post(PATH, body) for _ in range(5)))
+        await leader
+        assert {answer[0] for answer in told} == {200}
+        assert {answer[1]["x-stockyard-cache"] for answer in told} == {"coalesced"}
+        assert (len(proxy.upstream.seen), proxy.upstream.hung_up) == (1, 0)
+        rows = await proxy.rows()
+        [gone] = [row for row in rows if row["status"] == 499]
+        assert (gone["cache"], gone["attempts"], gone["output_tokens"], len(rows)) == ("miss", 1, 5, 6)
+        assert gone["cost_usd"] > 0
+        assert proxy.gateway.in_flight == 0
+        assert (await proxy.post(PATH, body))[1]["x-stockyard-cache"] == "hit"
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
+async def test_the_last_to_hang_up_ends_the_call(start: Any, body: dict[str, Any]) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [stream(STREAM, hang_s=5.0)]
+        await asyncio.gather(*(post_and_leave(proxy, body, 0.1 + 0.05 * number) for number in range(3)))
+        for _ in range(100):
+            if proxy.upstream.hung_up and not proxy.gateway.in_flight:
+                break
+            await asyncio.sleep(0.01)
+        assert proxy.upstream.hung_up == 1
+        rows = await proxy.rows()
+        assert [row["status"] for row in rows] == [499] * 3
+        assert proxy.gateway.cache.flights == {}
+
+
+async def test_a_refresh_does_not_join_what_began_before(start: Any) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [dataclasses.replace(plain({**COMPLETION, "id": name}), hang_s=0.1) for name in "ab"]
+        first = asyncio.create_task(proxy.post(PATH, CHAT))
+        await asyncio.sleep(0.03)
+        fresh = await proxy.post(PATH, CHAT, **{"x-stockyard-cache": "refresh"})
+        assert (fresh[2]["id"], (await first)[2]["id"]) == ("b", "a")
+        assert len(proxy.upstream.seen) == 2
+
+
+class SlowClient:
+    """A client that is full after its first piece until it is told to go on."""
+
+    def __init__(self, is_quick: bool = False) -> None:
+        self.throttle: Any = None
+        self.is_quick = is_quick
+        self.got: list[bytes] = []
+        self.began = 0
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None:
+        self.began += 1
+
+    def send(self, data: bytes) -> None:
+        self.got.append(data)
+        if self.throttle is not None and not self.is_quick:
+            self.throttle(True)
+
+    def end_stream(self, broken: bool) -> None:
+        raise AssertionError("a flight leaves the end to its riders")
+
+
+async def test_a_slow_rider_waits_alone_until_it_is_too_far_behind(start: Any) -> None:
+    async with start() as proxy:
+        gateway = proxy.gateway
+        held: list[bool] = []
+        calls = [gateway.begin(s.HOT_ENDPOINTS[PATH], {}, b"{}", "") for _ in range(2)]
+        flight = s.Flight(gateway, calls[0], (b"k", b""))
+        flight.throttle = held.append
+        landing = asyncio.Event()
+
+        async def work() -> None:
+            await landing.wait()
+
+        flight.start(work())
+        slow, quick = SlowClient(), SlowClient(is_quick=True)
+        rides = [
+            asyncio.create_task(flight.ride(s.Rider(call, client)))
+            for call, client in zip(calls, (quick, slow), strict=True)
+        ]
+        await asyncio.sleep(0)
+        for piece in (b"a", b"b", b"c"):
+            flight.send(piece)
+        assert (quick.got, slow.got, held) == ([b"a", b"b", b"c"], [b"a"], [])
+        slow.throttle(False)
+        assert slow.got == [b"a", b"b"]
+        flight.send(b"x" * (flight.BEHIND_MAX_BYTES + 1))
+        assert held == [True]
+        landing.set()
+        await asyncio.gather(*rides)
+        assert (b"".join(slow.got), slow.began) == (b"".join(quick.got), 1)
