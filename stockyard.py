@@ -10339,6 +10339,8 @@ class Entry:
     price_id: str = ""
     finish_reason: str = ""
     dropped: Sequence[str] = ()
+    #: The transcript of a stream, once it was given again: all its hits share one.
+    transcripts: list[KeptTranscript] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def slot(self) -> bytes:
@@ -10400,13 +10402,13 @@ class CacheMemory:
         if entry is None:
             return None
         if entry.expires_ms <= now_ms:
-            self._drop(slot)
+            self.drop(slot)
             return None
         self._entries.move_to_end(slot)
         return entry
 
     def put(self, entry: Entry) -> None:
-        self._drop(entry.slot)
+        self.drop(entry.slot)
         self._entries[entry.slot] = entry
         self.size_bytes += entry.size_bytes
         while self.size_bytes > self.max_bytes:
@@ -10418,7 +10420,7 @@ class CacheMemory:
         self._entries.clear()
         self.size_bytes = self.pushed_out_until_ms = 0
 
-    def _drop(self, slot: bytes) -> None:
+    def drop(self, slot: bytes) -> None:
         entry = self._entries.pop(slot, None)
         if entry is not None:
             self.size_bytes -= entry.size_bytes
@@ -10513,18 +10515,20 @@ def chunks_of(completion: Json) -> list[Json] | None:
 
 
 class KeptTranscript(Transcript):
-    """The transcript of a stream that was given again: its events are read only when the log is written."""
+    """The transcript of a stream that is given again: its events are read once, when the log first needs them."""
 
     def __init__(self, events: bytes, dialect: Dialect, translation: Translation) -> None:
         super().__init__()
         self._unread, self._decoder = events, dialect.decoder(translation)
+        self._told: Json | None = None
 
     def completion(self) -> Json:
-        events, self._unread = self._unread, b""
-        with contextlib.suppress(GatewayError, LookupError, TypeError, AttributeError):
-            for chunk in self._decoder.feed(events):
-                self.add_chunk(chunk)
-        return super().completion()
+        if self._told is None:
+            with contextlib.suppress(GatewayError, LookupError, TypeError, AttributeError):
+                for chunk in self._decoder.feed(self._unread):
+                    self.add_chunk(chunk)
+            self._told, self._unread = super().completion(), b""
+        return {**self._told}
 
 
 # ===== Ledger =========================================================================================================
@@ -12758,6 +12762,9 @@ class CacheShelf:
         rows = sorted(self._store.read(sql, (slot, other, now_ms)), key=lambda row: row["slot"] != slot)
         return [unpack_entry(row["slot"], row["scope"], row["expires_ms"], row["head"], row["body"]) for row in rows]
 
+    def drop(self, slot: bytes) -> None:
+        self._store.put_write("DELETE FROM cache WHERE slot = ?", slot)
+
     def clear(self) -> None:
         self._store.put_write("DELETE FROM cache")
 
@@ -13624,8 +13631,16 @@ class Cache:
         self.memory.put(found[0])
         return found[0]
 
-    def put(self, entry: Entry, generation: int) -> None:
-        """Keep an entry, unless it is too large or the cache was emptied since its call began."""
+    def put(self, entry: Entry, generation: int, replaces_all: bool = False) -> None:
+        """Keep an entry, unless it is too large or the cache was emptied since its call began.
+
+        With `replaces_all` the answer in the other form goes: a fresh one was asked for.
+        """
+        if replaces_all:
+            other = slot_of(entry.key, not entry.stream)
+            self.memory.drop(other)
+            if self.shelf is not None:
+                self.shelf.drop(other)
         if generation == self.generation and entry.size_bytes <= self.entry_max_bytes:
             self.memory.put(entry)
             if self.shelf is not None:
@@ -14091,6 +14106,8 @@ class Gateway:
             entry = self.cache.recall(key, call.stream) or await self.cache.fetch(key, call.stream)
             if entry is not None and entry.stream is not call.stream:
                 entry = self.converted(call, entry)
+                if entry is not None:
+                    self.cache.memory.put(entry)
             if entry is not None and (not call.stream or entry.content_type == self.stream_type(call)):
                 return entry
         return None
@@ -14116,9 +14133,13 @@ class Gateway:
             return None  # not a shape that can be told in the other form: the call is a miss
 
     def rendered_stream(self, call: Call, entry: Entry, chunks: list[Json]) -> Entry:
-        renderer = self.renderer(call)
-        body = b"".join([*map(renderer.feed, chunks), renderer.close()])
-        return dataclasses.replace(entry, stream=True, content_type=self.stream_type(call), body=body)
+        renderer, usage_event = self.renderer(call), b""
+        if DIALECTS[call.endpoint.dialect].usage_on_request and not chunks[-1]["choices"]:
+            usage_event = sse_event(chunks.pop())
+        body, kind = b"".join(map(renderer.feed, chunks)), self.stream_type(call)
+        return dataclasses.replace(
+            entry, stream=True, content_type=kind, body=body, usage_event=usage_event, tail=renderer.close()
+        )
 
     def target_of(self, answered: Call | Entry) -> Target:
         """Who gave an answer. The key of an entry names its targets, so they are configured."""
@@ -14147,7 +14168,9 @@ class Gateway:
         dialect = DIALECTS[call.endpoint.dialect]
         asked = not dialect.usage_on_request or bool((call.request.get("stream_options") or {}).get("include_usage"))
         events = entry.events(asked)
-        call.transcript = KeptTranscript(events, dialect, self.translation(call, self.target_of(entry)))
+        if not entry.transcripts:
+            entry.transcripts.append(KeptTranscript(events, dialect, self.translation(call, self.target_of(entry))))
+        call.transcript = entry.transcripts[0]
         self.commit(call, client)
         call.first_token_s = self.tick()
         client.send(events)
@@ -14194,7 +14217,7 @@ class Gateway:
             entry = self.entry_of(call, key, dict(reply.headers)["content-type"], reply.body)
         flight.entry = entry
         if is_whole and self.cache.ttl_ms > 0:
-            self.cache.put(entry, flight.generation)
+            self.cache.put(entry, flight.generation, replaces_all="x-stockyard-cache" in call.headers)
 
     def is_whole(self, call: Call, body: bytes) -> bool:
         """Whether a plain answer was neither truncated nor filtered."""

@@ -423,6 +423,27 @@ async def test_the_sdk_sees_the_same_answer_plain_and_streamed(start: Any) -> No
         assert raw.endswith(DONE)
 
 
+async def test_a_converted_stream_tells_usage_to_those_who_ask(start: Any) -> None:
+    async with start() as proxy:
+        await proxy.post(PATH, CHAT)
+        told = [(await proxy.post(PATH, body))[2] for body in (STREAMED, WITH_USAGE, STREAMED)]
+        assert [events.count(b'"usage"') for events in told] == [0, 1, 0]
+        assert all(events.endswith(DONE) for events in told)
+        assert told[0] == told[2]
+        assert len(proxy.upstream.seen) == 1
+
+
+async def test_a_refresh_replaces_both_forms(start: Any) -> None:
+    async with start() as proxy:
+        await proxy.post(PATH, STREAMED)
+        proxy.upstream.answers = [plain({**COMPLETION, "id": "fresh"})]
+        await proxy.post(PATH, CHAT, **{"x-stockyard-cache": "refresh"})
+        events = (await proxy.post(PATH, STREAMED))[2]
+        assert b'"id":"fresh"' in events
+        await proxy.gateway.store.flush()
+        assert proxy.gateway.store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 1
+
+
 async def test_what_cannot_be_told_in_the_other_form_is_a_miss(start: Any) -> None:
     async with start() as proxy:
         audio = chunk({"audio": {"id": "a", "data": "AAAA"}})
