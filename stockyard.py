@@ -12439,6 +12439,11 @@ class LogStore:
     def is_full(self) -> bool:
         return len(self._queue) >= QUEUE_MAX_ROWS
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the writer has enough to do, so that only what must be kept should be put."""
+        return len(self._queue) >= QUEUE_MAX_ROWS // 16
+
     def put(self, call: Call) -> None:
         """Hand a finished call over. Never blocks; never raises."""
         self._queue.append(call)
@@ -12739,6 +12744,9 @@ class CacheShelf:
         self.holds_until_ms: int = store.read("SELECT MAX(expires_ms) AS last FROM cache")[0]["last"] or 0
 
     def put(self, entry: Entry, now_ms: int) -> None:
+        """Keep an entry, where the writer has time: the log, which every call needs, goes first."""
+        if self._store.is_behind:
+            return
         head, body = entry.pack()
         row = (entry.slot, entry.scope, entry.expires_ms, entry.size_bytes, head, body)
         self._store.put_write("INSERT OR REPLACE INTO cache VALUES (?, ?, ?, ?, ?, ?)", *row)
