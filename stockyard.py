@@ -13950,7 +13950,9 @@ class Gateway:
     def decide_keys(self) -> None:
         """Whether clients must send a key; decided anew whenever one is made."""
         mode = self.settings.require_key
-        self.key_required = mode == "always" or (mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback))
+        self.key_required = mode == "always" or (
+            mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback)
+        )
 
     def limit(self, call: Call) -> None:
         """Take the call's place in its rate limits; LimitExceeded where there is none."""
@@ -14409,10 +14411,8 @@ class Gateway:
         return True
 
     async def attempt_plain(self, call: Call, target: Target) -> Reply:
-        texts = call.canonical.get("input") if call.endpoint.kind == "embeddings" and call.canonical else None
-        dialect = self.dialect_for(call, target)
-        if isinstance(texts, list) and len(texts) > dialect.texts_at_once(target.model) and isinstance(texts[0], str):
-            return await self.attempt_pieces(call, target, texts, dialect.texts_at_once(target.model))
+        if call.endpoint.kind == "embeddings" and (pieces := self.pieces_of(call, target)):
+            return await self.attempt_pieces(call, target, *pieces)
         outgoing = self.prepare(call, target)
         answer = await self.fetch(target, outgoing)
         if answer.status >= 300:
@@ -14430,6 +14430,12 @@ class Gateway:
         names = ANSWER_HEADERS if call.rated else (*ANSWER_HEADERS, *LIMIT_HEADERS)
         headers += [(name, answer.headers[name]) for name in names if name in answer.headers]
         return Reply(answer.status, headers, body)
+
+    def pieces_of(self, call: Call, target: Target) -> tuple[list[Any], int] | None:
+        """The texts to embed and how many one call takes, where they are more than that."""
+        texts = (call.canonical or {}).get("input")
+        size = self.dialect_for(call, target).texts_at_once(target.model)
+        return (texts, size) if isinstance(texts, list) and len(texts) > size and isinstance(texts[0], str) else None
 
     async def attempt_pieces(self, call: Call, target: Target, texts: list[Any], size: int) -> Reply:
         """Embeddings of more texts than one call takes: several calls, one answer."""
@@ -16458,8 +16464,7 @@ def harden_process() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     raise_file_limit()
-    gc.freeze()  # what was made so far stays; cycles are rare on the data path, so look for them rarely
-    gc.set_threshold(25_000, 20, 50)
+    gc.set_threshold(25_000, 20, 50)  # cycles are rare on the data path, so they are looked for rarely
 
 
 async def serve(
@@ -16481,6 +16486,8 @@ async def serve(
                 loop.add_signal_handler(number, on_signal)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            gc.collect()
+            gc.freeze()  # what was made so far stays: prices, routes, code
             await ready(gateway, f"http://{shown}:{port}")
             await stop.wait()
     finally:
