@@ -691,7 +691,7 @@ class Transcript:
     framing, and the folding of a short one is left to whoever reads it (the log writer's thread).
     """
 
-    FOLD_BYTES: ClassVar[int] = 8192
+    FOLD_BYTES: ClassVar[int] = 4096
     MAX_TEXT: ClassVar[int] = 1_000_000
 
     def __init__(self) -> None:
