@@ -13690,6 +13690,7 @@ class Rider:
         self.call, self.client = call, client
         self.got_content = self.is_paused = False
         self.renderer: Renderer | None = None
+        self.landed: asyncio.Future[None] | None = None
         self.waiting: collections.deque[bytes] = collections.deque()
         self.waiting_bytes = 0
 
@@ -13749,7 +13750,9 @@ class Flight:
             rider.client.throttle = functools.partial(self._throttle, rider)
             self._board(rider)
         try:
-            await asyncio.wait([self._task])
+            if not self._task.done():
+                rider.landed = self._gateway.loop.create_future()
+                await rider.landed
         finally:
             rider.renderer = self.streamed.renderer if self.streamed is not None else None
             self._leave(rider)
@@ -13783,6 +13786,9 @@ class Flight:
         self._unlist()
         if not task.cancelled():
             task.exception()  # the riders raise it; where the last has left, nobody needs to
+        for rider in self._riders:
+            if rider.landed is not None and not rider.landed.done():
+                rider.landed.set_result(None)
         if self.leader.is_carried:
             self._gateway.finish(self.leader)
 
@@ -14233,6 +14239,8 @@ class Gateway:
         """Whether a plain answer was neither truncated nor filtered."""
         if call.endpoint.kind not in ("chat", "completions"):
             return True
+        if call.finish_reason and (call.canonical or call.request).get("n") in (None, 1):
+            return FINISH_REASONS.get(call.finish_reason, call.finish_reason) in WHOLE_FINISHES
         try:
             completion: Json = orjson.loads(body)
             if call.endpoint.kind == "chat":
