@@ -1341,11 +1341,13 @@ def plain_tool(tool: Json, translation: Translation) -> Json | None:
 
 def pack_floats(answer: Json) -> Json:
     """An embeddings answer with its vectors as base64 of little-endian float32, which OpenAI's SDKs ask for."""
-    rows = [
-        {**row, "embedding": base64.b64encode(struct.pack(f"<{len(row['embedding'])}f", *row["embedding"])).decode()}
-        for row in answer["data"]
-    ]
+    rows = [{**row, "embedding": pack_vector(row["embedding"])} for row in answer["data"]]
     return {**answer, "data": rows}
+
+
+def pack_vector(vector: list[float] | str) -> str:
+    """Some providers pack it themselves."""
+    return vector if isinstance(vector, str) else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 class OpenAiChat(Dialect):
@@ -9234,7 +9236,7 @@ def fill_template(template: str, variables: Mapping[str, str]) -> str:
             if name.startswith("="):
                 return name[1:]
             if variables.get(name):
-                return variables[name]
+                return variables[name].rstrip("/")  # an endpoint copied from a portal ends in one
         return ""
 
     return re.sub(r"\{([A-Z][A-Z0-9_|=a-z.-]*)\}", value, template)

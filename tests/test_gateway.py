@@ -422,3 +422,30 @@ async def test_every_route_that_spends_is_admitted(start: Start) -> None:
                 ) as answer:
                     assert answer.status >= 400 or "count_tokens" in path, (method, path)
     assert [seen.path for seen in proxy.upstream.seen if not seen.path.endswith("/models")] == []
+
+
+@pytest.mark.parametrize("packed", [True, False])
+async def test_embeddings_are_packed_as_the_sdks_ask_whoever_packs_them(start: Start, packed: bool) -> None:
+    vector = "AAAAPwAAgL4=" if packed else [0.5, -0.25]
+    async with start(MISTRAL_API_KEY="k", MISTRAL_BASE_URL="UPSTREAM") as proxy:
+        proxy.upstream.answers = [
+            plain({"object": "list", "data": [{"index": 0, "embedding": vector}], "usage": {"prompt_tokens": 1}})
+        ]
+        asked = {"model": "mistral/mistral-embed", "input": "x", "encoding_format": "base64", "dimensions": 2}
+        status, _, told = await proxy.post("/v1/embeddings", asked)
+    assert (status, told["data"][0]["embedding"]) == (200, "AAAAPwAAgL4=")
+    assert proxy.upstream.seen[0].json["output_dimension"] == 2
+
+
+def test_azure_deployments_and_v1() -> None:
+    row = stockyard.PROVIDERS_BY_ID["azure"]
+    variables = {"AZURE_OPENAI_API_KEY": "k", "AZURE_OPENAI_ENDPOINT": "https://a.openai.azure.com/"}
+    new = stockyard.configure_provider(row, variables)
+    old = stockyard.configure_provider(row, {**variables, "OPENAI_API_VERSION": "2024-10-21"})
+    assert new is not None
+    assert old is not None
+    assert new.base_url + new.row.path("chat", "d") == "https://a.openai.azure.com/openai/v1/chat/completions"
+    assert (
+        old.base_url + old.row.path("chat", "d")
+        == "https://a.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-10-21"
+    )
