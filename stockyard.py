@@ -10059,7 +10059,7 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
-TOML_TABLES: Final = frozenset({"providers", "prices", "routes", "rules", "keys", "budgets", "recognisers", "webhooks"})
+TOML_TABLES: Final = frozenset({"providers", "prices", "budgets"})
 
 
 def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
