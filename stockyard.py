@@ -5700,9 +5700,11 @@ class AnthropicEncoder:
             self._translation.drop("reasoning_effort", "it does not go with a forced tool choice")
             return
         else:
-            budget = THINKING_BUDGETS.get(effort, 8192)
+            budget = min(THINKING_BUDGETS.get(effort, 8192), max(1024, body["max_tokens"] * 3 // 4))
+            if budget >= body["max_tokens"]:  # the cap is the client's, and money may be held by it: it is never raised
+                self._translation.drop("reasoning_effort", "the output cap leaves no room to think")
+                return
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            body["max_tokens"] = max(body["max_tokens"], budget + 1024)
             for name in ("temperature", "top_k", "top_p"):
                 if body.pop(name, None) is not None:
                     self._translation.drop(name)

@@ -118,6 +118,17 @@ def test_the_table_in_readme_is_what_these_tests_found() -> None:
     assert f"<!-- conformance -->\n{matrix()}\n" in README.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("cap", "budget"), [(500, None), (2000, 1500), (50_000, 16_384)])
+def test_thinking_never_raises_the_output_cap(cap: int, budget: int | None) -> None:
+    """Money is held by the cap, so an encoder that raised it would let a call cost more than was held."""
+    translation = stockyard.Translation("claude-sonnet-4-5", stockyard.PROVIDERS_BY_ID["anthropic"], False, 0, str)
+    asked = {"messages": [USER], "max_completion_tokens": cap, "reasoning_effort": "high"}
+    body = stockyard.DIALECTS["anthropic"].encode(asked, translation)
+    assert body["max_tokens"] == cap
+    assert body.get("thinking", {}).get("budget_tokens") == budget
+    assert translation.dropped == ([] if budget else ["reasoning_effort"])
+
+
 def write_readme() -> None:
     told = README.read_text(encoding="utf-8")
     README.write_text(
