@@ -10990,6 +10990,73 @@ class KeyRing:
             self._digests[name] = digest
 
 
+# ----- Sign-in --------------------------------------------------------------------------------------------------------
+# Sessions of people at the dashboard, in memory as digests: a restart signs everybody out. The cookie alone reads; a
+# change needs the session's header token as well, which a page of another origin cannot learn.
+
+SESSION_COOKIE: Final = "stockyard_session"
+SESSION_MS: Final = 12 * 3_600_000
+LINK_MS: Final = 15 * 60_000
+MAX_SESSIONS: Final = 100
+SESSION_IN_COOKIE: Final = re.compile(rf"(?:^|; ?){SESSION_COOKIE}=([0-9a-z]{{32}})(?:;|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Who signed in: the role, the virtual key (empty: the admin key or a link), the header token, the end."""
+
+    role: str
+    key_id: str
+    csrf: str
+    expires_ms: int
+
+    def takes_header(self, headers: Mapping[str, str]) -> bool:
+        given = headers.get("x-stockyard-csrf", "").encode("utf-8", "surrogatepass")
+        return hmac.compare_digest(given, self.csrf.encode())
+
+
+class Sessions:
+    """All sessions, found by their cookie, and the links that open one, once. The newest MAX_SESSIONS are kept."""
+
+    def __init__(self, random_bytes: Callable[[int], bytes]) -> None:
+        self._random_bytes = random_bytes
+        self._open: dict[bytes, Session] = {}
+        self._links: dict[bytes, int] = {}
+
+    def _mint(self) -> str:
+        return encode_base32(int.from_bytes(self._random_bytes(SECRET_BYTES), "big"), 32)
+
+    @staticmethod
+    def _digest(secret: str) -> bytes:
+        return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+    def offer(self, now_ms: int) -> str:
+        """A token that signs in as admin, once, within LINK_MS."""
+        token = self._mint()
+        self._links[self._digest(token)] = now_ms + LINK_MS
+        return token
+
+    def redeem(self, token: str, now_ms: int) -> bool:
+        return self._links.pop(self._digest(token), 0) > now_ms
+
+    def begin(self, role: str, key_id: str, now_ms: int) -> tuple[str, Session]:
+        """A new session and the secret of its cookie."""
+        secret, session = self._mint(), Session(role, key_id, self._mint(), now_ms + SESSION_MS)
+        if len(self._open) >= MAX_SESSIONS:
+            del self._open[next(iter(self._open))]
+        self._open[self._digest(secret)] = session
+        return secret, session
+
+    def find(self, cookie: str, now_ms: int) -> Session | None:
+        """The session that a Cookie header names, while it lives."""
+        found = SESSION_IN_COOKIE.search(cookie)
+        session = self._open.get(self._digest(found[1])) if found else None
+        return session if session is not None and session.expires_ms > now_ms else None
+
+    def end(self, session: Session) -> None:
+        self._open = {digest: kept for digest, kept in self._open.items() if kept is not session}
+
+
 # ----- Holds and settlement -------------------------------------------------------------------------------------------
 # Records are {"op": "hold"|"settle"|"release", "id", "budgets": [(budget id, window)], "nanousd", "held", "at"}:
 # `nanousd` is what the operation means (amount held, cost, 0), `held` the hold that it opens or closes.
@@ -13869,6 +13936,7 @@ class Gateway:
         self.in_flight = 0
         self.internal_errors = 0
         self.keys = KeyRing(b"")
+        self.sessions = Sessions(self.random.randbytes)
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
@@ -13949,13 +14017,27 @@ class Gateway:
         call.tag_map = read_tags(parse_tags(tags), "x-stockyard-tags") if tags else {}
         if self.key_required:
             secret = presented_key(call.headers, call.path_parameters)
-            if not is_admin_key(secret, self.admin_key):
+            if not (is_admin_key(secret, self.admin_key) if secret else self.is_dashboard(call.headers)):
                 key = self.keys.authenticate(secret, int(self.clock() * 1000))
                 if key.role != "client":
                     raise Unauthenticated("this key reads the log; calls need a client's key")
                 call.key, call.key_id = key, key.id
                 call.tag_map = key.tagged(call.tag_map)
         call.tags = ",".join(f"{name}={value}" for name, value in call.tag_map.items())
+
+    def session_of(self, headers: Mapping[str, str]) -> Session | None:
+        """The dashboard session of a request; a session that a virtual key opened ends with the key."""
+        now_ms = int(self.clock() * 1000)
+        session = self.sessions.find(headers.get("cookie", ""), now_ms)
+        if session is not None and session.key_id:
+            key = self.keys.by_id.get(session.key_id)
+            return session if key is not None and key.status(now_ms) == "active" and key.role == session.role else None
+        return session
+
+    def is_dashboard(self, headers: Mapping[str, str]) -> bool:
+        """Whether a call comes from the dashboard's playground: an admin's session with its header token."""
+        session = self.session_of(headers)
+        return session is not None and session.role == "admin" and session.takes_header(headers)
 
     def decide_keys(self) -> None:
         """Whether clients must send a key; decided anew whenever one is made."""
@@ -15398,7 +15480,11 @@ ALL_METHODS: Final = "GET POST PUT PATCH DELETE"
 
 @dataclass(frozen=True, slots=True)
 class RouteRow:
-    """A path, the methods it takes, who may call it (`anyone`, `client`, `admin`), and whether it can cost money."""
+    """A path, the methods it takes, who may call it, and whether it can cost money.
+
+    Roles: `anyone`; `client` (a virtual key, where keys are required); `viewer` (the admin key, or a key or session of
+    the role viewer or admin); `admin` (the same, but a viewer may only GET).
+    """
 
     methods: str
     path: str
@@ -16005,6 +16091,58 @@ async def body_json_of(request: web.Request) -> Json:
         raise InvalidRequest(f"the body is no JSON object: {error}") from None
 
 
+# ----- Admin JSON -----------------------------------------------------------------------------------------------------
+
+
+async def post_session(request: web.Request) -> web.Response:
+    """Sign in: `{"key": the admin key, or a virtual key of the role viewer or admin}`, or `{"token": of the link}`.
+
+    Answers `{"role", "key_id", "csrf", "expires_at"}` and sets the cookie; `csrf` goes into x-stockyard-csrf.
+    """
+    gateway, body = request.app[GATEWAY_KEY], await body_json_of(request)
+    now_ms, role, key_id = int(gateway.clock() * 1000), "admin", ""
+    given, token = body.get("key"), body.get("token")
+    if isinstance(token, str):
+        if not gateway.sessions.redeem(token, now_ms):
+            raise Unauthenticated("this link was used or is too old; sign in with the admin key")
+    elif not isinstance(given, str):
+        raise InvalidRequest("sign in with `key` or `token`", param="key")
+    elif not is_admin_key(given, gateway.admin_key):
+        key = gateway.keys.authenticate(given, now_ms)
+        if key.role == "client":
+            raise Forbidden("a key of the role client may not sign in")
+        role, key_id = key.role, key.id
+    secret, session = gateway.sessions.begin(role, key_id, now_ms)
+    response = json_response(session_view(session))
+    secure = request.secure or request.headers.get("x-forwarded-proto") == "https"
+    response.set_cookie(
+        SESSION_COOKIE, secret, max_age=SESSION_MS // 1000, httponly=True, samesite="Strict", secure=secure
+    )
+    return response
+
+
+def session_view(session: Session) -> Json:
+    return {
+        "role": session.role,
+        "key_id": session.key_id,
+        "csrf": session.csrf,
+        "expires_at": format_moment(session.expires_ms),
+    }
+
+
+async def get_session(request: web.Request) -> web.Response:
+    """GET: the session of the cookie, as sign-in told it. DELETE: end it."""
+    gateway = request.app[GATEWAY_KEY]
+    session = gateway.session_of(request.headers)
+    if session is None:
+        raise NotFound("this request has a key and no session")
+    response = json_response(session_view(session))
+    if request.method == "DELETE":
+        gateway.sessions.end(session)
+        response.del_cookie(SESSION_COOKIE, httponly=True, samesite="Strict")
+    return response
+
+
 async def post_key(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
     key, secret = gateway.create_key(await body_json_of(request))
@@ -16115,6 +16253,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/v1beta/models/{target:.+}", answer_gemini, "client", spends=True),
     RouteRow("GET", "/health", get_health, "anyone"),
     RouteRow("GET", "/ready", get_ready, "anyone"),
+    RouteRow("POST", "/api/session", post_session, "anyone"),
+    RouteRow("GET DELETE", "/api/session", get_session, "viewer"),
     RouteRow("GET", "/api/requests", get_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
@@ -16145,7 +16285,9 @@ async def boundary(
         refusal = request.app[GUARD_KEY].check(request.headers) or odd_request(request)
         if refusal is not None:
             raise refusal
-        if row and (row.role == "admin" or (row.role == "client" and not row.spends and gateway.key_required)):
+        if row and (
+            row.role in ("viewer", "admin") or (row.role == "client" and not row.spends and gateway.key_required)
+        ):
             require_role(request, gateway, row.role)
         return await handler(request)
     except web.HTTPMethodNotAllowed as error:
@@ -16192,18 +16334,24 @@ def odd_request(request: web.Request) -> GatewayError | None:
 
 
 def require_role(request: web.Request, gateway: Gateway, role: str) -> None:
-    """The admin key, or a virtual key whose role is enough; one message for every failure."""
-    given = presented_key(request.headers, {})
-    if is_admin_key(given, gateway.admin_key):
-        return
+    """The admin key, or a virtual key or session whose role is enough; one message for every failure."""
+    given, had = presented_key(request.headers, {}), "admin"
+    if not given and (session := gateway.session_of(request.headers)) is not None:
+        had = session.role
+        if request.method != "GET" and not session.takes_header(request.headers):
+            raise Forbidden("changes by session need its header token, x-stockyard-csrf", code="csrf")
+    elif not is_admin_key(given, gateway.admin_key):
+        had = role_of_key(gateway, given)
+    if role != "client" and had != "admin" and not (had == "viewer" and (role == "viewer" or request.method == "GET")):
+        raise Forbidden(f"a key of the role {had} may not do this")
+
+
+def role_of_key(gateway: Gateway, given: str) -> str:
     try:
-        key = gateway.keys.authenticate(given, int(gateway.clock() * 1000))
+        return gateway.keys.authenticate(given, int(gateway.clock() * 1000)).role
     except Unauthenticated:
         message = "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
         raise Unauthenticated(message) from None
-    if role == "client" or key.role == "admin" or (key.role == "viewer" and request.method == "GET"):
-        return
-    raise Forbidden(f"a key of the role {key.role} may not do this")
 
 
 ROUTES_BY_NAME: Final[Mapping[str, RouteRow]] = {f"route{number}": row for number, row in enumerate(ROUTES)}

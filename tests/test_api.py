@@ -1,0 +1,112 @@
+"""The admin JSON: who may ask, what is told, what changes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import Proxy, Start
+
+CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+CHAT_PATH = "/v1/chat/completions"
+
+
+class Admin:
+    """Asks the admin JSON with the admin key, or with what `headers` says instead."""
+
+    def __init__(self, proxy: Proxy, **headers: str) -> None:
+        self.proxy = proxy
+        self.headers = headers or {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+
+    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        url = self.proxy.url + path
+        async with (
+            aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session,
+            session.request(method, url, json=body, headers=self.headers) as answer,
+        ):
+            raw = await answer.read()
+            return answer.status, json.loads(raw) if answer.content_type == "application/json" else raw.decode()
+
+    async def get(self, path: str) -> Any:
+        status, told = await self.ask("GET", path)
+        assert status == 200, told
+        return told
+
+
+async def sign_in(proxy: Proxy, body: dict[str, str]) -> tuple[Admin, dict[str, Any], str]:
+    """A caller with the session's cookie and header token, the session, and the Set-Cookie header."""
+    async with proxy.session.post(proxy.url + "/api/session", json=body) as answer:
+        told = await answer.json()
+        assert answer.status == 200, told
+        cookie = answer.headers["set-cookie"]
+    headers = {"cookie": cookie.split(";")[0], "x-stockyard-csrf": told["csrf"]}
+    return Admin(proxy, **headers), told, cookie
+
+
+async def test_signing_in_with_the_admin_key_opens_a_session_that_ends(start: Start) -> None:
+    async with start() as proxy:
+        admin, told, cookie = await sign_in(proxy, {"key": proxy.gateway.admin_key})
+        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and "Max-Age=43200" in cookie
+        assert told["role"] == "admin" and told["csrf"] not in cookie
+        assert await admin.get("/api/session") == told
+        assert (await admin.get("/api/providers"))["data"]
+        assert (await admin.ask("POST", "/api/keys", {"name": "a"}))[0] == 201
+        plain = Admin(proxy, cookie=admin.headers["cookie"])
+        status, refused = await plain.ask("POST", "/api/keys", {"name": "b"})
+        assert (status, refused["error"]["code"]) == (403, "csrf")
+        assert (await plain.ask("DELETE", "/api/session"))[0] == 403
+        assert (await Admin(proxy, **admin.headers, origin="https://evil.example").ask("GET", "/api/keys"))[0] == 403
+        assert (await admin.ask("DELETE", "/api/session"))[0] == 200
+        assert (await admin.ask("GET", "/api/keys"))[0] == 401
+
+
+async def test_a_link_signs_in_once_and_not_late(start: Start) -> None:
+    async with start() as proxy:
+        now_ms = int(proxy.gateway.clock() * 1000)
+        token, late = proxy.gateway.sessions.offer(now_ms), proxy.gateway.sessions.offer(now_ms - 3_600_000)
+        admin, told, _ = await sign_in(proxy, {"token": token})
+        assert told["role"] == "admin" and await admin.get("/api/keys")
+        for used in (token, late, ""):
+            assert (await Admin(proxy).ask("POST", "/api/session", {"token": used}))[0] == 401
+
+
+async def test_a_viewers_session_reads_and_ends_with_its_key(start: Start) -> None:
+    async with start() as proxy:
+        key = (await Admin(proxy).ask("POST", "/api/keys", {"name": "eye", "role": "viewer"}))[1]
+        client = (await Admin(proxy).ask("POST", "/api/keys", {"name": "app"}))[1]
+        assert (await Admin(proxy).ask("POST", "/api/session", {"key": client["key"]}))[0] == 403
+        viewer, told, _ = await sign_in(proxy, {"key": key["key"]})
+        assert told["role"] == "viewer" and await viewer.get("/api/requests")
+        assert (await viewer.ask("DELETE", "/api/cache"))[0] == 403
+        assert (await viewer.ask("POST", CHAT_PATH, CHAT))[0] == 401
+        await Admin(proxy).ask("DELETE", f"/api/keys/{key['id']}")
+        assert (await viewer.ask("GET", "/api/requests"))[0] == 401
+
+
+@pytest.mark.parametrize("body", [{"key": "wrong"}, {"token": "wrong"}, {"key": ""}])
+async def test_signing_in_with_something_else_is_refused(start: Start, body: dict[str, str]) -> None:
+    async with start() as proxy:
+        assert (await Admin(proxy).ask("POST", "/api/session", body))[0] == 401
+        assert (await Admin(proxy).ask("POST", "/api/session", {}))[0] == 400
+
+
+async def test_sessions_are_bounded_and_expire(start: Start) -> None:
+    async with start() as proxy:
+        sessions = proxy.gateway.sessions
+        secrets = [sessions.begin("admin", "", 0)[0] for _ in range(101)]
+        alive = [sessions.find(f"a=b; stockyard_session={secret}; c=d", 1) is not None for secret in secrets]
+        assert alive == [False] + [True] * 100
+        assert sessions.find(f"stockyard_session={secrets[-1]}", 13 * 3_600_000) is None
+
+
+@pytest.mark.parametrize("path", [CHAT_PATH, "/v1/moderations"])
+async def test_the_playground_calls_with_the_session_and_its_header_token(start: Start, path: str) -> None:
+    async with start(require_key="always") as proxy:
+        admin, _, _ = await sign_in(proxy, {"key": proxy.gateway.admin_key})
+        plain = Admin(proxy, cookie=admin.headers["cookie"])
+        assert (await plain.ask("POST", path, CHAT))[0] == 401
+        assert (await admin.ask("POST", path, CHAT))[0] == 200
+        assert (await plain.get("/v1/models"))["data"]
+        assert "stockyard_session" not in str(proxy.upstream.seen)
