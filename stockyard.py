@@ -12418,7 +12418,7 @@ def format_time(ts_ms: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ts_ms / 1000)) + f".{ts_ms % 1000:03d}Z"
 
 
-def public_row(row: sqlite3.Row) -> Json:
+def public_row(row: sqlite3.Row | Json) -> Json:
     """A stored row in the fields that users see."""
     values: Json = {name: row[name] for name in row.keys() if name in LOG_FIELDS}  # noqa: SIM118 - sqlite3.Row is no dict
     values["ts"] = format_time(row["ts_ms"])
@@ -12496,6 +12496,8 @@ class LogStore:
         self.last_error = ""
         self._bodies = bodies
         self._connection = open_writer(path, full_sync)
+        #: The columns that `log_row` fills, in its order.
+        self.columns = [row["name"] for row in self._connection.execute("PRAGMA table_info(requests)")][1:]
         self._queue: collections.deque[Call | Write | threading.Event] = collections.deque()
         self._wake = threading.Event()
         self._closing = False
@@ -13916,6 +13918,39 @@ class Flight:
             self.throttle(holding)
 
 
+class Watcher:
+    """One reader of the live log: events wait here up to a bound; past it they are dropped, counted, and told."""
+
+    MAX_EVENTS: ClassVar[int] = 1000
+
+    def __init__(self) -> None:
+        self._events: list[bytes] = []
+        self._lost = 0
+        self.more = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._events) >= self.MAX_EVENTS
+
+    def put(self, event: bytes) -> None:
+        if self.is_full:
+            self._lost += 1
+        else:
+            self._events.append(event)
+            self.more.set()
+
+    async def take(self) -> bytes:
+        """What has gathered; a comment where nothing comes for HEARTBEAT_S."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.more.wait(), HEARTBEAT_S)
+        self.more.clear()
+        events, self._events = self._events, []
+        if self._lost:
+            events.append(sse_event({"lost": self._lost}, "lost"))
+            self._lost = 0
+        return b"".join(events) or b": waiting\n\n"
+
+
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
@@ -13937,6 +13972,7 @@ class Gateway:
         self.internal_errors = 0
         self.keys = KeyRing(b"")
         self.sessions = Sessions(self.random.randbytes)
+        self.watchers: list[Watcher] = []
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
@@ -14689,6 +14725,17 @@ class Gateway:
             told = call.usage.prompt_tokens + call.usage.completion_tokens if call.usage else None
             self.rates.settle(call.rate_hold, told if call.attempts else 0)
         self.store.put(call)
+        if self.watchers:
+            self.tell(call)
+
+    def tell(self, call: Call) -> None:
+        """Show a finished call to those who watch the log."""
+        event = b""
+        for watcher in self.watchers:
+            if not event and not watcher.is_full:
+                row = dict(zip(self.store.columns, log_row(call, None, 0, 0, 0), strict=True))
+                event = sse_event(public_row(row), "request")
+            watcher.put(event)
 
     # -- requests out
 
@@ -16143,6 +16190,32 @@ async def get_session(request: web.Request) -> web.Response:
     return response
 
 
+MAX_WATCHERS: Final = 32
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The live log as server-sent events: `request` (a log row as it is made), `lost` (`{"lost": count}`: what a slow
+    reader missed). Ends with the session or key that opened it."""
+    gateway, watcher = request.app[GATEWAY_KEY], Watcher()
+    if len(gateway.watchers) >= MAX_WATCHERS:
+        raise LimitExceeded(f"{MAX_WATCHERS} readers watch the log already", retry_after_s=HEARTBEAT_S)
+    headers = {"content-type": "text/event-stream", "cache-control": "private, no-store", "x-accel-buffering": "no"}
+    response = web.StreamResponse(headers=headers)
+    gateway.watchers.append(watcher)
+    try:
+        await response.prepare(request)
+        await response.write(b": watching\n\n")
+        while not gateway.draining:
+            events = await watcher.take()
+            require_role(request, gateway, "admin")
+            await response.write(events)
+    except (Forbidden, Unauthenticated):
+        pass
+    finally:
+        gateway.watchers.remove(watcher)
+    return response
+
+
 async def post_key(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
     key, secret = gateway.create_key(await body_json_of(request))
@@ -16255,6 +16328,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/ready", get_ready, "anyone"),
     RouteRow("POST", "/api/session", post_session, "anyone"),
     RouteRow("GET DELETE", "/api/session", get_session, "viewer"),
+    RouteRow("GET", "/api/events", get_events, "admin"),
     RouteRow("GET", "/api/requests", get_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
@@ -16402,6 +16476,8 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
     finally:
         gateway.draining = True
         server.close()
+        for watcher in gateway.watchers:
+            watcher.more.set()
         await drain(gateway, gateway.settings.drain_timeout)
         await runner.shutdown()
         await manager.shutdown(1.0)

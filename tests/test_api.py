@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import aiohttp
 import pytest
 from conftest import Proxy, Start
+
+import stockyard
 
 CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
 CHAT_PATH = "/v1/chat/completions"
@@ -110,3 +113,42 @@ async def test_the_playground_calls_with_the_session_and_its_header_token(start:
         assert (await admin.ask("POST", path, CHAT))[0] == 200
         assert (await plain.get("/v1/models"))["data"]
         assert "stockyard_session" not in str(proxy.upstream.seen)
+
+
+async def test_the_live_log_shows_a_call_as_it_ends(start: Start) -> None:
+    async with start() as proxy:
+        await proxy.post(CHAT_PATH, CHAT)
+        async with proxy.session.get(proxy.url + "/api/events", headers=Admin(proxy).headers) as events:
+            assert events.content_type == "text/event-stream"
+            assert await events.content.readuntil(b"\n\n") == b": watching\n\n"
+            await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+            kind, data, _ = (await events.content.readuntil(b"\n\n")).split(b"\n", 2)
+            [_, row] = await proxy.rows()
+            assert (kind, json.loads(data[6:])) == (b"event: request", row)
+        assert await Admin(proxy).get("/api/requests")
+        assert proxy.gateway.watchers == []
+
+
+async def test_a_slow_reader_of_the_live_log_is_told_what_it_missed() -> None:
+    watcher = stockyard.Watcher()
+    for number in range(1003):
+        watcher.put(b"%d " % number)
+    assert (await watcher.take()).endswith(b' 999 event: lost\ndata: {"lost":3}\n\n')
+    watcher.put(b"next")
+    assert await watcher.take() == b"next"
+
+
+async def test_the_live_log_ends_with_its_session_and_with_the_proxy(start: Start) -> None:
+    async with aiohttp.ClientSession() as session, start() as proxy:
+        admin, _, _ = await sign_in(proxy, {"key": proxy.gateway.admin_key})
+        proxy.gateway.watchers += [stockyard.Watcher()] * 31
+        async with proxy.session.get(proxy.url + "/api/events", headers=admin.headers) as events:
+            await events.content.readuntil(b"\n\n")
+            assert (await admin.ask("GET", "/api/events"))[0] == 429
+            await admin.ask("DELETE", "/api/session")
+            await proxy.post(CHAT_PATH, CHAT)
+            assert await events.content.read() == b""
+        proxy.gateway.watchers.clear()
+        staying = await session.get(proxy.url + "/api/events", headers=Admin(proxy).headers)
+        staying_ends = asyncio.create_task(staying.content.read())
+    assert await staying_ends in (b": watching\n\n", b": watching\n\n: waiting\n\n")
