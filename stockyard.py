@@ -12384,8 +12384,8 @@ def has_wal_bug(version: tuple[int, int, int]) -> bool:
     )
 
 
-def log_row(call: Call, block: int | None, request_at: int, request_bytes: int, answer_bytes: int) -> tuple[Any, ...]:
-    """One call as the values of its row, in the order of the table's columns after `seq`."""
+def log_row(call: Call) -> tuple[Any, ...]:
+    """One call as the values of its row, in the order of the table's columns after `seq` and up to `block`."""
     usage = call.usage
     written = usage and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
     return (
@@ -12397,7 +12397,7 @@ def log_row(call: Call, block: int | None, request_at: int, request_bytes: int, 
         round(max(0.0, call.latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.finish_reason,
         call.client_ip, call.headers.get("user-agent", "")[:200].encode("utf-8", "replace").decode(), call.session,
         dump_json([attempt.to_json() for attempt in call.attempts]).decode() if len(call.attempts) > 1 or call.error else "",
-        ",".join(call.dropped), usage_text(usage, call.usage_estimated), block, request_at, request_bytes, answer_bytes,
+        ",".join(call.dropped), usage_text(usage, call.usage_estimated),
     )  # fmt: skip
 
 
@@ -12426,6 +12426,16 @@ def public_row(row: sqlite3.Row | Json) -> Json:
     values["priced"] = row["cost_nanousd"] is not None
     values["cost_usd"] = None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD
     return {name: values[name] for name in LOG_FIELDS}
+
+
+class Logged(NamedTuple):
+    """A finished call on its way to the log: its row, what was asked, and what was answered or a stream's transcript."""
+
+    row: tuple[Any, ...]
+    asked: bytes
+    answered: bytes
+    transcript: Transcript | None
+    usage: Usage | None
 
 
 class Write(NamedTuple):
@@ -12496,10 +12506,10 @@ class LogStore:
         self.last_error = ""
         self._bodies = bodies
         self._connection = open_writer(path, full_sync)
-        #: The columns that `log_row` fills, in its order.
+        #: The columns that `log_row` fills, in its order, and those of its bodies.
         self.columns = [row["name"] for row in self._connection.execute("PRAGMA table_info(requests)")][1:]
-        self._queue: collections.deque[Call | Write | threading.Event] = collections.deque()
-        self._wake = threading.Event()
+        self._queue: collections.deque[Logged | Write | threading.Event] = collections.deque()
+        self._wake, self._hurry = threading.Event(), threading.Event()
         self._closing = False
         self._reader: sqlite3.Connection | None = None
         self._reader_lock = threading.Lock()
@@ -12518,8 +12528,13 @@ class LogStore:
         return len(self._queue) >= QUEUE_MAX_ROWS // 16
 
     def put(self, call: Call) -> None:
-        """Hand a finished call over. Never blocks; never raises."""
-        self._queue.append(call)
+        """Hand a finished call over. Never blocks; never raises.
+
+        The row is made here, so that a call's objects die where and while they are in the processor's cache.
+        """
+        asked = (call.sent_body or call.body)[:LOGGED_BODY_MAX_BYTES]
+        transcript = None if call.answer else call.transcript
+        self._queue.append(Logged(log_row(call), asked, call.answer[:LOGGED_BODY_MAX_BYTES], transcript, call.usage))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -12532,11 +12547,13 @@ class LogStore:
         """Return once everything handed over before is committed."""
         done = threading.Event()
         self._queue.append(done)
+        self._hurry.set()
         self._wake.set()
         await asyncio.to_thread(done.wait, 10.0)
 
     def close(self) -> None:
         self._closing = True
+        self._hurry.set()
         self._wake.set()
         self._thread.join(timeout=30)
         if self._reader is not None:
@@ -12549,15 +12566,17 @@ class LogStore:
         while True:
             self._wake.wait()
             self._wake.clear()
-            while self._queue:
+            self._commit_group()
+            while len(self._queue) >= COMMIT_MAX_ROWS or (self._queue and self._closing):
                 self._commit_group()
-            if self._closing and not self._queue:
+            if self._closing:
                 return
-            # Rest, so that rows gather while the loop works; the flag was cleared, so nothing is missed.
-            time.sleep(0 if self._closing else COMMIT_REST_S)
+            # Rest, so that rows gather while the loop works: small groups cost it the interpreter lock each time.
+            self._hurry.wait(COMMIT_REST_S)
+            self._hurry.clear()
 
     def _commit_group(self) -> None:
-        calls: list[Call] = []
+        calls: list[Logged] = []
         writes: list[Write] = []
         barriers: list[threading.Event] = []
         while self._queue and len(calls) < COMMIT_MAX_ROWS:
@@ -12573,7 +12592,7 @@ class LogStore:
         for barrier in barriers:
             barrier.set()
 
-    def _write(self, calls: list[Call], writes: Sequence[Write] = ()) -> None:
+    def _write(self, calls: list[Logged], writes: Sequence[Write] = ()) -> None:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -12589,35 +12608,32 @@ class LogStore:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
 
-    def _rows(self, calls: list[Call]) -> list[tuple[Any, ...]]:
+    def _rows(self, calls: list[Logged]) -> list[tuple[Any, ...]]:
         """The rows of a group; its bodies go to one block first, so that a row can name it."""
         if not self._bodies:
-            return [log_row(call, None, 0, 0, 0) for call in calls]
+            return [(*call.row, None, 0, 0, 0) for call in calls]
         places: list[tuple[int, int, int]] = []
         bodies: list[bytes] = []
         at = 0
         for call in calls:
-            asked = (call.sent_body or call.body)[:LOGGED_BODY_MAX_BYTES]
-            answered = (call.answer or self._assembled(call))[:LOGGED_BODY_MAX_BYTES]
-            places.append((at, len(asked), len(answered)))
-            bodies += (asked, answered)
-            at += len(asked) + len(answered)
+            answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
+            places.append((at, len(call.asked), len(answered)))
+            bodies += (call.asked, answered)
+            at += len(call.asked) + len(answered)
         raw = b"".join(bodies)
         compressed = len(raw) > 512
         stored = zlib.compress(raw, 1) if compressed else raw
         block = self._connection.execute(
             "INSERT INTO blocks (compressed, bodies) VALUES (?, ?)", (compressed, stored)
         ).lastrowid
-        return [log_row(call, block, *place) for call, place in zip(calls, places, strict=True)]
+        return [(*call.row, block, *place) for call, place in zip(calls, places, strict=True)]
 
     @staticmethod
-    def _assembled(call: Call) -> bytes:
-        if call.transcript is None:
-            return b""
-        completion = call.transcript.completion()
-        if call.usage is not None:
-            completion["usage"] = write_openai_usage(call.usage)
-        return dump_json(completion)
+    def _assembled(transcript: Transcript, usage: Usage | None) -> bytes:
+        completion = transcript.completion()
+        if usage is not None:
+            completion["usage"] = write_openai_usage(usage)
+        return dump_json(completion)[:LOGGED_BODY_MAX_BYTES]
 
     # -- readers (any thread)
 
@@ -14733,7 +14749,7 @@ class Gateway:
         event = b""
         for watcher in self.watchers:
             if not event and not watcher.is_full:
-                row = dict(zip(self.store.columns, log_row(call, None, 0, 0, 0), strict=True))
+                row = dict(zip(self.store.columns, log_row(call), strict=False))  # all but where its bodies lie
                 event = sse_event(public_row(row), "request")
             watcher.put(event)
 

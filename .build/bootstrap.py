@@ -20,8 +20,13 @@ NAME = "stockyard"
 OLDEST = (3, 11)
 HINT = "Set SHIV_ROOT= to a folder that only you can write to."
 # Each of these makes a dependency leave its C code out; aiohttp's Python parser is where request smuggling was found.
-UNWANTED = ("AIOHTTP_NO_EXTENSIONS", "FROZENLIST_NO_EXTENSIONS", "MULTIDICT_NO_EXTENSIONS", "PROPCACHE_NO_EXTENSIONS",
-            "YARL_NO_EXTENSIONS")
+UNWANTED = (
+    "AIOHTTP_NO_EXTENSIONS",
+    "FROZENLIST_NO_EXTENSIONS",
+    "MULTIDICT_NO_EXTENSIONS",
+    "PROPCACHE_NO_EXTENSIONS",
+    "YARL_NO_EXTENSIONS",
+)
 
 
 def fail(sentence):
@@ -139,11 +144,15 @@ def make_private(folder):
 def refuse_if_shared(folder):
     status = os.stat(folder)
     if status.st_uid != os.geteuid():
-        fail("will not unpack into %s: it belongs to user id %d, not to %d. %s"
-             % (folder, status.st_uid, os.geteuid(), HINT))
+        fail(
+            "will not unpack into %s: it belongs to user id %d, not to %d. %s"
+            % (folder, status.st_uid, os.geteuid(), HINT)
+        )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        fail("will not unpack into %s: others can write to it (mode %04o). Run chmod go-w on it, or: %s"
-             % (folder, stat.S_IMODE(status.st_mode), HINT))
+        fail(
+            "will not unpack into %s: others can write to it (mode %04o). Run chmod go-w on it, or: %s"
+            % (folder, stat.S_IMODE(status.st_mode), HINT)
+        )
 
 
 def unpack(archive, files, root, prefix, build_id):
@@ -285,8 +294,10 @@ def require_native_parts(root):
         try:
             __import__(name)
         except ImportError as error:
-            fail("%s does not load: %s. If %s is mounted noexec: set SHIV_ROOT= to a folder on another file system."
-                 % (name, error, root))
+            fail(
+                "%s does not load: %s. If %s is mounted noexec: set SHIV_ROOT= to a folder on another file system."
+                % (name, error, root)
+            )
 
 
 main()

@@ -1,7 +1,7 @@
 """Makes the single file out of a folder of installed packages; called by build.sh, byte for byte the same each time.
 
-    pack.py slim FOLDER                 drop what a running Stockyard never reads, cut symbols out of native parts
-    pack.py seal FROM_SHIV FOLDER FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
+pack.py slim FOLDER                 drop what a running Stockyard never reads, cut symbols out of native parts
+pack.py seal FROM_SHIV FOLDER FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
 """
 
 from __future__ import annotations
