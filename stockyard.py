@@ -634,6 +634,9 @@ class Call:
     output_cap: int | None = None
     clamped: bool = False
     session: str = ""
+    targets: Sequence[Target] = ()
+    #: The id of the logged call that this one repeats.
+    replay_of: str = ""
     provider: str = ""
     upstream_model: str = ""
     status: int = 0
@@ -642,6 +645,7 @@ class Call:
     usage: Usage | None = None
     usage_estimated: bool = False
     cost_nanousd: int | None = None
+    saved_nanousd: int = 0
     price_id: str = ""
     upstream_s: float = 0.0
     first_token_s: float = 0.0
@@ -12360,6 +12364,15 @@ MIGRATIONS: Final = (
     );
     CREATE INDEX cache_by_expiry ON cache (expires_ms);
     """,
+    """
+    ALTER TABLE requests ADD COLUMN notes TEXT NOT NULL DEFAULT '';
+    ALTER TABLE requests ADD COLUMN saved_nanousd INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE feedback (
+        request_id TEXT NOT NULL, ts_ms INTEGER NOT NULL, key_id TEXT NOT NULL, score REAL, label TEXT NOT NULL,
+        comment TEXT NOT NULL
+    );
+    CREATE INDEX feedback_by_request ON feedback (request_id);
+    """,
 )
 
 #: The fields of a log row as users see them, in this order; also the CSV header.
@@ -12368,6 +12381,13 @@ LOG_FIELDS: Final = tuple(
     "attempts input_tokens output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_usd price_id "
     "priced latency_ms first_token_ms overhead_ms redactions verdicts finish_reason client_ip user_agent "
     "session".split()
+)
+#: What `log_row` makes, in its order, and then where the call's bodies lie.
+LOG_COLUMNS: Final = tuple(
+    "id ts_ms key_id tags client_dialect endpoint model provider upstream_model stream status error cache attempts "
+    "input_tokens output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_nanousd price_id latency_ms "
+    "first_token_ms overhead_ms redactions verdicts finish_reason client_ip user_agent session attempt_log dropped "
+    "usage notes saved_nanousd block request_at request_bytes answer_bytes".split()
 )
 #: SQLite releases with the WAL-reset bug (https://sqlite.org/wal.html), fixed in 3.51.3, 3.50.7 and 3.44.6.
 WAL_BUG_FIXED: Final = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
@@ -12385,7 +12405,7 @@ def has_wal_bug(version: tuple[int, int, int]) -> bool:
 
 
 def log_row(call: Call) -> tuple[Any, ...]:
-    """One call as the values of its row, in the order of the table's columns after `seq` and up to `block`."""
+    """One call as the values of its row, in the order of LOG_COLUMNS up to `block`."""
     usage = call.usage
     written = usage and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
     return (
@@ -12397,8 +12417,30 @@ def log_row(call: Call) -> tuple[Any, ...]:
         round(max(0.0, call.latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.finish_reason,
         call.client_ip, call.headers.get("user-agent", "")[:200].encode("utf-8", "replace").decode(), call.session,
         dump_json([attempt.to_json() for attempt in call.attempts]).decode() if len(call.attempts) > 1 or call.error else "",
-        ",".join(call.dropped), usage_text(usage, call.usage_estimated),
+        ",".join(call.dropped), usage_text(usage, call.usage_estimated), call_notes(call), call.saved_nanousd,
     )  # fmt: skip
+
+
+def call_notes(call: Call) -> str:
+    """What `explain` tells beyond the columns, as JSON: how the name was routed, the one attempt's times, limits."""
+    notes: Json = {}
+    if call.output_cap is not None:
+        notes["output_cap"], notes["clamped"] = call.output_cap, call.clamped
+    if call.rate_hold is not None:
+        notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
+        notes["estimated_tokens"] = call.rate_hold.tokens
+    if call.replay_of:
+        notes["replay_of"] = call.replay_of
+    if len(call.targets) > 1:
+        notes["targets"] = [[target.provider.id, target.model, target.via] for target in call.targets]
+    if call.targets and len(call.attempts) == 1 and not call.error:
+        via, at = call.targets[0].via, call.attempts[0]
+        if not notes:  # nearly every call: written without a detour
+            return f'{{"via":"{via}","at":[{at.started_ms:.2f},{at.ended_ms:.2f}]}}'
+        notes["at"] = [round(at.started_ms, 2), round(at.ended_ms, 2)]
+    if call.targets:
+        notes["via"] = call.targets[0].via
+    return dump_json(notes).decode() if notes else ""
 
 
 def usage_text(usage: Usage | None, estimated: bool) -> str:
@@ -12506,8 +12548,6 @@ class LogStore:
         self.last_error = ""
         self._bodies = bodies
         self._connection = open_writer(path, full_sync)
-        #: The columns that `log_row` fills, in its order, and those of its bodies.
-        self.columns = [row["name"] for row in self._connection.execute("PRAGMA table_info(requests)")][1:]
         self._queue: collections.deque[Logged | Write | threading.Event] = collections.deque()
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._closing = False
@@ -12645,14 +12685,15 @@ class LogStore:
             return self._reader.execute(sql, parameters).fetchall()
 
 
-ROW_VALUES: Final = f"(NULL, {', '.join('?' * 37)})"
+ROW_VALUES: Final = f"({', '.join('?' * len(LOG_COLUMNS))})"
+INSERT_ROWS: Final = f"INSERT INTO requests ({', '.join(LOG_COLUMNS)}) VALUES "  # noqa: S608 - columns of ours
 
 
 def insert_rows(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
     """Insert rows, many with one statement: each step of SQLite lets go of the interpreter lock and must win it back."""
     at = 0
     for count in (64, 8, 1):
-        statement = "INSERT INTO requests VALUES " + ", ".join([ROW_VALUES] * count)  # noqa: S608 - question marks only
+        statement = INSERT_ROWS + ", ".join([ROW_VALUES] * count)
         while len(rows) - at >= count:
             connection.execute(statement, [value for row in rows[at : at + count] for value in row])
             at += count
@@ -12816,6 +12857,50 @@ def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
     return [
         {**{key: row[key] or 0 for key in ("requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "unpriced")},
          by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
+        for row in rows
+    ]  # fmt: skip
+
+
+POINTS_BY: Final[Mapping[str, str]] = {"total": "''", "model": "model", "provider": "provider", "key": "key_id"}
+POINT_FILTERS: Final = ("model", "provider", "key", "since", "until")
+BUCKETS_MS: Final[Mapping[str, int]] = {"hour": 3_600_000, "day": DAY_MS}
+MAX_BUCKETS: Final = 2200
+QUANTILES: Final[Mapping[str, float]] = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+POINT_COUNTS: Final = (
+    "requests", "errors", "cache_hits", "input_tokens", "cached_tokens", "output_tokens", "unpriced", "redactions",
+)  # fmt: skip
+
+
+def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
+    """What was called, bucket by bucket (the whole span where `bucket_ms` is 0), oldest first, by one of POINTS_BY.
+
+    A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
+    "first_token_ms": the same}`. `ts` is the bucket's start, `name` empty for the total. Quantiles are of answered calls
+    and null where there are none; `cost_usd` is null where none was priced. Buckets without calls are left out.
+    """
+    at, name = (f"ts_ms / {bucket_ms} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
+    where, parameters = log_filter(wanted, now_ms)
+    quantiles = ", ".join(
+        f"MIN({column}) FILTER (WHERE {column}_rank >= {share}) AS {column}_{label}"
+        for column in ("latency_ms", "first_token_ms") for label, share in QUANTILES.items()
+    )  # fmt: skip
+    rows = store.read(
+        f"WITH picked AS (SELECT *, {at} AS at, {name} AS name, "  # noqa: S608 - rows of the tables above
+        f"CASE WHEN status < 400 THEN CUME_DIST() OVER (PARTITION BY {at}, {name}, status < 400 ORDER BY latency_ms) END "
+        f"AS latency_ms_rank, CASE WHEN first_token_ms NOT NULL THEN CUME_DIST() OVER "
+        f"(PARTITION BY {at}, {name}, first_token_ms IS NULL ORDER BY first_token_ms) END AS first_token_ms_rank "
+        f"FROM requests WHERE {where}) SELECT at, name, COUNT(*) AS requests, SUM(status >= 400) AS errors, "
+        "SUM(cache IN ('hit', 'coalesced')) AS cache_hits, SUM(input_tokens) AS input_tokens, "
+        "SUM(cached_tokens) AS cached_tokens, SUM(output_tokens) AS output_tokens, SUM(redactions) AS redactions, "
+        "SUM(cost_nanousd IS NULL AND status < 400) AS unpriced, SUM(cost_nanousd) AS cost_nanousd, "
+        f"SUM(saved_nanousd) AS saved_nanousd, {quantiles} FROM picked GROUP BY at, name ORDER BY at, requests DESC",
+        parameters,
+    )
+    return [
+        {"ts": format_moment(row["at"]), "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
+         "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
+         "saved_usd": row["saved_nanousd"] / NANOUSD_PER_USD,
+         **{what: {label: row[f"{what}_{label}"] for label in QUANTILES} for what in ("latency_ms", "first_token_ms")}}
         for row in rows
     ]  # fmt: skip
 
@@ -14308,7 +14393,8 @@ class Gateway:
         call.cache, call.cost_nanousd, call.price_id = how, 0, entry.price_id
         call.provider, call.upstream_model, call.dropped = entry.provider, entry.upstream_model, entry.dropped
         call.usage, call.usage_estimated, call.finish_reason = entry.usage, entry.usage_estimated, entry.finish_reason
-        self.cache.saved_nanousd += entry.cost_nanousd or 0
+        call.saved_nanousd = entry.cost_nanousd or 0
+        self.cache.saved_nanousd += call.saved_nanousd
         if how == "hit":
             self.cache.hits += 1
         else:
@@ -14749,7 +14835,7 @@ class Gateway:
         event = b""
         for watcher in self.watchers:
             if not event and not watcher.is_full:
-                row = dict(zip(self.store.columns, log_row(call), strict=False))  # all but where its bodies lie
+                row = dict(zip(LOG_COLUMNS, log_row(call), strict=False))  # all but where its bodies lie
                 event = sse_event(public_row(row), "request")
             watcher.put(event)
 
@@ -14758,11 +14844,12 @@ class Gateway:
     async def route(self, call: Call) -> list[Target]:
         forced = call.headers.get("x-stockyard-provider", "")
         try:
-            return self.router.targets(call.model, forced)
+            call.targets = targets = self.router.targets(call.model, forced)
         except UnknownModel:
             if forced or not await self.refresh_models():
                 raise
-            return self.router.targets(call.model, forced)
+            call.targets = targets = self.router.targets(call.model, forced)
+        return targets
 
     def prepare(self, call: Call, target: Target, canonical: Json | None = None) -> Outgoing:
         """One attempt's request: the client's bytes where they may pass, else the translated ones."""
@@ -16094,6 +16181,66 @@ async def get_spend(request: web.Request) -> web.Response:
     return json_response({"data": await asyncio.to_thread(find_spend, gateway.store, by, since), "next": None})
 
 
+def read_span(request: web.Request, usual: str) -> tuple[dict[str, str], int, int]:
+    """The filters of a chart, and its span in Unix milliseconds; `usual` is how far it goes back unasked."""
+    wanted = {name: value for name, value in request.query.items() if name not in ("bucket", "by")}
+    odd = next((name for name in wanted if name not in POINT_FILTERS), None)
+    if odd is not None:
+        raise InvalidRequest(f"unknown filter {odd!r}; known are {', '.join(POINT_FILTERS)}", param=odd)
+    now_ms = int(request.app[GATEWAY_KEY].clock() * 1000)
+    since_ms = parse_time(wanted.get("since", usual), now_ms)
+    until_ms = parse_time(wanted["until"], now_ms) if "until" in wanted else now_ms + 1
+    return {**wanted, "since": format_time(since_ms), "until": format_time(until_ms)}, since_ms, until_ms
+
+
+def read_choice(request: web.Request, name: str, choices: Iterable[str], usual: str) -> str:
+    chosen = request.query.get(name, usual)
+    if chosen not in choices:
+        raise InvalidRequest(f"`{name}` must be one of {', '.join(choices)}", param=name)
+    return chosen
+
+
+async def get_timeseries(request: web.Request) -> web.Response:
+    """`?bucket=hour|day&by=total|model|provider|key`, the filters model, provider and key, and since and until.
+
+    Answers `{"bucket", "by", "since", "until", "data": [points of find_points], "next": null}`. Unasked it is by hour
+    over a day, or by day over 30 days, in total.
+    """
+    gateway = request.app[GATEWAY_KEY]
+    bucket, by = read_choice(request, "bucket", BUCKETS_MS, "hour"), read_choice(request, "by", POINTS_BY, "total")
+    wanted, since_ms, until_ms = read_span(request, {"hour": "24h", "day": "30d"}[bucket])
+    if (until_ms - since_ms) / BUCKETS_MS[bucket] > MAX_BUCKETS:
+        raise InvalidRequest(f"that is more than {MAX_BUCKETS} buckets; choose a shorter span, or days", param="since")
+    await gateway.store.flush()
+    now_ms = int(gateway.clock() * 1000)
+    points = await asyncio.to_thread(find_points, gateway.store, by, BUCKETS_MS[bucket], wanted, now_ms)
+    told = {"bucket": bucket, "by": by, "since": wanted["since"], "until": wanted["until"]}
+    return json_response({**told, "data": points, "next": None})
+
+
+async def get_overview(request: web.Request) -> web.Response:
+    """Totals of a span (24 hours unasked), of the one as long before it, and by model, provider and key, busiest first.
+
+    Answers `{"since", "until", "total": point or null, "before": point or null, "model": [points], "provider": [points],
+    "key": [points], "lost_rows", "cache": as GET /api/cache, "held_usd"}`; points as find_points tells them.
+    """
+    gateway = request.app[GATEWAY_KEY]
+    wanted, since_ms, until_ms = read_span(request, "24h")
+    earlier = {**wanted, "since": format_time(2 * since_ms - until_ms), "until": wanted["since"]}
+    await gateway.store.flush()
+
+    def points(by: str, span: Mapping[str, str]) -> list[Json]:
+        return find_points(gateway.store, by, 0, span, until_ms)
+
+    def collect() -> Json:
+        total, before = (next(iter(points("total", span)), None) for span in (wanted, earlier))
+        return {"total": total, "before": before, **{by: points(by, wanted) for by in ("model", "provider", "key")}}
+
+    told = {"since": wanted["since"], "until": wanted["until"], **await asyncio.to_thread(collect)}
+    told["cache"], told["lost_rows"] = await gateway.cache.view(), gateway.store.lost_rows
+    return json_response({**told, "held_usd": gateway.ledger.held_nanousd / NANOUSD_PER_USD})
+
+
 async def get_providers(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
     return json_response(
@@ -16348,6 +16495,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/requests", get_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
+    RouteRow("GET", "/api/timeseries", get_timeseries, "admin"),
+    RouteRow("GET", "/api/overview", get_overview, "admin"),
     RouteRow("GET", "/api/providers", get_providers, "admin"),
     RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
     RouteRow("GET", "/api/models", get_models, "admin"),

@@ -152,3 +152,37 @@ async def test_the_live_log_ends_with_its_session_and_with_the_proxy(start: Star
         staying = await session.get(proxy.url + "/api/events", headers=Admin(proxy).headers)
         staying_ends = asyncio.create_task(staying.content.read())
     assert await staying_ends in (b": watching\n\n", b": watching\n\n: waiting\n\n")
+
+
+async def test_charts_count_by_bucket_and_name_with_quantiles_and_savings(start: Start) -> None:
+    async with start() as proxy:
+        for _ in range(2):
+            await proxy.post(CHAT_PATH, {**CHAT, "temperature": 0})
+        await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        await proxy.post(CHAT_PATH, {**CHAT, "model": "gpt-unknown-9"})
+        await proxy.post(CHAT_PATH, {"model": "gpt-4o-mini"})
+        admin, rows = Admin(proxy), await proxy.rows()
+        chart = await admin.get("/api/timeseries?by=model")
+        named = {point["name"]: point for point in chart["data"]}
+        mini = named["gpt-4o-mini"]
+        assert (chart["bucket"], chart["by"], mini["ts"][13:]) == ("hour", "model", ":00:00Z")
+        assert (mini["requests"], mini["errors"], mini["cache_hits"], mini["unpriced"]) == (4, 1, 1, 0)
+        assert mini["cost_usd"] == pytest.approx(0.0000042 + 0.0000045)
+        assert mini["saved_usd"] == 0.0000042
+        good = sorted(row["latency_ms"] for row in rows if row["model"] == "gpt-4o-mini" and row["status"] == 200)
+        assert mini["latency_ms"] == {"p50": good[1], "p95": good[2], "p99": good[2]}
+        assert mini["first_token_ms"]["p50"] == next(row["first_token_ms"] for row in rows if row["stream"])
+        assert (named["gpt-unknown-9"]["unpriced"], named["gpt-unknown-9"]["cost_usd"]) == (1, None)
+        [day] = (await admin.get("/api/timeseries?bucket=day&model=gpt-4o-mini"))["data"]
+        assert (day["requests"], day["name"]) == (4, "")
+        seen = await admin.get("/api/overview?since=1h")
+        assert (seen["total"]["requests"], seen["before"]) == (5, None)
+        assert [point["name"] for point in seen["model"]] == ["gpt-4o-mini", "gpt-unknown-9"]
+        assert (await admin.get("/api/timeseries?until=2020-01-01"))["data"] == []
+
+
+@pytest.mark.parametrize("query", ["bucket=year", "by=day", "status=200", "since=9000d", "since=soon", "until=later"])
+async def test_charts_refuse_what_they_do_not_know(start: Start, query: str) -> None:
+    async with start() as proxy:
+        status, told = await Admin(proxy).ask("GET", f"/api/timeseries?{query}")
+        assert (status, told["error"]["type"]) == (400, "invalid_request_error")
