@@ -230,8 +230,9 @@ def parse_json_object(body: bytes) -> Json:
     """Parse a client's JSON object strictly; ValueError with a sentence for everything doubtful.
 
     Refused: anything but UTF-8, NaN and infinities, lone surrogates, duplicate keys, depth over 100, trailing text.
-    The duplicate check costs a byte count in the usual case: a text whose `":` are as many as its parsed members
-    cannot hold a member twice; only otherwise (a quoted `":` in some text) the slower exact parser decides.
+    The duplicate check is cheap in the usual cases: what is written again as the same bytes lost nothing, and a text
+    whose `":` are as many as its parsed members cannot hold a member twice; only otherwise (a quoted `":` in some text)
+    the slower exact parser decides.
     """
     if body.count(b"[") + body.count(b"{") > JSON_MAX_DEPTH and _json_depth(body) > JSON_MAX_DEPTH:
         raise ValueError(f"it is nested deeper than {JSON_MAX_DEPTH} levels")
@@ -241,6 +242,8 @@ def parse_json_object(body: bytes) -> Json:
         raise ValueError(str(error)) from None
     if not isinstance(value, dict):
         raise ValueError("it must be an object")
+    if len(body) < 16_384 and orjson.dumps(value) == body:
+        return value
     if body.count(b'":') != _count_keys(value) or SPACED_KEY.search(body):
         json.loads(body.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str)
     return value
@@ -487,6 +490,17 @@ def _count(value: Any) -> int:
     return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
 
 
+#: Counters that few answers have, and that most of those which have them leave at zero.
+RARE_USAGE: Final = ("num_search_queries",)
+RARE_DETAILS: Final = (
+    "audio_tokens",
+    "image_tokens",
+    "cache_write_tokens",
+    "cache_creation",
+    "cache_creation_input_tokens",
+)
+
+
 def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
     """Read a `usage` object in OpenAI's words (chat or Responses names) into disjoint buckets.
 
@@ -503,15 +517,18 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
         or {}
     )
     out = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
-    if not details and not out and "cached_tokens" not in usage and "num_cached_tokens" not in usage:
-        cached = _count(usage.get("prompt_cache_hit_tokens"))
-        return Usage(
-            input_tokens=max(0, total_in - cached), cached_tokens=min(cached, total_in), output_tokens=total_out
-        )
     cached = _count(
         details.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")
         or usage.get("cached_tokens") or usage.get("num_cached_tokens")
     )  # fmt: skip
+    reasoning = _count(out.get("reasoning_tokens"))
+    if (
+        not any(map(usage.get, RARE_USAGE))
+        and not any(map(details.get, RARE_DETAILS))
+        and not any(map(out.get, RARE_DETAILS))
+    ):
+        cached = min(cached, total_in)
+        return Usage(total_in - cached, cached, output_tokens=total_out, reasoning_tokens=reasoning)
     creation = details.get("cache_creation") or {}
     write_1h = _count(creation.get("ephemeral_1h_input_tokens"))
     write = _count(details.get("cache_write_tokens") or details.get("cache_creation_input_tokens"))
@@ -523,7 +540,7 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
         cache_write_5m_tokens=max(0, write - write_1h),
         cache_write_1h_tokens=min(write, write_1h),
         output_tokens=max(0, total_out - audio_out - image_out),
-        reasoning_tokens=_count(out.get("reasoning_tokens")),
+        reasoning_tokens=reasoning,
         input_audio_tokens=audio_in,
         output_audio_tokens=audio_out,
         input_image_tokens=image_in,
@@ -1080,11 +1097,11 @@ class ModelFacts:
 
     def needs_responses(self, request: Json) -> bool:
         """Whether this chat request must be sent to /responses and its answer translated back."""
-        if not self.chat:
-            return True
+        if not (self.chat and request.get("tools")):
+            return not self.chat
         effort = self.effort(_effort_of(request))
         open_to = {"any": True, "no_effort": effort in (None, "none"), "effort_none": effort == "none", "never": False}
-        return bool(request.get("tools")) and not open_to[self.chat_tools]
+        return not open_to[self.chat_tools]
 
 
 def _effort_of(request: Json) -> str | None:
@@ -15421,7 +15438,7 @@ class Lane(RequestHandler):
         message, payload, endpoint = self._awaited
         if payload.is_eof():
             self._awaited = None  # first: reading may call back into data_received
-            self._begin(message, payload.read_nowait() if payload.total_bytes else b"", endpoint)
+            self._begin(message, take_buffered(payload), endpoint)
         elif self._body_timer is None:
             payload.set_read_chunk_size(
                 self.gateway.max_body_bytes
