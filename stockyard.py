@@ -625,10 +625,13 @@ class Attempt:
     ended_ms: float = 0.0
     status: int = 0
     error: str = ""
+    #: Where money is limited: the budgets (id and window), what was held in each, and what was charged for it.
+    budget: Json | None = None
 
     def to_json(self) -> Json:
         times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
-        return {"provider": self.provider, "model": self.model, **times, "status": self.status, "error": self.error}
+        told = {"provider": self.provider, "model": self.model, **times, "status": self.status, "error": self.error}
+        return told if self.budget is None else {**told, "budget": self.budget}
 
 
 class Call:
@@ -652,6 +655,9 @@ class Call:
     clamped: bool = False
     session: str = ""
     targets: Sequence[Target] = ()
+    #: The dialect that the logged request was translated to, and the arithmetic of a limit that refused the call.
+    sent_dialect: str = ""
+    refusal: Json | None = None
     #: The id of the logged call that this one repeats.
     replay_of: str = ""
     provider: str = ""
@@ -9499,6 +9505,20 @@ class Price:
                     shown[f"{key} above {rates.above_tokens}"] = _usd(amount, RATE_BY_KEY[key].units)
         return shown
 
+    def lines(self, usage: Usage) -> list[Json]:
+        """The arithmetic of `cost`: `{"unit", "count", "usd", "per", "total_usd"}` a rate, `usd` being for `per` units."""
+        rates = self._tier(usage)
+        counts = {rate.key: getattr(usage, rate.bucket) if rate.bucket else 1 for rate in RATES}
+        if rates.reasoning == rates.output:
+            counts["reasoning"] = 0
+        counts["reasoning"] = min(counts["reasoning"], counts["output"])
+        counts["output"] -= counts["reasoning"]
+        return [
+            {"unit": rate.key, "count": counts[rate.key], "usd": _usd(amount, rate.units), "per": rate.units,
+             "total_usd": counts[rate.key] * amount / (NANOUSD_PER_USD * 1_000_000)}
+            for rate in RATES if (amount := getattr(rates, rate.key)) and counts[rate.key]
+        ]  # fmt: skip
+
     def _tier(self, usage: Usage) -> Rates:
         u = usage
         prompt_tokens = u.input_tokens + u.cached_tokens + u.cache_write_5m_tokens + u.cache_write_1h_tokens
@@ -12433,9 +12453,17 @@ def log_row(call: Call) -> tuple[Any, ...]:
         round((call.first_token_s - call.started_s) * 1000, 3) if call.first_token_s else None,
         round(max(0.0, call.latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.finish_reason,
         call.client_ip, call.headers.get("user-agent", "")[:200].encode("utf-8", "replace").decode(), call.session,
-        dump_json([attempt.to_json() for attempt in call.attempts]).decode() if len(call.attempts) > 1 or call.error else "",
+        attempts_text(call),
         ",".join(call.dropped), usage_text(usage, call.usage_estimated), call_notes(call), call.saved_nanousd,
     )  # fmt: skip
+
+
+def attempts_text(call: Call) -> str:
+    """The attempts as JSON; empty for the usual one without a fault, whose times `call_notes` keeps."""
+    attempts = call.attempts
+    if len(attempts) > 1 or call.error or (attempts and attempts[0].budget):
+        return dump_json([attempt.to_json() for attempt in attempts]).decode()
+    return ""
 
 
 def call_notes(call: Call) -> str:
@@ -12446,8 +12474,9 @@ def call_notes(call: Call) -> str:
     if call.rate_hold is not None:
         notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
         notes["estimated_tokens"] = call.rate_hold.tokens
-    if call.replay_of:
-        notes["replay_of"] = call.replay_of
+    for name in ("replay_of", "sent_dialect", "refusal"):
+        if value := getattr(call, name):
+            notes[name] = value
     if len(call.targets) > 1:
         notes["targets"] = [[target.provider.id, target.model, target.via] for target in call.targets]
     if call.targets and len(call.attempts) == 1 and not call.error:
@@ -12780,20 +12809,57 @@ def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
 
 
 def find_request(store: LogStore, request_id: str) -> Json | None:
-    """One row with its attempts and bodies; None where the id is unknown."""
+    """One row with all that is kept of it; None where the id is unknown.
+
+    Beside the log fields: `attempt_log`, `spans`, `dropped`, `usage` (rare buckets), `saved_usd`, `notes` (see
+    `call_notes`), `feedback`, `request` and `response` (as logged: null where no body was kept).
+    """
     rows = store.read("SELECT * FROM requests WHERE id = ?", (request_id,))
     if not rows:
         return None
     row = rows[0]
     asked, answered = read_bodies(store, row)
+    notes = orjson.loads(row["notes"]) if row["notes"] else {}
+    attempts = orjson.loads(row["attempt_log"]) if row["attempt_log"] else []
+    if "at" in notes and not attempts:
+        started_ms, ended_ms = notes["at"]
+        attempts = [Attempt(row["provider"], row["upstream_model"], started_ms, ended_ms, 200).to_json()]
+    found = public_row(row)
     return {
-        **public_row(row),
-        "attempt_log": orjson.loads(row["attempt_log"]) if row["attempt_log"] else [],
+        **found,
+        "attempt_log": attempts,
+        "spans": spans_of(found, attempts),
         "dropped": [name for name in row["dropped"].split(",") if name],
         "usage": orjson.loads(row["usage"]) if row["usage"] else {},
+        "saved_usd": row["saved_nanousd"] / NANOUSD_PER_USD,
+        "notes": notes,
+        "feedback": find_feedback(store, request_id),
         "request": body_json(asked),
         "response": body_json(answered),
     }
+
+
+def spans_of(found: Json, attempts: Sequence[Json]) -> list[Json]:
+    """What took how long, as `{"name", "start_ms", "end_ms"}` from the start of the call, for a waterfall."""
+    spans = [("call", 0.0, found["latency_ms"])]
+    if attempts:
+        spans.append(("admit, read, route", 0.0, attempts[0]["started_ms"]))
+    spans += [
+        (f"attempt {number}: {line['provider']}", line["started_ms"], line["ended_ms"])
+        for number, line in enumerate(attempts, 1)
+    ]
+    if found["first_token_ms"] is not None:
+        spans.append(("stream", found["first_token_ms"], found["latency_ms"]))
+    return [{"name": name, "start_ms": start_ms, "end_ms": end_ms} for name, start_ms, end_ms in spans]
+
+
+def find_feedback(store: LogStore, request_id: str) -> list[Json]:
+    """What people said of an answer, the oldest first."""
+    rows = store.read("SELECT * FROM feedback WHERE request_id = ? ORDER BY rowid", (request_id,))
+    return [
+        {"ts": format_time(row["ts_ms"]), **{name: row[name] for name in ("key_id", "score", "label", "comment")}}
+        for row in rows
+    ]
 
 
 def read_bodies(store: LogStore, row: sqlite3.Row) -> tuple[bytes, bytes]:
@@ -12876,6 +12942,107 @@ def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
          by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
         for row in rows
     ]  # fmt: skip
+
+
+def logged_usage(found: Json) -> Usage | None:
+    """The usage of a logged call, as it was charged."""
+    if found["input_tokens"] is None:
+        return None
+    rare = {name: count for name, count in found["usage"].items() if name != "estimated"}
+    same = {name: found[name] for name in ("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens")}
+    written = found["cache_write_tokens"] - rare.get("cache_write_1h_tokens", 0)
+    return Usage(**same, **rare, cache_write_5m_tokens=written)
+
+
+def explain_request(found: Json, prices: PriceBook) -> Json:
+    """Why a logged call went as it did, from `find_request`: facts by subject, and `summary`, the same in sentences."""
+    notes, usage = found["notes"], logged_usage(found)
+    routed = notes.get("targets") or (
+        [[found["provider"], found["upstream_model"], notes["via"]]] if "via" in notes else []
+    )
+    price = prices.find(found["provider"], found["upstream_model"], parse_time(found["ts"], 0) / 1000)
+    same_price = price if price is not None and price.id == found["price_id"] else None
+    cost: Json = {
+        "price_id": found["price_id"] or None, "priced": found["priced"], "cost_usd": found["cost_usd"], "saved_usd": found["saved_usd"],
+        "estimated": bool(found["usage"].get("estimated")), "price": same_price.per_million_usd() if same_price else None,
+        "lines": same_price.lines(usage) if same_price and usage else [],
+    }  # fmt: skip
+    budgets = [line["budget"] for line in found["attempt_log"] if "budget" in line]
+    told: Json = {
+        "id": found["id"],
+        "route": {"asked": found["model"], "targets": [dict(zip(("provider", "upstream_model", "via"), row, strict=True)) for row in routed]},
+        "attempts": found["attempt_log"],
+        "cache": {"result": found["cache"], "saved_usd": found["saved_usd"]},
+        "budget": {"holds": budgets, "output_cap": notes.get("output_cap"), "clamped": notes.get("clamped", False)},
+        "limits": {"taken": notes.get("limits", []), "estimated_tokens": notes.get("estimated_tokens")},
+        "refusal": notes.get("refusal"), "verdicts": found["verdicts"], "redactions": found["redactions"], "dropped": found["dropped"],
+        "cost": cost,
+    }  # fmt: skip
+    return {**told, "summary": explain_lines(found, told)}
+
+
+CACHE_WORDS: Final[Mapping[str, str]] = {
+    "hit": "Cache: answered from the cache, which saved ${saved}; no provider was asked.",
+    "coalesced": "Cache: an equal call was under way and its answer was shared, which saved ${saved}.",
+    "miss": "Cache: the answer may be kept, but none was; the provider was asked.",
+    "bypass": "Cache: not used; the policy does not cover this call, or x-stockyard-cache was off.",
+}
+
+
+def explain_lines(found: Json, told: Json) -> list[str]:
+    """The sentences of an explanation, in the order in which things happened."""
+    asked = f"`{found['model']}`"
+    lines = [
+        f"Route: {asked} goes to {row['provider']} as {row['upstream_model']}, by {row['via']}."
+        for row in told["route"]["targets"]
+    ] or [f"Route: {asked} was not routed."]
+    lines.append(CACHE_WORDS[found["cache"]].replace("{saved}", shown_usd(found["saved_usd"])))
+    for number, line in enumerate(told["attempts"], 1):
+        ended = f"{line['status']} {line['error']}".strip()
+        took_ms = line["ended_ms"] - line["started_ms"]
+        lines.append(
+            f"Attempt {number}: {line['provider']} at {line['started_ms']:.1f} ms, {ended} after {took_ms:.1f} ms."
+        )
+        if "budget" in line:
+            names = ", ".join(f"{name} ({window})" for name, window in line["budget"]["budgets"])
+            held, charged = (shown_usd(line["budget"][name]) for name in ("held_usd", "charged_usd"))
+            lines.append(f"Budget: ${held} was held in {names}; ${charged} was charged.")
+    if told["budget"]["output_cap"] is not None:
+        why = "what the budget had left" if told["budget"]["clamped"] else "what the held amount pays for"
+        lines.append(f"Output cap: {told['budget']['output_cap']} tokens, {why}.")
+    if told["limits"]["taken"]:
+        lines.append(
+            f"Limits: counted for {', '.join(told['limits']['taken'])} at {told['limits']['estimated_tokens']} tokens."
+        )
+    if told["refusal"]:
+        lines.append("Refusal: " + ", ".join(f"{name} {value}" for name, value in told["refusal"].items()))
+    if found["dropped"]:
+        lines.append(f"Dropped, because the target cannot carry it: {', '.join(found['dropped'])}.")
+    if found["verdicts"] or found["redactions"]:
+        lines.append(f"Guardrails: {found['verdicts'] or 'no verdict'}; {found['redactions']} values redacted.")
+    lines.append(explain_cost(told["cost"]))
+    lines.append(
+        f"End: {found['status']} {found['error'] or found['finish_reason']}".rstrip()
+        + f" after {found['latency_ms']:.1f} ms."
+    )
+    return lines  # fmt: skip
+
+
+def shown_usd(usd: float) -> str:
+    return format_usd(round(usd * NANOUSD_PER_USD))
+
+
+def explain_cost(cost: Json) -> str:
+    if not cost["priced"]:
+        return "Cost: not known; no price is known for this model, or no usage was told."
+    total = shown_usd(cost["cost_usd"])
+    if cost["saved_usd"]:
+        return f"Cost: ${total}; the answer was paid for before, at price {cost['price_id']}."
+    if not cost["lines"]:
+        return f"Cost: ${total} by price {cost['price_id']}, which the table does not hold any more."
+    terms = " + ".join(f"{line['count']} {line['unit']} x ${line['usd']}/{line['per']}" for line in cost["lines"])
+    guess = " The usage is an estimate." if cost["estimated"] else ""
+    return f"Cost: {terms} = ${total} by price {cost['price_id']}.{guess}"
 
 
 POINTS_BY: Final[Mapping[str, str]] = {"total": "''", "model": "model", "provider": "provider", "key": "key_id"}
@@ -14616,6 +14783,12 @@ class Gateway:
             ended = self.ledger.release(hold, now_ms)
         else:
             ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0, now_ms)
+        if hold.balances:
+            line.budget = {
+                "budgets": [[balance.budget.id, balance.window] for balance in hold.balances],
+                "held_usd": hold.nanousd / NANOUSD_PER_USD,
+                "charged_usd": ended.cost_nanousd / NANOUSD_PER_USD,
+            }
         self.record_end(ended)
 
     def record_end(self, ended: Settlement) -> None:
@@ -14813,6 +14986,8 @@ class Gateway:
         """An error as the client's dialect says it."""
         status, body = DIALECTS[call.endpoint.dialect].render_error(error, call.id)
         call.status, call.error = status, error.code
+        if isinstance(error, LimitExceeded):
+            call.refusal = error.fields
         call.answer = dump_json(body)
         headers = [("content-type", "application/json"), *self.answer_headers(call)]
         if error.retry_after_s is not None:
@@ -14882,7 +15057,7 @@ class Gateway:
             if call.output_cap is not None:
                 canonical = DIALECTS["openai"].with_output_cap(canonical, call.output_cap)
             body = dump_json(encode(canonical, translation))
-            call.dropped = translation.dropped
+            call.dropped, call.sent_dialect = translation.dropped, dialect.name
         else:
             body = self.passing_body(call, target, dialect)
         path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
@@ -15642,6 +15817,8 @@ PROXY_ENDPOINT: Final = Endpoint("passthrough", "/proxy", upload=True)
 GATEWAY_KEY: Final = web.AppKey("gateway", Gateway)
 GUARD_KEY: Final = web.AppKey("guard", RequestGuard)
 UPLOADS_KEY: Final = web.AppKey("uploads", aiohttp.ClientSession)
+#: Of a request that may see or change things: the id of its virtual key, empty for the admin key.
+ACTOR_KEY: Final = web.RequestKey("actor", str)
 ALL_METHODS: Final = "GET POST PUT PATCH DELETE"
 
 
@@ -16179,13 +16356,45 @@ def page_size(text: str) -> int:
     return int(text)
 
 
-async def get_request(request: web.Request) -> web.Response:
+async def logged_request(request: web.Request) -> Json:
+    """The logged call that the path names; NotFound where there is none."""
     gateway = request.app[GATEWAY_KEY]
     await gateway.store.flush()
     found = await asyncio.to_thread(find_request, gateway.store, request.match_info["id"])
     if found is None:
         raise NotFound("no request has this id; it may have been older than the log keeps")
-    return json_response(found)
+    return found
+
+
+async def get_request(request: web.Request) -> web.Response:
+    return json_response(await logged_request(request))
+
+
+async def explain(request: web.Request) -> web.Response:
+    """Route, attempts, cache, budget, limits, verdicts, dropped fields, price and arithmetic, and all in sentences."""
+    return json_response(explain_request(await logged_request(request), request.app[GATEWAY_KEY].prices))
+
+
+async def post_feedback(request: web.Request) -> web.Response:
+    """`{"score": a number, "label": up to 100 letters, "comment": up to 4000}`, one of them at least."""
+    gateway, found, body = request.app[GATEWAY_KEY], await logged_request(request), await body_json_of(request)
+    odd = next((name for name in body if name not in FEEDBACK_TEXTS and name != "score"), None)
+    score, texts = body.get("score"), {name: body.get(name, "") for name in FEEDBACK_TEXTS}
+    if odd is not None or not (score is not None or any(texts.values())):
+        raise InvalidRequest("feedback is `score`, `label` or `comment`", param=odd)
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+        raise InvalidRequest("`score` must be a number", param="score")
+    for name, most in FEEDBACK_TEXTS.items():
+        if not isinstance(texts[name], str) or len(texts[name]) > most:
+            raise InvalidRequest(f"`{name}` must be text of at most {most} letters", param=name)
+    now_ms, actor = int(gateway.clock() * 1000), request[ACTOR_KEY]
+    row = (found["id"], now_ms, actor, score, texts["label"], texts["comment"])
+    gateway.store.put_write("INSERT INTO feedback VALUES (?, ?, ?, ?, ?, ?)", *row)
+    await gateway.store.flush()
+    return json_response({"ts": format_time(now_ms), "key_id": actor, "score": score, **texts}, status=201)
+
+
+FEEDBACK_TEXTS: Final[Mapping[str, int]] = {"label": 100, "comment": 4000}
 
 
 async def get_spend(request: web.Request) -> web.Response:
@@ -16511,6 +16720,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/events", get_events, "admin"),
     RouteRow("GET", "/api/requests", get_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
+    RouteRow("GET", "/api/requests/{id}/explain", explain, "admin"),
+    RouteRow("POST", "/api/requests/{id}/feedback", post_feedback, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
     RouteRow("GET", "/api/timeseries", get_timeseries, "admin"),
     RouteRow("GET", "/api/overview", get_overview, "admin"),
@@ -16544,7 +16755,7 @@ async def boundary(
         if row and (
             row.role in ("viewer", "admin") or (row.role == "client" and not row.spends and gateway.key_required)
         ):
-            require_role(request, gateway, row.role)
+            request[ACTOR_KEY] = require_role(request, gateway, row.role)
         return await handler(request)
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
@@ -16589,22 +16800,24 @@ def odd_request(request: web.Request) -> GatewayError | None:
     return None
 
 
-def require_role(request: web.Request, gateway: Gateway, role: str) -> None:
-    """The admin key, or a virtual key or session whose role is enough; one message for every failure."""
-    given, had = presented_key(request.headers, {}), "admin"
+def require_role(request: web.Request, gateway: Gateway, role: str) -> str:
+    """Pass the admin key, or a virtual key or session whose role is enough, and give the key's id."""
+    given, had, key_id = presented_key(request.headers, {}), "admin", ""
     if not given and (session := gateway.session_of(request.headers)) is not None:
-        had = session.role
+        had, key_id = session.role, session.key_id
         if request.method != "GET" and not session.takes_header(request.headers):
             raise Forbidden("changes by session need its header token, x-stockyard-csrf", code="csrf")
     elif not is_admin_key(given, gateway.admin_key):
-        had = role_of_key(gateway, given)
+        key = key_for_admin(gateway, given)
+        had, key_id = key.role, key.id
     if role != "client" and had != "admin" and not (had == "viewer" and (role == "viewer" or request.method == "GET")):
         raise Forbidden(f"a key of the role {had} may not do this")
+    return key_id
 
 
-def role_of_key(gateway: Gateway, given: str) -> str:
+def key_for_admin(gateway: Gateway, given: str) -> VirtualKey:
     try:
-        return gateway.keys.authenticate(given, int(gateway.clock() * 1000)).role
+        return gateway.keys.authenticate(given, int(gateway.clock() * 1000))
     except Unauthenticated:
         message = "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
         raise Unauthenticated(message) from None
@@ -17245,6 +17458,17 @@ def run_show(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_explain(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    found = find_request(open_log(options), options.id)
+    if found is None:
+        print(f"no request has the id {options.id}", file=sys.stderr)
+        return 1
+    told = explain_request(found, load_prices(settings))
+    print(dump_json(told).decode() if options.json else "\n".join(told["summary"]))
+    return 0
+
+
 def run_costs(options: argparse.Namespace) -> int:
     since = parse_time(options.since, int(time.time() * 1000)) if options.since else 0
     rows = find_spend(open_log(options), options.by, since)
@@ -17423,6 +17647,9 @@ VERBS: Final = (
         ("--csv", {"action": "store_true", "help": "print CSV"}),
     )),
     Verb("show", run_show, "print one logged call with its attempts and bodies", (("id", {"help": "the id from x-stockyard-request-id"}),)),
+    Verb("explain", run_explain, "say why a logged call went where it went, and the arithmetic of its cost", (
+        ("id", {"help": "the id from x-stockyard-request-id"}), _JSON,
+    )),
     Verb("costs", run_costs, "print what was spent", (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
     )),

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Proxy, Start
+from upstreams import COMPLETION, plain
 
 import stockyard
 
@@ -186,3 +187,82 @@ async def test_charts_refuse_what_they_do_not_know(start: Start, query: str) -> 
     async with start() as proxy:
         status, told = await Admin(proxy).ask("GET", f"/api/timeseries?{query}")
         assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def explained(proxy: Proxy) -> dict[str, Any]:
+    """The explanation of the newest call, by the API; the command line's function is the same."""
+    told: dict[str, Any] = await Admin(proxy).get(f"/api/requests/{(await proxy.rows())[-1]['id']}/explain")
+    return told
+
+
+async def test_an_explanation_tells_route_attempts_and_the_arithmetic_of_the_cost(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [plain({"error": {"message": "busy"}}, 503), plain(COMPLETION)]
+        await proxy.post(CHAT_PATH, {**CHAT, "temperature": 0})
+        told = await explained(proxy)
+        proxy.upstream.answers = []
+        await proxy.post(CHAT_PATH, {**CHAT, "temperature": 0})
+        hit = await explained(proxy)
+        await proxy.post(CHAT_PATH, {**CHAT, "model": "grok-4"})
+        lost = await explained(proxy)
+        await proxy.post(CHAT_PATH, {**CHAT, "model": "gpt-unknown-9"})
+        unpriced = await explained(proxy)
+    assert told["route"]["targets"] == [{"provider": "openai", "upstream_model": "gpt-4o-mini", "via": "model list"}]
+    assert [line["status"] for line in told["attempts"]] == [503, 200]
+    assert [(line["unit"], line["count"], line["usd"]) for line in told["cost"]["lines"]] == [
+        ("input", 6, "0.15"),
+        ("cached", 4, "0.075"),
+        ("output", 5, "0.6"),
+    ]
+    assert sum(line["total_usd"] for line in told["cost"]["lines"]) == pytest.approx(told["cost"]["cost_usd"])
+    assert "6 input x $0.15/1000000 + 4 cached x $0.075/1000000 + 5 output x $0.6/1000000 = $0.0000042" in str(
+        told["summary"]
+    )
+    assert (hit["cache"]["result"], hit["cache"]["saved_usd"], hit["cost"]["cost_usd"]) == ("hit", 0.0000042, 0)
+    assert (lost["route"]["targets"], lost["attempts"]) == ([], [])
+    assert "was not routed" in lost["summary"][0] and lost["summary"][-1].startswith("End: 404 model_not_found")
+    assert not unpriced["cost"]["priced"] and "no price is known" in str(unpriced["summary"])
+
+
+async def test_an_explanation_tells_what_a_budget_held_and_why_it_refused(start: Start) -> None:
+    async with start(budget="0.001/day", rate_limit="100rpm,100000tpm") as proxy:
+        await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 20})
+        held = await explained(proxy)
+        await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 16000})
+        refused = await explained(proxy)
+    [hold] = held["budget"]["holds"]
+    assert hold["held_usd"] > hold["charged_usd"] == held["cost"]["cost_usd"] > 0
+    assert len(hold["budgets"]) == 1
+    assert held["limits"]["taken"] == ["this Stockyard"] and held["limits"]["estimated_tokens"] > 0
+    assert "was held in" in str(held["summary"])
+    assert refused["refusal"]["limit_usd"] == "0.001" and float(refused["refusal"]["needed_usd"]) > 0.001
+    assert refused["attempts"] == [] and "Refusal: " in str(refused["summary"])
+
+
+async def test_reasoning_is_a_line_of_its_own_where_it_costs_otherwise() -> None:
+    book = stockyard.PriceBook.load(stockyard.read_asset("prices.json")).with_overrides(
+        [{"model": "m", "input": "1", "output": "2", "reasoning": "3", "requests": "5"}]
+    )
+    price = book.find("openai", "m", 0)
+    usage = stockyard.Usage(input_tokens=1000, output_tokens=100, reasoning_tokens=40)
+    assert price is not None
+    lines = {line["unit"]: (line["count"], line["per"]) for line in price.lines(usage)}
+    assert lines == {"input": (1000, 10**6), "output": (60, 10**6), "reasoning": (40, 10**6), "requests": (1, 1000)}
+    assert sum(line["total_usd"] for line in price.lines(usage)) * 1e9 == pytest.approx(price.cost(usage))
+
+
+async def test_a_logged_call_shows_times_and_feedback(start: Start) -> None:
+    async with start() as proxy:
+        admin = Admin(proxy)
+        await proxy.post(CHAT_PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+        path = f"/api/requests/{row['id']}"
+        assert (await admin.ask("POST", path + "/feedback", {"score": 1, "label": "good", "comment": "ä"}))[0] == 201
+        for wrong in ({}, {"score": "5"}, {"score": True}, {"label": 5}, {"label": "x" * 101}, {"more": 1}):
+            assert (await admin.ask("POST", path + "/feedback", wrong))[0] == 400
+        assert (await admin.ask("POST", "/api/requests/req_none/feedback", {"score": 1}))[0] == 404
+        found = await admin.get(path)
+    assert [(note["score"], note["label"], note["comment"]) for note in found["feedback"]] == [(1.0, "good", "ä")]
+    assert [span["name"] for span in found["spans"]] == ["call", "admit, read, route", "attempt 1: openai", "stream"]
+    assert all(0 <= span["start_ms"] <= span["end_ms"] <= row["latency_ms"] + 0.01 for span in found["spans"])
+    assert found["attempt_log"][0]["status"] == 200
