@@ -60,6 +60,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import difflib
 import email.utils
 import fcntl
 import functools
@@ -12410,6 +12411,7 @@ MIGRATIONS: Final = (
     );
     CREATE INDEX feedback_by_request ON feedback (request_id);
     """,
+    "CREATE INDEX requests_by_session ON requests (session, seq) WHERE session != '';",
 )
 
 #: The fields of a log row as users see them, in this order; also the CSV header.
@@ -12751,7 +12753,8 @@ LOG_FILTERS: Final[Mapping[str, str]] = {
     "key": "key_id = :key",
     "status": "status BETWEEN :status_low AND :status_high",
     "cache": "cache = :cache",
-    "session": "session = :session",
+    "session": "session = :session AND session != ''",  # so that the index of those that have one serves
+    "tag": "instr(',' || tags || ',', ',' || :tag || ',')",
     "since": "ts_ms >= :since",
     "until": "ts_ms < :until",
     "before": "seq < :before",
@@ -12925,6 +12928,7 @@ def find_items(store: LogStore, ids: Sequence[str], key_id: str) -> dict[str, Js
 
 SPEND_BY: Final[Mapping[str, str]] = {
     "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', ts_ms / 1000, 'unixepoch')", "tag": "tags",
+    "session": "session",
 }  # fmt: skip
 
 
@@ -12940,6 +12944,30 @@ def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
     return [
         {**{key: row[key] or 0 for key in ("requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "unpriced")},
          by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
+        for row in rows
+    ]  # fmt: skip
+
+
+def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[Json]:
+    """Conversations, by x-stockyard-session, the latest first: what was called, from when to when, and its cost.
+
+    The filters are those of the log; `before` is a session's `cursor`.
+    """
+    where, parameters = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
+    before = wanted.get("before", "")
+    rows = store.read(
+        "SELECT session, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - clauses of LOG_FILTERS
+        "SUM(cached_tokens) AS cached_tokens, SUM(output_tokens) AS output_tokens, SUM(cost_nanousd) AS cost_nanousd, "
+        "GROUP_CONCAT(DISTINCT model) AS models, MIN(ts_ms) AS first_ms, MAX(ts_ms) AS last_ms, MAX(seq) AS cursor "
+        f"FROM requests WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before "
+        "ORDER BY cursor DESC LIMIT :limit",
+        {**parameters, "before": int(before) if before.isdigit() else NEVER_MS, "limit": limit},
+    )
+    return [
+        {"session": row["session"], "first": format_time(row["first_ms"]), "last": format_time(row["last_ms"]),
+         **{name: row[name] or 0 for name in ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")},
+         "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
+         "models": row["models"].split(","), "cursor": str(row["cursor"])}
         for row in rows
     ]  # fmt: skip
 
@@ -16338,16 +16366,28 @@ async def pass_response(request: web.Request, gateway: Gateway, stored: StoredRe
     return await logged(gateway, call, work)
 
 
-async def get_requests(request: web.Request) -> web.Response:
+async def find_page(
+    request: web.Request, find: Callable[[LogStore, Mapping[str, str], int, int], list[T]]
+) -> tuple[list[T], T | None]:
+    """One page of a list by the log's filters, and its last row where there is more behind it."""
     gateway = request.app[GATEWAY_KEY]
     wanted = {name: value for name, value in request.query.items() if name not in ("limit", "cursor")}
     if request.query.get("cursor"):
         wanted["before"] = request.query["cursor"]
     limit = page_size(request.query.get("limit", "50"))
     await gateway.store.flush()
-    rows = await asyncio.to_thread(find_requests, gateway.store, wanted, limit + 1, int(gateway.clock() * 1000))
-    more = str(rows[limit - 1]["seq"]) if len(rows) > limit else None
-    return json_response({"data": [public_row(row) for row in rows[:limit]], "next": more})
+    rows = await asyncio.to_thread(find, gateway.store, wanted, limit + 1, int(gateway.clock() * 1000))
+    return rows[:limit], rows[limit - 1] if len(rows) > limit else None
+
+
+async def get_requests(request: web.Request) -> web.Response:
+    rows, last = await find_page(request, find_requests)
+    return json_response({"data": [public_row(row) for row in rows], "next": str(last["seq"]) if last else None})
+
+
+async def get_sessions(request: web.Request) -> web.Response:
+    rows, last = await find_page(request, find_sessions)
+    return json_response({"data": rows, "next": last["cursor"] if last else None})
 
 
 def page_size(text: str) -> int:
@@ -16373,6 +16413,127 @@ async def get_request(request: web.Request) -> web.Response:
 async def explain(request: web.Request) -> web.Response:
     """Route, attempts, cache, budget, limits, verdicts, dropped fields, price and arithmetic, and all in sentences."""
     return json_response(explain_request(await logged_request(request), request.app[GATEWAY_KEY].prices))
+
+
+# What a logged request may be asked through again: the client's own endpoint, or that of the dialect it was sent in.
+REPLAY_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
+    endpoint.path: endpoint for endpoint in (*HOT_ENDPOINTS.values(), *JSON_ENDPOINTS, *GEMINI_ENDPOINTS.values())
+}
+REPLAY_BY_FAMILY: Final[Mapping[str, Endpoint]] = {
+    endpoint.dialect: endpoint for endpoint in REPLAY_ENDPOINTS.values() if endpoint.kind == "chat"
+}
+
+
+async def replay(request: web.Request) -> web.Response:
+    """Ask a logged request again, on `{"model", "provider"}` or where it went: a call of its own, never from the cache.
+
+    Answers `{"original": side, "replay": side, "same": bool, "diff": [{"op", "before", "after"}], "cost_usd",
+    "latency_ms"}`: a side is ids, target, status, tokens, cost, times and `text`; the last two are differences.
+    """
+    gateway, found = request.app[GATEWAY_KEY], await logged_request(request)
+    wanted = await body_json_of(request) if request.can_read_body else {}
+    model, provider = wanted.get("model") or "", wanted.get("provider") or ""
+    if not isinstance(model, str) or not isinstance(provider, str):
+        raise InvalidRequest("`model` and `provider` are names", param="model")
+    call = replay_call(gateway, found, model, provider, peer_ip(request))
+    reply = await gateway.answer(call, WebClient())
+    assert reply is not None
+    await gateway.store.flush()
+    again = await asyncio.to_thread(find_request, gateway.store, call.id)
+    answered = {**(again or found), "response": body_json(reply.body)}
+    sides = [replay_side(found, gateway.new_id), replay_side(answered, gateway.new_id)]
+    return json_response(await asyncio.to_thread(compare_sides, *sides))
+
+
+def replay_call(gateway: Gateway, found: Json, model: str, provider: str, client_ip: str) -> Call:
+    """The call that repeats a logged one, unstreamed; InvalidRequest says why it cannot be repeated."""
+    body, sent = found["request"], found["notes"].get("sent_dialect", "")
+    endpoint = REPLAY_ENDPOINTS.get(found["endpoint"])
+    if endpoint is not None and sent and DIALECTS[sent].family != endpoint.dialect:
+        endpoint = REPLAY_BY_FAMILY.get(DIALECTS[sent].family) if endpoint.kind == "chat" else None
+    why = ""
+    if found["redactions"] or gateway.settings.log_bodies == "redacted":
+        why = "it was logged redacted, so that asking it again would ask something else"
+    elif body is None:
+        why = "its body was not logged (see STOCKYARD_LOG_BODIES), or is older than the log keeps bodies"
+    elif not isinstance(body, dict):
+        why = "its logged body is no whole JSON object"
+    elif endpoint is None:
+        why = (
+            f"requests to {found['endpoint']}{' as sent to ' + sent if sent else ''} cannot be asked again from the log"
+        )
+    if why or endpoint is None:
+        raise InvalidRequest(f"this request cannot be replayed: {why}", code="not_replayable")
+    headers = {"x-stockyard-cache": "off", "user-agent": f"stockyard-replay/{__version__}"}
+    if not model:
+        model, provider = found["upstream_model"] or found["model"], provider or found["provider"]
+    if provider:
+        headers["x-stockyard-provider"] = provider
+    if gateway.key_required:  # who may replay is an admin
+        headers["authorization"] = f"Bearer {gateway.admin_key}"
+    body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    parameters = {}
+    if endpoint.dialect == "gemini":
+        method = endpoint.path.rpartition(":")[2].replace("streamGenerate", "generate")
+        parameters = {"model": model, "method": method, "$alt": "json"}
+    else:
+        body["model"] = model
+    call = gateway.begin(endpoint, headers, dump_json(body), client_ip, parameters)
+    call.replay_of = found["id"]
+    return call
+
+
+SIDE_FIELDS: Final = (
+    "id", "model", "provider", "upstream_model", "status", "error", "input_tokens", "output_tokens", "cost_usd", "latency_ms",
+    "first_token_ms", "finish_reason",
+)  # fmt: skip
+
+
+def replay_side(found: Json, new_id: Callable[[str], str]) -> Json:
+    return {**{name: found[name] for name in SIDE_FIELDS}, "text": answer_text(found["response"], new_id)}
+
+
+def answer_text(document: Any, new_id: Callable[[str], str]) -> str:
+    """What an answer says, whatever its dialect: reasoning, text and tool calls; other answers as JSON."""
+    try:
+        if family := shape_of(document):
+            translation = Translation("", PROVIDERS[0], False, 0, new_id, names={"signatures": {}})
+            completion = DIALECTS[family].decode(document, translation)
+            return "\n".join(said for choice in completion["choices"] for said in message_texts(choice["message"]))
+    except (GatewayError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # not the shape it looked like: shown as it is
+    return document if isinstance(document, str) else dump_json(document).decode()
+
+
+def message_texts(message: Json) -> Iterator[str]:
+    for name in ("reasoning_content", "content", "refusal"):
+        said = message.get(name)
+        if said:
+            yield said if isinstance(said, str) else dump_json(said).decode()
+    for tool in message.get("tool_calls") or ():
+        function = tool.get("function") or tool.get("custom") or {}
+        yield f"{function.get('name')}({function.get('arguments') or function.get('input') or ''})"
+
+
+MAX_COMPARED: Final = 1500
+
+
+def compare_sides(before: Json, after: Json) -> Json:
+    both = (before["cost_usd"], after["cost_usd"])
+    return {
+        "original": before, "replay": after, "same": before["text"] == after["text"], "diff": compare_texts(before["text"], after["text"]),
+        "cost_usd": None if None in both else round(both[1] - both[0], 9), "latency_ms": round(after["latency_ms"] - before["latency_ms"], 3),
+    }  # fmt: skip
+
+
+def compare_texts(before: str, after: str) -> list[Json]:
+    """Steps from one text to the other, by words; long texts by lines, very long ones whole."""
+    for pattern in (r"\s+|\S+", r".*\n|.+"):
+        old, new = re.findall(pattern, before), re.findall(pattern, after)
+        if max(len(old), len(new)) <= MAX_COMPARED:
+            steps = difflib.SequenceMatcher(None, old, new).get_opcodes()
+            return [{"op": op, "before": "".join(old[a:b]), "after": "".join(new[c:d])} for op, a, b, c, d in steps]
+    return [{"op": "equal" if before == after else "replace", "before": before, "after": after}]
 
 
 async def post_feedback(request: web.Request) -> web.Response:
@@ -16721,7 +16882,9 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/requests", get_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/requests/{id}/explain", explain, "admin"),
+    RouteRow("POST", "/api/requests/{id}/replay", replay, "admin", spends=True),
     RouteRow("POST", "/api/requests/{id}/feedback", post_feedback, "admin"),
+    RouteRow("GET", "/api/sessions", get_sessions, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
     RouteRow("GET", "/api/timeseries", get_timeseries, "admin"),
     RouteRow("GET", "/api/overview", get_overview, "admin"),
@@ -17407,6 +17570,9 @@ class LogReader:
         return self._connection.execute(sql, parameters).fetchall()
 
 
+NO_VARIABLES: Final[Mapping[str, str]] = {}
+
+
 def open_log(options: argparse.Namespace) -> LogStore:
     return cast(LogStore, LogReader(load_settings(options).data_path / "stockyard.db"))
 
@@ -17481,7 +17647,9 @@ def run_costs(options: argparse.Namespace) -> int:
     return print_rows(rows, options, line)
 
 
-async def ask_admin(settings: Settings, method: str, path: str, body: Json | None = None) -> Json:
+async def ask_admin(
+    settings: Settings, method: str, path: str, body: Json | None = None, environment: Mapping[str, str] = NO_VARIABLES
+) -> Json:
     """Ask the running proxy of a data directory; where none runs, a short-lived one of our own.
 
     So keys and budgets are written by one process only, and the command line and the API cannot differ.
@@ -17501,7 +17669,7 @@ async def ask_admin(settings: Settings, method: str, path: str, body: Json | Non
     host = settings.host if settings.is_loopback else "127.0.0.1"
     local = dataclasses.replace(settings, host="127.0.0.1", port=0)
     try:
-        async with open_gateway(local, {}) as gateway:
+        async with open_gateway(local, environment) as gateway:
             listener = bind(local)
             async with open_server(gateway, listener):
                 return await ask(f"http://127.0.0.1:{listener.getsockname()[1]}", gateway.admin_key)
@@ -17511,6 +17679,28 @@ async def ask_admin(settings: Settings, method: str, path: str, body: Json | Non
         except aiohttp.ClientConnectionError as error:
             what = f"a proxy uses {settings.data_path}, but does not answer on {host}:{settings.port}; name its port with --port"
             raise SettingsError(what) from error
+
+
+def run_replay(options: argparse.Namespace) -> int:
+    wanted = {name: value for name in ("model", "provider") if (value := getattr(options, name))}
+    path = f"/api/requests/{urllib.parse.quote(options.id, safe='')}/replay"
+    told = asyncio.run(ask_admin(load_settings(options), "POST", path, wanted, os.environ))
+    if options.json:
+        print(dump_json(told).decode())
+        return 0
+    for name in ("original", "replay"):
+        side = told[name]
+        cost = "unpriced" if side["cost_usd"] is None else f"${shown_usd(side['cost_usd'])}"
+        what = f"{side['provider']} {side['upstream_model']}  {side['latency_ms']:.1f} ms  {cost}"
+        print(f"{name:8}  {side['id']}  {side['status']} {side['error']:1} {what}")
+    marks = {
+        "equal": "{after}",
+        "delete": "[-{before}-]",
+        "insert": "{{+{after}+}}",
+        "replace": "[-{before}-]{{+{after}+}}",
+    }
+    print("\n" + "".join(marks[step["op"]].format(**step) for step in told["diff"]))
+    return 0
 
 
 def run_keys(options: argparse.Namespace) -> int:
@@ -17649,6 +17839,10 @@ VERBS: Final = (
     Verb("show", run_show, "print one logged call with its attempts and bodies", (("id", {"help": "the id from x-stockyard-request-id"}),)),
     Verb("explain", run_explain, "say why a logged call went where it went, and the arithmetic of its cost", (
         ("id", {"help": "the id from x-stockyard-request-id"}), _JSON,
+    )),
+    Verb("replay", run_replay, "ask a logged request again and compare answer, cost and time", (
+        ("id", {"help": "the id from x-stockyard-request-id"}), ("--model", {"help": "another model than the one that answered"}),
+        ("--provider", {"help": "the provider to ask"}), _JSON,
     )),
     Verb("costs", run_costs, "print what was spent", (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,

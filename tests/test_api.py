@@ -266,3 +266,99 @@ async def test_a_logged_call_shows_times_and_feedback(start: Start) -> None:
     assert [span["name"] for span in found["spans"]] == ["call", "admit, read, route", "attempt 1: openai", "stream"]
     assert all(0 <= span["start_ms"] <= span["end_ms"] <= row["latency_ms"] + 0.01 for span in found["spans"])
     assert found["attempt_log"][0]["status"] == 200
+
+
+async def test_a_replay_is_a_call_of_its_own_and_shows_the_difference(start: Start) -> None:
+    async with start() as proxy:
+        admin = Admin(proxy)
+        await proxy.post(CHAT_PATH, {**CHAT, "temperature": 0, "stream": True})
+        [row] = await proxy.rows()
+        path = f"/api/requests/{row['id']}/replay"
+        status, told = await admin.ask("POST", path)
+        assert (status, told["same"], told["original"]["text"]) == (200, False, 'Hello "there" \u00e9\u4e2d')
+        assert (told["replay"]["status"], told["replay"]["text"]) == (200, "Hello there")
+        assert told["diff"][0]["op"] == "equal"
+        assert "".join(step["after"] for step in told["diff"]) == "Hello there"
+        assert "".join(step["before"] for step in told["diff"]) == told["original"]["text"]
+        assert told["cost_usd"] == pytest.approx(0.0000042 - 0.0000045)
+        assert "stream" not in proxy.upstream.seen[-1].json
+        status, other = await admin.ask("POST", path, {"model": "echo"})
+        assert (other["replay"]["provider"], other["replay"]["text"]) == ("echo", "Echo: Hi")
+        lost = (await admin.ask("POST", path, {"model": "grok-4"}))[1]["replay"]
+        assert (lost["status"], lost["error"]) == (404, "model_not_found")
+        rows = await proxy.rows()
+        again = await admin.get(f"/api/requests/{told['replay']['id']}")
+    assert again["notes"]["replay_of"] == row["id"] and again["cache"] == "bypass"
+    assert [r["id"] for r in rows] == [row["id"], told["replay"]["id"], other["replay"]["id"], lost["id"]]
+
+
+async def test_what_was_translated_is_replayed_in_the_dialect_it_was_sent_in(start: Start) -> None:
+    async with start(require_key="always") as proxy:
+        admin = Admin(proxy)
+        asked = {"model": "gpt-4o-mini", "max_tokens": 20, "messages": [{"role": "user", "content": "Hi"}]}
+        await proxy.post("/v1/messages", asked, **admin.headers)
+        [row] = await proxy.rows()
+        status, told = await admin.ask("POST", f"/api/requests/{row['id']}/replay")
+        assert (status, told["same"], told["replay"]["text"]) == (200, True, "Hello there")
+        assert [step["op"] for step in told["diff"]] == ["equal"]
+        body = {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}
+        await proxy.post("/v1beta/models/echo:streamGenerateContent", body, **admin.headers)
+        gemini = (await proxy.rows())[-1]
+        told = (await admin.ask("POST", f"/api/requests/{gemini['id']}/replay", {"model": "gpt-4o-mini"}))[1]
+        assert (told["replay"]["text"], told["original"]["text"]) == ("Hello there", "Echo: Hi")
+
+
+async def test_a_replay_is_refused_where_the_log_does_not_hold_the_request(start: Start) -> None:
+    async with start(log_bodies="none", budget="1/day") as proxy:
+        admin = Admin(proxy)
+        await proxy.post(CHAT_PATH, CHAT)
+        [row] = await proxy.rows()
+        status, told = await admin.ask("POST", f"/api/requests/{row['id']}/replay")
+        assert (status, told["error"]["code"]) == (400, "not_replayable")
+        assert "STOCKYARD_LOG_BODIES" in told["error"]["message"]
+        found = {**(await admin.get(f"/api/requests/{row['id']}")), "request": CHAT}
+        for change in ({"redactions": 1}, {"request": "cut off"}, {"endpoint": "/proxy"}):
+            with pytest.raises(stockyard.InvalidRequest, match="cannot be replayed"):
+                stockyard.replay_call(proxy.gateway, {**found, **change}, "", "", "")
+        assert (await admin.ask("POST", f"/api/requests/{row['id']}/replay", {"model": 5}))[0] == 400
+        assert len(await proxy.rows()) == 1
+
+
+async def test_a_replay_is_admitted_by_budgets(start: Start) -> None:
+    async with start() as proxy:
+        await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 1000})
+        [row] = await proxy.rows()
+        budget = {"budgets": [{"scope": "global", "usd": 0.0001, "period": "day"}]}
+        assert (await Admin(proxy).ask("PUT", "/api/budgets", budget))[0] == 200
+        told = (await Admin(proxy).ask("POST", f"/api/requests/{row['id']}/replay"))[1]
+    assert (told["replay"]["status"], told["replay"]["error"]) == (429, "insufficient_quota")
+    assert len(proxy.upstream.seen) == 1
+
+
+def test_long_answers_are_compared_by_lines_and_very_long_ones_whole() -> None:
+    lines = [f"line {number} of many words\n" for number in range(1000)]
+    steps = stockyard.compare_texts("".join(lines), "".join([*lines, "more\n"]))
+    assert [(step["op"], step["after"][-5:]) for step in steps] == [("equal", "ords\n"), ("insert", "more\n")]
+    assert [step["op"] for step in stockyard.compare_texts("a\n" * 2000, "b\n" * 2000)] == ["replace"]
+
+
+async def test_sessions_and_tags_group_and_filter(start: Start) -> None:
+    async with start() as proxy:
+        for number in range(5):
+            headers = {"x-stockyard-session": f"s{number % 3}", "x-stockyard-tags": f"team=t{number},app=x"}
+            await proxy.post(CHAT_PATH, CHAT, **headers)
+        await proxy.post(CHAT_PATH, CHAT)
+        admin = Admin(proxy)
+        first = await admin.get("/api/sessions?limit=2")
+        rest = await admin.get(f"/api/sessions?limit=2&cursor={first['next']}")
+        assert [(s["session"], s["requests"]) for s in first["data"] + rest["data"]] == [
+            ("s1", 2),
+            ("s0", 2),
+            ("s2", 1),
+        ]
+        assert rest["next"] is None and first["data"][0]["models"] == ["gpt-4o-mini"]
+        assert first["data"][0]["cost_usd"] == pytest.approx(2 * 0.0000042)
+        assert len((await admin.get("/api/requests?session=s1"))["data"]) == 2
+        assert len((await admin.get("/api/requests?tag=app%3Dx"))["data"]) == 5
+        assert len((await admin.get("/api/requests?tag=team%3Dt1"))["data"]) == 1
+        assert [row["session"] for row in (await admin.get("/api/spend?by=session"))["data"]][-1] == "s2"
