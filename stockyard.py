@@ -10104,6 +10104,11 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
 TOML_TABLES: Final = frozenset({"providers", "prices", "budgets"})
+#: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
+LIVE_SETTINGS: Final = frozenset({
+    "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
+})  # fmt: skip
+LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets"})
 
 
 def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
@@ -10169,6 +10174,28 @@ def read_settings(
             "use --host 127.0.0.1, or --require-key auto with a key from `stockyard keys create`"
         )
     return settings
+
+
+def changed_settings(before: Settings, after: Settings) -> list[str]:
+    """The settings and tables that differ; SettingsError where one of them cannot change while the process runs."""
+    names = [row.name for row in SETTING_ROWS if getattr(before, row.name) != getattr(after, row.name)]
+    tables = [name for name in sorted(TOML_TABLES) if before.tables.get(name) != after.tables.get(name)]
+    fixed = [name for name in (*names, *tables) if name not in LIVE_SETTINGS | LIVE_TABLES]
+    if fixed:
+        raise SettingsError(f"{', '.join(fixed)} can be changed by a restart only; nothing was changed")
+    return [*names, *tables]
+
+
+def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
+    """stockyard.toml with settings set, or taken out where the value is None; all else stays as it was written."""
+    head, table, rest = text, "", ""
+    if found := re.search(r"^\s*\[", text, re.MULTILINE):
+        head, table, rest = text[: found.start()], found[0], text[found.end() :]
+    for name, value in changes.items():
+        head = re.sub(rf"^[ \t]*{name}[ \t]*=.*\n?", "", head, flags=re.MULTILINE)
+        if value is not None:
+            head = f"{name} = {json.dumps(value, ensure_ascii=False)}\n{head}"
+    return head + table + rest
 
 
 def provider_variables(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
@@ -13067,7 +13094,8 @@ def explain_cost(cost: Json) -> str:
     if cost["saved_usd"]:
         return f"Cost: ${total}; the answer was paid for before, at price {cost['price_id']}."
     if not cost["lines"]:
-        return f"Cost: ${total} by price {cost['price_id']}, which the table does not hold any more."
+        why = "which charges nothing for it" if cost["price"] is not None else "which the table does not hold any more"
+        return f"Cost: ${total} by price {cost['price_id']}, {why}."
     terms = " + ".join(f"{line['count']} {line['unit']} x ${line['usd']}/{line['per']}" for line in cost["lines"])
     guess = " The usage is an estimate." if cost["estimated"] else ""
     return f"Cost: {terms} = ${total} by price {cost['price_id']}.{guess}"
@@ -14292,6 +14320,8 @@ class Gateway:
         self.key_required = True
         self.decide_keys()
         self.journal: Journal | None = None
+        #: Reads the settings anew: with what changes in stockyard.toml, and whether only to check. See `reloader`.
+        self.reload: Callable[[Mapping[str, Any], bool], list[str]] | None = None
         self.stored_settled: Mapping[tuple[str, str], int] = {}
         self.set_budget_ids: list[str] = []
         self.signatures: dict[str, str] = {}
@@ -14301,6 +14331,16 @@ class Gateway:
         self._heads: dict[tuple[Any, ...], tuple[Origin, bytes]] = {}
         self._models_at_s: dict[str, float] = {}
         self._models: dict[str, list[Json]] = {}
+
+    def adopt(self, settings: Settings, router: Router, prices: PriceBook) -> None:
+        """Go on with other settings, providers and prices; calls under way end with what they began with."""
+        self.settings, self.router, self.prices = settings, router, prices
+        self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        self.cache.ttl_ms, self.cache.is_shared = settings.cache_ttl * 1000, settings.cache_scope == "shared"
+        self.decide_keys()
+        self._heads.clear()
+        self._models.clear()
+        self._models_at_s.clear()
 
     # -- the life of a call
 
@@ -15192,7 +15232,7 @@ class Gateway:
             and before.budget is not None
             and (key.budget is None or key.budget.id != before.budget.id)
         ):
-            self.ledger.drop_budget(before.budget.id)
+            self.drop_budget(before.budget.id)
         self.keys.put(key)
         self.decide_keys()
         if key.budget is not None:
@@ -15205,10 +15245,15 @@ class Gateway:
         self.ledger.put_budget(budget, int(self.clock() * 1000), {**self.stored_settled, **books.settled})
         self.has_budgets = True
 
+    def drop_budget(self, budget_id: str) -> None:
+        """Take a budget away; what it has settled is remembered, so that the same one put back reopens nothing."""
+        self.stored_settled = {**self.stored_settled, **self.ledger.books().settled}
+        self.ledger.drop_budget(budget_id)
+
     def set_budgets(self, budgets: list[Budget]) -> None:
         """Replace the budgets that were set by PUT /api/budgets; those of keys and settings stay."""
         for budget_id in self.set_budget_ids:
-            self.ledger.drop_budget(budget_id)
+            self.drop_budget(budget_id)
         self.set_budget_ids = [budget.id for budget in budgets]
         self.store.put_write("DELETE FROM budgets")
         for budget in budgets:
@@ -16834,7 +16879,40 @@ async def delete_cache(request: web.Request) -> web.Response:
 
 
 async def get_config(request: web.Request) -> web.Response:
-    return json_response({"data": config_view(request.app[GATEWAY_KEY].settings)})
+    """Every setting: `{"name", "value", "source", "default", "live": changed by a reload, "help"}`; secrets masked."""
+    return json_response({"data": config_view(request.app[GATEWAY_KEY].settings), "next": None})
+
+
+async def post_config(request: web.Request) -> web.Response:
+    """Change settings: `{name: value, or null for the default}`, kept in stockyard.toml. All or nothing.
+
+    With `?check=true` nothing is changed. Answers `{"changed": names, "data": as GET}`.
+    """
+    body = await body_json_of(request)
+    odd = next(
+        (name for name, value in body.items() if name not in LIVE_SETTINGS or isinstance(value, dict | list)), None
+    )
+    if odd is not None:
+        raise InvalidRequest(f"{odd!r} cannot be set here; what can: {', '.join(sorted(LIVE_SETTINGS))}", param=odd)
+    return reload_now(request, body)
+
+
+async def reload_config(request: web.Request) -> web.Response:
+    """Read environment and stockyard.toml anew, all or nothing. Answers `{"changed": names, "data": as GET}`."""
+    return reload_now(request, {})
+
+
+def reload_now(request: web.Request, changes: Json) -> web.Response:
+    gateway = request.app[GATEWAY_KEY]
+    if gateway.reload is None:
+        raise InvalidRequest(
+            "this process was started with settings that it cannot read again", code="invalid_settings"
+        )
+    try:
+        changed = gateway.reload(changes, request.query.get("check") == "true")
+    except SettingsError as error:
+        raise InvalidRequest(str(error), code="invalid_settings") from None
+    return json_response({"changed": changed, "data": config_view(gateway.settings)})
 
 
 def shown_value(settings: Settings, name: str) -> Any:
@@ -16846,7 +16924,8 @@ def config_view(settings: Settings) -> list[Json]:
     """Every setting with its value and where that came from; secrets masked."""
     return [
         {"name": row.name, "value": shown_value(settings, row.name),
-         "source": settings.sources.get(row.name, "default"), "help": row.metadata["help"]}
+         "source": settings.sources.get(row.name, "default"), "default": row.default, "live": row.name in LIVE_SETTINGS,
+         "help": row.metadata["help"]}
         for row in SETTING_ROWS
     ]  # fmt: skip
 
@@ -16895,6 +16974,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/cache", get_cache, "admin"),
     RouteRow("DELETE", "/api/cache", delete_cache, "admin"),
     RouteRow("GET", "/api/config", get_config, "admin"),
+    RouteRow("POST", "/api/config", post_config, "admin"),
+    RouteRow("POST", "/api/config/reload", reload_config, "admin"),
     RouteRow("POST", "/api/keys", post_key, "admin"),
     RouteRow("GET", "/api/keys", get_keys, "admin"),
     RouteRow("GET PATCH DELETE", "/api/keys/{id}", change_key, "admin"),
@@ -17227,6 +17308,86 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
         lock.release()
 
 
+def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> tuple[str, str]:
+    """The text and path of stockyard.toml: ./, the data directory, STOCKYARD_CONFIG; empty where there is none."""
+    data_dir = flags.get("data_dir") or environment.get("STOCKYARD_DATA_DIR") or "~/.stockyard"
+    places = [Path("stockyard.toml"), Path(data_dir).expanduser() / "stockyard.toml"]
+    named = flags.get("config") or environment.get("STOCKYARD_CONFIG")
+    if named:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise SettingsError(f"STOCKYARD_CONFIG: there is no file {path}")
+        places = [path] if flags.get("config") else [*places, path]
+    for path in places:
+        with contextlib.suppress(PermissionError):
+            if path.is_file():
+                return path.read_text(encoding="utf-8"), str(path)
+    return "", ""
+
+
+def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[str, str]) -> Callable[[], None]:
+    """What changes a running gateway to other settings; all that can fail is done here, before anything changes."""
+    prices = load_prices(settings)
+    router = Router(configured_providers(provider_variables(settings, environment)), prices)
+    budgets, rates = configured_budgets(settings), configured_rates(settings)
+    gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
+
+    def apply() -> None:
+        if settings.rate_limit != gateway.settings.rate_limit:  # else what was counted in this minute stays counted
+            gateway.has_rates = rates is not None
+            gateway.rates = RateLimiter(rates, {}, int(time.monotonic() * 1000))
+        for budget_id in gone:
+            gateway.drop_budget(budget_id)
+        for budget in budgets:
+            gateway.put_budget(budget)
+        gateway.adopt(settings, router, prices)
+
+    return apply
+
+
+def reloader(
+    gateway: Gateway, environment: Mapping[str, str], flags: Mapping[str, str | None]
+) -> Callable[[Mapping[str, Any], bool], list[str]]:
+    """What `Gateway.reload` is: read file, environment and flags again, with changes to the file, and apply them."""
+
+    def reload(changes: Mapping[str, Any], only_check: bool) -> list[str]:
+        text, path = find_config(environment, flags)
+        text = edit_toml(text, changes)
+        settings = read_settings(flags, environment, text, path or "stockyard.toml")
+        for name in changes:
+            if settings.sources[name] not in ("default", path or "stockyard.toml"):
+                raise SettingsError(f"{name} is set by {settings.sources[name]}, which stockyard.toml cannot change")
+        changed = changed_settings(gateway.settings, settings)
+        apply = prepare_settings(gateway, settings, environment)
+        if not only_check:
+            if changes:
+                replace_file(Path(path) if path else settings.data_path / "stockyard.toml", text)
+            apply()
+        return changed
+
+    return reload
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a private file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text)
+        draft.replace(path)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def reload_on_signal(gateway: Gateway) -> None:
+    """SIGHUP: reload, and say on stderr what changed, or why nothing did."""
+    try:
+        assert gateway.reload is not None
+        print_error(f"settings read again; changed: {', '.join(gateway.reload({}, False)) or 'nothing'}")
+    except SettingsError as error:
+        print_error(f"settings not changed: {error}")
+
+
 def bind(settings: Settings) -> socket.socket:
     """The listening socket; SettingsError where the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -17262,9 +17423,12 @@ def harden_process() -> None:
 
 
 async def serve(
-    settings: Settings, environment: Mapping[str, str], ready: Callable[[Gateway, str], Awaitable[None]]
+    settings: Settings,
+    environment: Mapping[str, str],
+    ready: Callable[[Gateway, str], Awaitable[None]],
+    flags: Mapping[str, str | None],
 ) -> None:
-    """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once."""
+    """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once. SIGHUP reads the settings again."""
     listener = bind(settings)
     try:
         async with open_gateway(settings, environment) as gateway, open_server(gateway, listener):
@@ -17278,6 +17442,8 @@ async def serve(
 
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, on_signal)
+            gateway.reload = reloader(gateway, environment, flags)
+            loop.add_signal_handler(signal.SIGHUP, reload_on_signal, gateway)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             gc.collect()
@@ -17359,33 +17525,20 @@ async def print_banner(gateway: Gateway, url: str) -> None:
         )
 
 
-def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None]) -> tuple[str, str]:
-    """The text and path of stockyard.toml: ./, the data directory, STOCKYARD_CONFIG; empty where there is none."""
-    data_dir = flags.get("data_dir") or environment.get("STOCKYARD_DATA_DIR") or "~/.stockyard"
-    places = [Path("stockyard.toml"), Path(data_dir).expanduser() / "stockyard.toml"]
-    named = flags.get("config") or environment.get("STOCKYARD_CONFIG")
-    if named:
-        path = Path(named).expanduser()
-        if not path.is_file():
-            raise SettingsError(f"STOCKYARD_CONFIG: there is no file {path}")
-        places = [path] if flags.get("config") else [*places, path]
-    for path in places:
-        with contextlib.suppress(PermissionError):
-            if path.is_file():
-                return path.read_text(encoding="utf-8"), str(path)
-    return "", ""
-
-
 def load_settings(options: argparse.Namespace) -> Settings:
-    flags = {name: value for name, value in vars(options).items() if value is not None}
+    flags = given_flags(options)
     toml, path = find_config(os.environ, flags)
     return read_settings(flags, os.environ, toml, path)
+
+
+def given_flags(options: argparse.Namespace) -> dict[str, str | None]:
+    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def run_serve(options: argparse.Namespace) -> int:
     settings = load_settings(options)
     harden_process()
-    run_loop(serve(settings, os.environ, print_banner))
+    run_loop(serve(settings, os.environ, print_banner, given_flags(options)))
     return 0
 
 
@@ -17415,7 +17568,7 @@ def run_demo(options: argparse.Namespace) -> int:
             if options.once:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        run_loop(serve(settings, environment, show))
+        run_loop(serve(settings, environment, show, given_flags(options)))
     return 0
 
 

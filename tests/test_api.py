@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -362,3 +365,98 @@ async def test_sessions_and_tags_group_and_filter(start: Start) -> None:
         assert len((await admin.get("/api/requests?tag=app%3Dx"))["data"]) == 5
         assert len((await admin.get("/api/requests?tag=team%3Dt1"))["data"]) == 1
         assert [row["session"] for row in (await admin.get("/api/spend?by=session"))["data"]][-1] == "s2"
+
+
+@pytest.fixture
+def reloadable(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a proxy that can read its settings again: flags, environment, and stockyard.toml in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    @asynccontextmanager
+    async def run(**environment: str) -> AsyncIterator[Proxy]:
+        async with start() as proxy:
+            flags = {"port": "0", "data_dir": str(tmp_path)}
+            variables = {"OPENAI_API_KEY": "sk-canary-openai", "OPENAI_BASE_URL": proxy.upstream.url, **environment}
+            proxy.gateway.reload = stockyard.reloader(proxy.gateway, variables, flags)
+            yield proxy
+
+    return run
+
+
+async def test_settings_reload_all_or_nothing(reloadable: Start, tmp_path: Path) -> None:
+    toml = tmp_path / "stockyard.toml"
+    async with reloadable() as proxy:
+        admin = Admin(proxy)
+        toml.write_text('retries = 3\nrate_limit = "1rpm"\n[providers.groq]\napi_key = "gsk-1"\n')
+        status, told = await admin.ask("POST", "/api/config/reload")
+        assert (status, told["changed"]) == (200, ["rate_limit", "retries", "providers"])
+        assert {row["name"]: row["source"] for row in told["data"]}["retries"] == "stockyard.toml"
+        assert "groq" in proxy.gateway.router.providers
+        assert [(await proxy.post(CHAT_PATH, CHAT))[0] for _ in range(2)] == [200, 429]
+        for wrong in (
+            "retries = 5\nno_such = 1\n",
+            "retries = 5\nlog_mb = 5\n",
+            'retries = 5\nbudget = "x"\n',
+            "retries = '",
+        ):
+            toml.write_text(wrong)
+            status, told = await admin.ask("POST", "/api/config/reload")
+            assert (status, told["error"]["code"]) == (400, "invalid_settings")
+            assert (proxy.gateway.settings.retries, "groq" in proxy.gateway.router.providers) == (3, True)
+
+
+async def test_settings_change_by_the_api_and_stay_in_the_file(reloadable: Start, tmp_path: Path) -> None:
+    toml = tmp_path / "stockyard.toml"
+    async with reloadable(STOCKYARD_RETRIES="2") as proxy:
+        admin = Admin(proxy)
+        assert (await admin.ask("POST", "/api/config", {"cache_ttl": 60, "budget": "1/day"}))[1]["changed"] == [
+            "cache_ttl",
+            "budget",
+            "retries",
+        ]
+        assert (proxy.gateway.settings.cache_ttl, proxy.gateway.settings.retries) == (60, 2)
+        assert [row["limit_usd"] for row in (await admin.get("/api/budgets"))["data"]] == ["1"]
+        before = toml.read_text()
+        assert toml.stat().st_mode & 0o777 == 0o600
+        for wrong in ({"cache_ttl": "soon"}, {"port": 1}, {"retries": 1}, {"cache_ttl": [1]}, {"nothing": 1}):
+            assert (await admin.ask("POST", "/api/config", wrong))[0] == 400
+        assert (await admin.ask("POST", "/api/config?check=true", {"cache_ttl": 5}))[1]["changed"] == ["cache_ttl"]
+        assert (toml.read_text(), proxy.gateway.settings.cache_ttl) == (before, 60)
+        await admin.ask("POST", "/api/config", {"cache_ttl": None, "budget": None})
+        assert (toml.read_text(), (await admin.get("/api/budgets"))["data"]) == ("", [])
+
+
+async def test_a_budget_taken_away_and_put_back_reopens_nothing(start: Start) -> None:
+    async with start() as proxy:
+        admin, budget = Admin(proxy), {"scope": "global", "usd": 1, "period": "day"}
+        await admin.ask("PUT", "/api/budgets", {"budgets": [budget]})
+        await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 10})
+        await admin.ask("PUT", "/api/budgets", {"budgets": []})
+        [row] = (await admin.ask("PUT", "/api/budgets", {"budgets": [budget]}))[1]["data"]
+    assert row["settled_usd"] == "0.0000042"
+
+
+async def test_a_hangup_signal_reloads_and_tells(
+    reloadable: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with reloadable() as proxy:
+        for text in ("retries = 4", "retries = x"):
+            (tmp_path / "stockyard.toml").write_text(text)
+            stockyard.reload_on_signal(proxy.gateway)
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert "changed: retries" in told[0] and "settings not changed" in told[1]
+
+
+def test_editing_stockyard_toml_keeps_what_else_is_written() -> None:
+    text = '# mine\ncache_ttl = 5 # short\n\n[[prices]]\nmodel = "m"\nretries = 1\n'
+    edited = stockyard.edit_toml(text, {"cache_ttl": 7, "retries": 2})
+    assert edited == 'retries = 2\ncache_ttl = 7\n# mine\n\n[[prices]]\nmodel = "m"\nretries = 1\n'
+    assert stockyard.edit_toml("", {"budget": "1/day", "retries": None}) == 'budget = "1/day"\n'
+
+
+async def test_the_configuration_masks_secrets(start: Start) -> None:
+    async with start(admin_key="a-secret-of-the-operator") as proxy:
+        rows = {row["name"]: row for row in (await Admin(proxy).get("/api/config"))["data"]}
+        assert rows["admin_key"]["value"] == "a-s…or"
+        assert (rows["retries"]["live"], rows["port"]["live"], rows["port"]["source"]) == (True, False, "flag --port")
+        assert (await Admin(proxy).ask("POST", "/api/config/reload"))[0] == 400
