@@ -8,6 +8,8 @@ cd "$(dirname "$0")"
 usage() {
     cat <<'END'
 ./build.sh             make dist/stockyard, one executable file for this machine (nothing is done if it is up to date)
+./build.sh all         make dist/stockyard-any, one file for CPython 3.11 to 3.14 on Linux (x86_64, aarch64; glibc, musl)
+                       and macOS (arm64); modules are compiled for every python3.1X on PATH
 ./build.sh run [ARGS]  build if needed, then run dist/stockyard demo ARGS
 ./build.sh test [ARGS] build if needed, then run all tests (ARGS go to pytest)
 ./build.sh check       ruff, mypy --strict, then the tests
@@ -113,17 +115,69 @@ build() {
         say "dist/stockyard is up to date"
         return
     fi
+    begin_work
+    pack merge "$work/site-packages" .build-venv/runtime
+    install_stockyard
+    pack compile "$work/site-packages" "$work/compiled"
+    finish_work dist/stockyard
+}
+
+build_all() {
+    ready .build-venv .build/build-requirements.txt
+    begin_work
+    for version in 3.11 3.12 3.13 3.14; do
+        fetch "$version" manylinux2014_x86_64 manylinux_2_17_x86_64 manylinux_2_28_x86_64
+        fetch "$version" manylinux2014_aarch64 manylinux_2_17_aarch64 manylinux_2_28_aarch64
+        fetch "$version" musllinux_1_2_x86_64
+        fetch "$version" musllinux_1_2_aarch64
+        fetch "$version" macosx_11_0_arm64 macosx_10_9_universal2
+    done
+    install_stockyard
+    for version in 3.11 3.12 3.13 3.14; do
+        if [ -z "$(fault_of "python$version")" ]; then
+            PYTHONHASHSEED=0 "python$version" .build/pack.py compile "$work/site-packages" "$work/compiled"
+        else
+            say "no python$version here: on it, the file compiles its modules when it is first started"
+        fi
+    done
+    finish_work dist/stockyard-any
+}
+
+# fetch VERSION PLATFORM...: the packages for another Python and platform, into the folder of all.
+fetch() {
+    folder=.build-venv/any/$1-$2
+    for platform in "$@"; do
+        [ "$platform" = "$1" ] && set -- "$1" && continue
+        set -- "$@" --platform "$platform"
+    done
+    if [ ! -f "$folder/stamp" ] || ! cmp -s "$folder/stamp" .build/requirements.txt; then
+        say "fetching $folder"
+        rm -rf "$folder"
+        version=$1
+        shift
+        pip_install .build-venv --require-hashes --target "$folder" --implementation cp --python-version "$version" \
+            --abi "cp3${version#3.}" --abi none "$@" -r .build/requirements.txt
+        cp .build/requirements.txt "$folder/stamp"
+    fi
+    pack merge "$work/site-packages" "$folder"
+}
+
+begin_work() {
     work=.build-venv/work
     rm -rf "$work"
-    mkdir -p "$work/source" dist
-    # From a copy, because setuptools leaves build/ and *.egg-info in the folder it builds.
+    mkdir -p "$work/source" "$work/site-packages" dist
+}
+
+# Stockyard beside its packages, from a copy, because setuptools leaves build/ and *.egg-info in the folder it builds.
+install_stockyard() {
     cp -R stockyard.py stockyard_assets setup.cfg pyproject.toml LICENSE "$work/source/"
-    cp -R .build-venv/runtime "$work/site-packages"
-    rm -rf "$work/site-packages/stamp" "$work/site-packages/bin"
-    pip_install .build-venv --no-index --no-deps --no-build-isolation --target "$work/site-packages" "$work/source"
-    pack slim "$work/site-packages"
+    pip_install .build-venv --no-index --no-deps --no-build-isolation --target "$work/own" "$work/source"
+    pack merge "$work/site-packages" "$work/own"
+}
+
+finish_work() {
     pack_with_shiv "$work/site-packages" "$work/shiv.zip"
-    pack seal "$work/shiv.zip" "$work/site-packages" dist/stockyard
+    pack seal "$work/shiv.zip" "$work/compiled" "$1"
     rm -rf "$work"
 }
 
@@ -169,7 +223,7 @@ with_newest() {
 verb=${1:-build}
 [ "$#" -eq 0 ] || shift
 case $verb in
-build | run | test | check | docs | prices | lock) find_python ;;
+build | all | run | test | check | docs | prices | lock) find_python ;;
 help | -h | --help)
     usage
     exit
@@ -184,6 +238,7 @@ PYTHON=$python
 export PYTHON
 case $verb in
 build) build ;;
+all) build_all ;;
 run)
     build
     exec "$python" dist/stockyard demo "$@"

@@ -4,10 +4,12 @@ Native parts cannot be loaded from inside a zip, so they live in an extraction r
 hold provider keys. shiv trusts an extraction that exists, and its preamble runs only after that folder's .pth files
 were executed. Hence this file, which runs first:
 
-1. the interpreter must be the one that the native parts were built for (another on PATH is used if it is);
+1. the interpreter must be one that the native parts were built for (another on PATH is used if it is);
 2. the root (`SHIV_ROOT`, else ~/.stockyard/runtime) must belong to the effective user and be writable by nobody else;
 3. every file below it must be listed, with its SHA-256, in the manifest inside the zip: anything altered, added or
    missing has the whole folder written again; a .pth file is never in the manifest;
+   (a file for several platforms unpacks the parts of this one alone, into a folder of their own; where it has no
+   compiled modules for this Python they are made once, and listed beside the folder);
 4. folders of older builds that no process uses any more are deleted;
 5. variables that would change what runs are dropped, and the bundle comes before PYTHONPATH and site-packages.
 
@@ -18,6 +20,7 @@ import sys
 
 NAME = "stockyard"
 OLDEST = (3, 11)
+COMPILED = ".compiled.json"
 HINT = "Set SHIV_ROOT= to a folder that only you can write to."
 # Each of these makes a dependency leave its C code out; aiohttp's Python parser is where request smuggling was found.
 UNWANTED = (
@@ -51,18 +54,23 @@ import zipfile  # noqa: E402
 import zlib  # noqa: E402
 from importlib.machinery import EXTENSION_SUFFIXES  # noqa: E402
 
+SUFFIX = EXTENSION_SUFFIXES[0]
+
 
 def main():
     zip_path = os.path.realpath(sys.argv[0])
     with zipfile.ZipFile(zip_path) as archive:
         manifest_bytes = archive.read("manifest.json")
         manifest = json.loads(manifest_bytes.decode())
-        require_interpreter(manifest)
+        require_interpreter(manifest["builds"])
         root = prepare_root()
+        if len(manifest["builds"]) > 1:
+            root = os.path.join(root, SUFFIX.split(".")[1])
+            make_private(root)
         build_id = hashlib.sha256(manifest_bytes).hexdigest()
         prefix = os.path.basename(zip_path) + "_"
         try:
-            site_packages = unpack(archive, manifest["files"], root, prefix, build_id)
+            site_packages = unpack(archive, files_for_here(manifest), root, prefix, build_id)
         except OSError as error:
             fail("cannot unpack into %s: %s. %s" % (root, error.strerror or error, HINT))
     clean_environment(root)
@@ -76,23 +84,34 @@ def main():
     bootstrap()
 
 
-def require_interpreter(manifest):
+def files_for_here(manifest):
+    """What this interpreter can use of a manifest's files: all but native parts and compiled modules for others."""
+    tag = "." + sys.implementation.cache_tag + ".pyc"
+    return {
+        name: digest for name, digest in manifest["files"].items()
+        if not (name.endswith(".so") and not name.endswith(SUFFIX)) and not (name.endswith(".pyc") and not name.endswith(tag))
+    }  # fmt: skip
+
+
+def require_interpreter(builds):
     """Return if this Python can load the native parts; else start over in one that can, or say which is needed."""
-    wanted = manifest["suffix"]
-    if EXTENSION_SUFFIXES[0] == wanted and sys.version_info >= OLDEST:
+    if SUFFIX in builds and sys.version_info >= OLDEST:
         return
-    command = "python" + manifest["python"]
-    found = find_interpreter(command, wanted)
-    if found:
-        os.execv(found, [found] + sys.argv)
-    remedy = "Put %s on PATH" % command
+    versions = sorted(set(builds.values()), key=lambda version: -int(version.split(".")[1]))
+    for version in versions:
+        found = find_interpreter("python" + version, builds)
+        if found:
+            os.execv(found, [found] + sys.argv)
+    remedy = "Put python%s on PATH" % " or python".join(versions)
     if sys.version_info >= OLDEST:
         remedy += ", or build the file with this Python: PYTHON=%s ./build.sh" % sys.executable
-    machine = wanted.split(".")[1].partition("-")[2].partition("-")[2]
-    fail("this file needs CPython %s (%s); %s. %s" % (manifest["python"], machine, version_text(), remedy))
+    machines = sorted({suffix.split(".")[1].partition("-")[2].partition("-")[2] for suffix in builds})
+    fail(
+        "this file needs CPython %s (%s); %s. %s" % (" or ".join(versions), ", ".join(machines), version_text(), remedy)
+    )
 
 
-def find_interpreter(command, wanted):
+def find_interpreter(command, builds):
     import shutil
     import subprocess
 
@@ -102,7 +121,7 @@ def find_interpreter(command, wanted):
     # Asked first, because a shim of that name may stand for nothing, and because a second start would ask again.
     probe = [found, "-c", "from importlib.machinery import EXTENSION_SUFFIXES as s; print(s[0])"]
     answer = subprocess.Popen(probe, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).communicate()[0]
-    return found if answer.decode().strip() == wanted else None
+    return found if answer.decode().strip() in builds else None
 
 
 def prepare_root():
@@ -166,7 +185,7 @@ def unpack(archive, files, root, prefix, build_id):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         discard_leftovers(root, prefix)
-        if first_difference(target, files) is not None:
+        if first_difference(target, with_compiled(target, files)) is not None:
             replace_folder(archive, files, root, prefix, target)
         hold = os.open(target, os.O_RDONLY)
         fcntl.flock(hold, fcntl.LOCK_SH)  # never closed: the end of the process releases it
@@ -174,6 +193,41 @@ def unpack(archive, files, root, prefix, build_id):
     finally:
         os.close(lock)
     return os.path.join(target, "site-packages")
+
+
+def with_compiled(target, files):
+    """The files that belong into a folder: those of the manifest, and modules that were compiled when it was written."""
+    if any(name.endswith(".pyc") for name in files):
+        return files
+    try:
+        with open(target + COMPILED) as file:
+            return dict(json.load(file), **files)
+    except (OSError, ValueError):
+        return files
+
+
+def compile_modules(fresh, files, target):
+    """Compile what came without compiled modules, and list them for the next start."""
+    import importlib.util
+    import marshal
+
+    compiled = {}
+    for name in [name for name in files if name.endswith(".py")]:
+        with open(os.path.join(fresh, name), "rb") as file:
+            source = file.read()
+        code = compile(source, name, "exec", dont_inherit=True)
+        data = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + importlib.util.source_hash(source) + marshal.dumps(code)
+        path = importlib.util.cache_from_source(name)
+        make_private(os.path.dirname(os.path.join(fresh, path)))
+        write_private(os.path.join(fresh, path), data)
+        compiled[path] = hashlib.sha256(data).hexdigest()
+    discard(target + COMPILED)
+    write_private(target + COMPILED, json.dumps(compiled).encode())
+
+
+def write_private(path, data):
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
 
 
 def first_difference(folder, files):
@@ -225,9 +279,9 @@ def replace_folder(archive, files, root, prefix, target):
     for name in files:
         path = os.path.join(fresh, name)
         make_private(os.path.dirname(path))
-        data = read_member(archive, name, files[name])
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
+        write_private(path, read_member(archive, name, files[name]))
+    if not any(name.endswith(".pyc") for name in files):
+        compile_modules(fresh, files, target)
     if os.path.lexists(target):
         os.rename(target, os.path.join(root, "." + prefix + "old"))
     os.rename(fresh, target)
@@ -264,7 +318,9 @@ def discard(path):
 def discard_older(root, prefix, build_id):
     older = re.compile(re.escape(prefix) + "(?!%s)[0-9a-f]{64}" % build_id)
     for name in os.listdir(root):
-        if older.fullmatch(name):
+        if older.fullmatch(name.replace(COMPILED, "")) and not os.path.isdir(os.path.join(root, name)):
+            discard(os.path.join(root, name))
+        elif older.fullmatch(name):
             discard_if_unused(os.path.join(root, name))
 
 

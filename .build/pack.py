@@ -1,7 +1,8 @@
-"""Makes the single file out of a folder of installed packages; called by build.sh, byte for byte the same each time.
+"""Makes the single file out of folders of installed packages; called by build.sh, byte for byte the same each time.
 
-pack.py slim FOLDER                 drop what a running Stockyard never reads, cut symbols out of native parts
-pack.py seal FROM_SHIV FOLDER FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
+pack.py merge TARGET FOLDER...        add what a running Stockyard reads of some folders, native parts without symbols
+pack.py compile FOLDER TARGET         every module as .pyc of the running Python
+pack.py seal FROM_SHIV COMPILED FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
 """
 
 from __future__ import annotations
@@ -14,45 +15,55 @@ import re
 import struct
 import sys
 import zipfile
-from importlib.machinery import EXTENSION_SUFFIXES
+from collections.abc import Iterable
 from pathlib import Path
 
+# For one platform, and for all of them.
 MAX_BYTES = 5_000_000
+MAX_BYTES_ANY = 30_000_000
 # The earliest moment a zip can state.
 TIMESTAMP = (1980, 1, 1, 0, 0, 0)
 UNWANTED_SUFFIXES = {".c", ".cpp", ".h", ".hash", ".in", ".pxd", ".pxi", ".pyc", ".pyi", ".pyx", ".typed"}
 UNWANTED_FOLDERS = {"__pycache__", "_testing", "bin", "test", "tests", "testing"}
-UNWANTED_FILES = re.compile(r"aiohttp/(pytest_plugin|test_utils)\.py|uvloop/_testbase\.py|multidict/_testcapi\..*")
+UNWANTED_FILES = re.compile(
+    r"aiohttp/(pytest_plugin|test_utils)\.py|uvloop/_testbase\.py|multidict/_testcapi\..*|stamp"
+)
 # Of *.dist-info: what states versions and licences, and what shiv reads the console script from.
 WANTED_METADATA = re.compile(r"METADATA|entry_points\.txt|licenses/.*|(LICEN[SC]E|NOTICE|COPYING)[^/]*")
 
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["slim", folder]:
-            slim(Path(folder))
-        case ["seal", from_shiv, folder, file]:
-            seal(Path(from_shiv), Path(folder), Path(file))
+        case ["merge", target, *folders]:
+            merge(Path(target), [Path(folder) for folder in folders])
+        case ["compile", folder, target]:
+            compile_modules(Path(folder), Path(target))
+        case ["seal", from_shiv, compiled, file]:
+            seal(Path(from_shiv), Path(compiled), Path(file))
         case _:
             sys.exit(__doc__)
 
 
-def slim(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        name = path.relative_to(folder)
-        if path.suffix == ".pth":
-            sys.exit(f"pack: {name} would run at every start of Python; it has no place in the file")
-        if not is_wanted(name):
-            path.unlink()
-        elif path.suffix == ".so":
-            path.write_bytes(without_symbols(path.read_bytes()))
-        elif path.name == "METADATA":
-            path.write_bytes(path.read_bytes().partition(b"\n\n")[0] + b"\n")  # without the project's long description
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+def merge(target: Path, folders: list[Path]) -> None:
+    """Native parts carry Python and machine in their names; any other file must be the same in every folder."""
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if path.suffix == ".pth":
+                sys.exit(f"pack: {name} would run at every start of Python; it has no place in the file")
+            if is_wanted(name):
+                add_file(target / name, path.read_bytes())
+
+
+def add_file(copy: Path, data: bytes) -> None:
+    if copy.suffix == ".so":
+        data = without_symbols(data)
+    elif copy.name == "METADATA":
+        data = data.partition(b"\n\n")[0] + b"\n"  # without the project's long description
+    if copy.exists() and copy.read_bytes() != data:
+        sys.exit(f"pack: {copy} is not the same on every platform")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(data)
 
 
 def is_wanted(name: Path) -> bool:
@@ -85,53 +96,68 @@ def without_symbols(library: bytes) -> bytes:
     return bytes(cut)
 
 
-def seal(from_shiv: Path, folder: Path, file: Path) -> None:
-    """Write `file`; its name appears only when it is complete."""
-    data = from_shiv.read_bytes()
-    with zipfile.ZipFile(from_shiv) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-        shebang = data[: min(member.header_offset for member in archive.infolist())]
-    members |= compiled_modules(folder)
-    files = {name: sha256(members[name]) for name in sorted(members) if name.startswith("site-packages/")}
-    suffix, version = EXTENSION_SUFFIXES[0], "{}.{}".format(*sys.version_info)
-    members["manifest.json"] = json.dumps({"python": version, "suffix": suffix, "files": files}, indent=0).encode()
-    environment = json.loads(members["environment.json"])
-    # shiv's own id covers neither the compiled modules nor the interpreter they are for.
-    environment["build_id"] = sha256(members["manifest.json"])
-    members["environment.json"] = json.dumps(environment, sort_keys=True).encode()
-    members["__main__.py"] = Path(__file__).with_name("bootstrap.py").read_bytes()
-    partial = file.with_suffix(".part")
-    write_zip(partial, shebang, members)
-    size = partial.stat().st_size
-    if size > MAX_BYTES:
-        sys.exit(f"pack: {size:,} bytes; the file may have {MAX_BYTES:,}")
-    partial.replace(file)
-    print(f"{file}: {size:,} bytes, CPython {version}, sha256 {sha256(file.read_bytes())}")
-
-
-def compiled_modules(folder: Path) -> dict[str, bytes]:
+def compile_modules(folder: Path, target: Path) -> None:
     """Every module of `folder` as .pyc (shiv leaves them out), so that no start has to compile or to write one.
 
     Marked as "hash, never checked against the source": no time stamp goes in, and the manifest vouches for both.
     """
-    tag = sys.implementation.cache_tag
-    modules = {}
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
         source = path.read_bytes()
         code = compile(source, name.as_posix(), "exec", dont_inherit=True, optimize=0)
         header = importlib.util.MAGIC_NUMBER + struct.pack("<I", 1) + importlib.util.source_hash(source)
-        modules[f"site-packages/{name.parent / '__pycache__' / name.stem}.{tag}.pyc"] = header + marshal.dumps(code)
-    return modules
+        compiled = target / name.parent / "__pycache__" / f"{name.stem}.{sys.implementation.cache_tag}.pyc"
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        compiled.write_bytes(header + marshal.dumps(code))
 
 
-def write_zip(file: Path, shebang: bytes, members: dict[str, bytes]) -> None:
+def seal(from_shiv: Path, compiled: Path, file: Path) -> None:
+    """Write `file`; its name appears only when it is complete."""
+    data = from_shiv.read_bytes()
+    with zipfile.ZipFile(from_shiv) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+        shebang = data[: min(member.header_offset for member in archive.infolist())]
+    for path in sorted(compiled.rglob("*.pyc")):
+        members[f"site-packages/{path.relative_to(compiled).as_posix()}"] = path.read_bytes()
+    files = {name: sha256(members[name]) for name in sorted(members) if name.startswith("site-packages/")}
+    builds = builds_of(files)
+    members["manifest.json"] = json.dumps({"builds": builds, "files": files}, indent=0).encode()
+    environment = json.loads(members["environment.json"])
+    # shiv's own id covers neither the compiled modules nor the interpreters they are for.
+    environment["build_id"] = sha256(members["manifest.json"])
+    members["environment.json"] = json.dumps(environment, sort_keys=True).encode()
+    members["__main__.py"] = Path(__file__).with_name("bootstrap.py").read_bytes()
+    partial = file.with_suffix(".part")
+    write_zip(partial, shebang, members, len(builds) > 1)
+    size, limit = partial.stat().st_size, MAX_BYTES if len(builds) == 1 else MAX_BYTES_ANY
+    if size > limit:
+        sys.exit(f"pack: {size:,} bytes; the file may have {limit:,}")
+    partial.replace(file)
+    versions = ", ".join(sorted(set(builds.values())))
+    print(f"{file}: {size:,} bytes, CPython {versions}, sha256 {sha256(file.read_bytes())}")
+
+
+def builds_of(files: Iterable[str]) -> dict[str, str]:
+    """{suffix of native parts: version of Python}, read off their names; each build must have the same parts."""
+    parts: dict[str, set[str]] = {}
+    for name in files:
+        if name.endswith(".so"):
+            stem, _, suffix = name.rpartition("/")[2].partition(".")
+            parts.setdefault(f".{suffix}", set()).add(stem)
+    if any(found != next(iter(parts.values())) for found in parts.values()):
+        sys.exit("pack: the platforms have not the same native parts")
+    versions = {suffix: re.match(r"\.cpython-3(\d+)-", suffix) for suffix in sorted(parts)}
+    return {suffix: f"3.{match[1]}" for suffix, match in versions.items() if match}
+
+
+def write_zip(file: Path, shebang: bytes, members: dict[str, bytes], small: bool) -> None:
+    """`small` packs native parts with LZMA, which takes longer to unpack."""
     with file.open("wb") as stream:
         stream.write(shebang)
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
             for name in sorted(members):
                 member = zipfile.ZipInfo(name, TIMESTAMP)
-                member.compress_type = zipfile.ZIP_DEFLATED
+                member.compress_type = zipfile.ZIP_LZMA if small and name.endswith(".so") else zipfile.ZIP_DEFLATED
                 member.create_system = 3  # Unix, wherever it was built
                 member.external_attr = 0o100644 << 16
                 archive.writestr(member, members[name])

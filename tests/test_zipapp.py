@@ -376,7 +376,7 @@ def test_environment_cannot_change_what_runs(zipapp: Path, root: Path, tmp_path:
 
 def for_another_python(zipapp: Path, folder: Path) -> Path:
     def change(members: dict[str, bytes]) -> None:
-        changed_manifest(members, python="3.99", suffix=".cpython-399-machine.so")
+        changed_manifest(members, builds={".cpython-399-machine.so": "3.99"})
 
     return rewritten(zipapp, folder / "stockyard", change)
 
@@ -395,6 +395,44 @@ def test_goes_on_in_the_python_it_was_built_for(zipapp: Path, tmp_path: Path, ho
     interpreter.chmod(0o755)
     done = start_version(other, HOME=home, PATH=f"{tmp_path}:{PATH}")
     assert done.stdout == f"started {other} version\n"
+
+
+def for_several_platforms(zipapp: Path, folder: Path) -> Path:
+    """The file as `build.sh all` packs it on a machine that has none of the Pythons it is for."""
+
+    def change(members: dict[str, bytes]) -> None:
+        manifest = json.loads(members["manifest.json"])
+        for name in [name for name in members if name.endswith(".pyc")]:
+            del members[name], manifest["files"][name]
+        for name in ("site-packages/other.cpython-399-machine.so", "site-packages/__pycache__/other.cpython-399.pyc"):
+            members[name] = b"for another machine"
+            manifest["files"][name] = hashlib.sha256(members[name]).hexdigest()
+        builds = manifest["builds"] | {".cpython-399-machine.so": "3.99"}
+        changed_manifest(members, builds=builds, files=manifest["files"])
+
+    return rewritten(zipapp, folder / "stockyard-any", change)
+
+
+def test_file_for_several_platforms_unpacks_and_compiles_for_this_one(zipapp: Path, tmp_path: Path) -> None:
+    any_file, root = for_several_platforms(zipapp, tmp_path), tmp_path / "root"
+    assert_runs(any_file, SHIV_ROOT=root)
+    (folder,) = (path for path in root.glob("cpython-*/stockyard-any_*") if path.is_dir())
+    before = content(folder)
+    assert not [name for name in before if "399" in name]
+    assert f"site-packages/__pycache__/stockyard.{sys.implementation.cache_tag}.pyc" in before
+    started = folder.stat().st_ino
+    assert_runs(any_file, SHIV_ROOT=root)
+    assert (content(folder), folder.stat().st_ino) == (before, started)
+
+
+def test_altered_compiled_module_is_made_anew(zipapp: Path, tmp_path: Path) -> None:
+    any_file, root = for_several_platforms(zipapp, tmp_path), tmp_path / "root"
+    assert_runs(any_file, SHIV_ROOT=root)
+    (compiled,) = root.glob("cpython-*/stockyard-any_*/site-packages/__pycache__/stockyard.*.pyc")
+    good = compiled.read_bytes()
+    compiled.write_bytes(good[:-9])
+    assert_runs(any_file, SHIV_ROOT=root)
+    assert compiled.read_bytes() == good
 
 
 def test_bootstrap_parses_on_pythons_that_it_refuses() -> None:
