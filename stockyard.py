@@ -16337,10 +16337,12 @@ def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str
 
 
 async def get_health(request: web.Request) -> web.Response:
+    """Whether the process lives."""
     return json_response({"status": "ok", "version": __version__})
 
 
 async def get_ready(request: web.Request) -> web.Response:
+    """Whether it takes calls: 503 while it shuts down, or where the log cannot be written."""
     gateway = request.app[GATEWAY_KEY]
     trouble = "shutting down" if gateway.draining else gateway.store.last_error
     return json_response({"status": trouble or "ready"}, status=503 if trouble else 200)
@@ -16358,10 +16360,12 @@ def list_dialect(request: web.Request) -> Dialect:
 
 
 async def get_models(request: web.Request) -> web.Response:
+    """The models of all configured providers, in the client's dialect."""
     return json_response(list_dialect(request).render_models(await request.app[GATEWAY_KEY].models()))
 
 
 async def get_model(request: web.Request) -> web.Response:
+    """One model."""
     gateway, name = request.app[GATEWAY_KEY], request.match_info["id"].removeprefix("models/")
     for row in await gateway.models():
         if name in (row["id"], f"{row['provider']}/{row['id']}"):
@@ -16426,11 +16430,13 @@ async def find_page(
 
 
 async def get_requests(request: web.Request) -> web.Response:
+    """The log, the newest first: `{"data": [rows], "next": cursor or null}`."""
     rows, last = await find_page(request, find_requests)
     return json_response({"data": [public_row(row) for row in rows], "next": str(last["seq"]) if last else None})
 
 
 async def get_sessions(request: web.Request) -> web.Response:
+    """Conversations by x-stockyard-session, the latest first, with what they cost."""
     rows, last = await find_page(request, find_sessions)
     return json_response({"data": rows, "next": last["cursor"] if last else None})
 
@@ -16452,6 +16458,7 @@ async def logged_request(request: web.Request) -> Json:
 
 
 async def get_request(request: web.Request) -> web.Response:
+    """One logged call with all that is kept of it, see find_request."""
     return json_response(await logged_request(request))
 
 
@@ -16604,6 +16611,7 @@ FEEDBACK_TEXTS: Final[Mapping[str, int]] = {"label": 100, "comment": 4000}
 
 
 async def get_spend(request: web.Request) -> web.Response:
+    """Calls, tokens and cost by one dimension, the dearest first."""
     gateway = request.app[GATEWAY_KEY]
     by = request.query.get("by", "model")
     if by not in SPEND_BY:
@@ -16674,6 +16682,7 @@ async def get_overview(request: web.Request) -> web.Response:
 
 
 async def get_providers(request: web.Request) -> web.Response:
+    """The configured providers; keys masked."""
     gateway = request.app[GATEWAY_KEY]
     return json_response(
         {"data": [provider_view(provider) for provider in gateway.router.providers.values()], "next": None}
@@ -16693,6 +16702,7 @@ def mask_secret(secret: str) -> str:
 
 
 async def check_provider(request: web.Request) -> web.Response:
+    """Ask a provider for its list of models: whether it answers and takes our key."""
     gateway, name = request.app[GATEWAY_KEY], request.match_info["name"]
     provider = gateway.router.providers.get(name)
     if provider is None:
@@ -16711,6 +16721,7 @@ async def probe_provider(gateway: Gateway, provider: ConfiguredProvider) -> Json
 
 
 async def get_route(request: web.Request) -> web.Response:
+    """Where a model name goes, and why."""
     gateway, model = request.app[GATEWAY_KEY], request.query.get("model", "")
     if not model:
         raise InvalidRequest("say which name with ?model=", param="model")
@@ -16812,6 +16823,7 @@ async def get_events(request: web.Request) -> web.StreamResponse:
 
 
 async def post_key(request: web.Request) -> web.Response:
+    """Make a virtual key; its secret `key` is told this once."""
     gateway = request.app[GATEWAY_KEY]
     key, secret = gateway.create_key(await body_json_of(request))
     await gateway.store.flush()
@@ -16819,6 +16831,7 @@ async def post_key(request: web.Request) -> web.Response:
 
 
 async def get_keys(request: web.Request) -> web.Response:
+    """All virtual keys, without their secrets."""
     gateway = request.app[GATEWAY_KEY]
     now_ms = int(gateway.clock() * 1000)
     return json_response({"data": [key.as_json(now_ms) for key in gateway.keys.by_id.values()], "next": None})
@@ -16844,6 +16857,7 @@ async def change_key(request: web.Request) -> web.Response:
 
 
 async def rotate_key(request: web.Request) -> web.Response:
+    """Give a key another secret; the old one works for `grace_s` more seconds."""
     gateway, key = request.app[GATEWAY_KEY], key_of(request)
     body = await body_json_of(request) if request.can_read_body else {}
     grace_s = body.get("grace_s", 0)
@@ -16855,11 +16869,13 @@ async def rotate_key(request: web.Request) -> web.Response:
 
 
 async def get_budgets(request: web.Request) -> web.Response:
+    """Every budget: limit, spent, held, left."""
     gateway = request.app[GATEWAY_KEY]
     return json_response({"data": gateway.ledger.snapshot(int(gateway.clock() * 1000)), "next": None})
 
 
 async def put_budgets(request: web.Request) -> web.Response:
+    """Replace the budgets that were set here before; those of keys and settings stay."""
     gateway = request.app[GATEWAY_KEY]
     body = await body_json_of(request)
     gateway.set_budgets(read_budgets(body.get("budgets", body.get("data"))))
@@ -16868,10 +16884,12 @@ async def put_budgets(request: web.Request) -> web.Response:
 
 
 async def get_cache(request: web.Request) -> web.Response:
+    """Sizes, hits, misses and what the cache saved."""
     return json_response(await request.app[GATEWAY_KEY].cache.view())
 
 
 async def delete_cache(request: web.Request) -> web.Response:
+    """Empty the cache."""
     cache = request.app[GATEWAY_KEY].cache
     entries = (await cache.view())["entries"]
     await cache.clear()
@@ -16930,6 +16948,117 @@ def config_view(settings: Settings) -> list[Json]:
     ]  # fmt: skip
 
 
+# ----- Description ----------------------------------------------------------------------------------------------------
+# /openapi.json is written from ROUTES: a row's handler gives the summary, its role the security and the statuses. What a
+# row cannot say stands in these small tables, by method and path or by path.
+
+BODIES: Final[Mapping[str, Mapping[str, str]]] = {
+    "POST /api/session": {"key": "string", "token": "string"},
+    "POST /api/requests/{id}/replay": {"model": "string", "provider": "string"},
+    "POST /api/requests/{id}/feedback": {"score": "number", "label": "string", "comment": "string"},
+    "POST /api/keys": dict.fromkeys(KEY_MEMBERS, ""), "PATCH /api/keys/{id}": dict.fromkeys(KEY_MEMBERS, ""),
+    "POST /api/keys/{id}/rotate": {"grace_s": "integer"},
+    "PUT /api/budgets": {"budgets": "array"}, "POST /api/config": dict.fromkeys(sorted(LIVE_SETTINGS), ""),
+}  # fmt: skip
+QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "/api/requests": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
+    "/api/sessions": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
+    "/api/spend": ("by", "since"), "/api/timeseries": ("bucket", "by", *POINT_FILTERS), "/api/overview": POINT_FILTERS,
+    "/api/route": ("model", "provider"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
+}  # fmt: skip
+SUCCESSES: Final[Mapping[str, int]] = {"POST /api/keys": 201, "POST /api/requests/{id}/feedback": 201}
+EVENT_STREAMS: Final = frozenset({"/api/events"})
+STATUS_WORDS: Final[Mapping[str, str]] = {
+    "400": "The request is not understood, or a guardrail refuses it; `param` and `code` name what.",
+    "401": "The key, session or link is missing, or not valid here.",
+    "403": "The Host, the Origin, the role or the header token does not allow it.",
+    "404": "Nothing has this name.", "408": "The body did not arrive in time.", "413": "The body is too large.",
+    "415": "Compressed bodies are not taken.", "429": "A limit or a budget is used up; `retry-after` says for how long.",
+    "4XX": "The provider's own refusal, in the client's dialect.", "500": "A fault of Stockyard's own, logged.",
+    "502": "The provider failed or cannot be reached.", "503": "Shutting down, or the log cannot be written.",
+    "504": "The provider took too long.",
+}  # fmt: skip
+ROLE_STATUSES: Final[Mapping[str, tuple[str, ...]]] = {
+    "anyone": ("400", "401", "403", "500", "503"), "client": ("400", "401", "403", "404", "500", "502", "504"),
+    "viewer": ("400", "401", "403", "404", "500"), "admin": ("400", "401", "403", "404", "429", "500"),
+}  # fmt: skip
+ROLE_SECURITY: Final[Mapping[str, list[Json]]] = {
+    "anyone": [{}], "client": [{}, {"bearer": []}, {"key": []}, {"session": []}],
+    "viewer": [{"bearer": []}, {"session": []}], "admin": [{"bearer": []}, {"session": []}],
+}  # fmt: skip
+
+
+def plain_paths(path: str) -> list[str]:
+    """A route's path as OpenAPI writes it; two where its last part may be left out."""
+    head, tail, _ = path.partition("{rest:")
+    shown = re.sub(r"\{(\w+)(:[^{}]*)?\}", r"{\1}", head)
+    return [shown, f"{shown}/{{rest}}"] if tail else [shown]
+
+
+def describe_body(row: RouteRow, method: str, path: str) -> Json | None:
+    members = BODIES.get(f"{method} {path}")
+    if members is None and (method in ("GET", "DELETE") or not row.spends):
+        return None
+    if members is None:
+        kind = "multipart/form-data" if row.endpoint and row.endpoint.upload else "application/json"
+        required = {"required": ["model"], "properties": {"model": {"type": "string"}}} if row.endpoint else {}
+        return {"required": True, "content": {kind: {"schema": {"type": "object", **required}}}}
+    properties: Json = {name: {"type": kind} if kind else {} for name, kind in members.items()}
+    return {"content": {"application/json": {"schema": {"type": "object", "properties": properties}}}}
+
+
+def describe_operation(row: RouteRow, method: str, path: str) -> Json:
+    text = " ".join((row.handler.__doc__ or row.handler.__name__.replace("_", " ")).split())
+    names = re.findall(r"\{(\w+)\}", path)
+    queries = QUERIES.get(path, ()) if method == "GET" else QUERIES.get(f"{method} {path}", ())
+    body = describe_body(row, method, path)
+    streams = path in EVENT_STREAMS or (row.endpoint is not None and row.endpoint.streams)
+    kinds = ["text/event-stream"] * streams + ["application/json"] * (path not in EVENT_STREAMS)
+    told = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in kinds}
+    failures = {
+        *ROLE_STATUSES[row.role],
+        *(("408", "413", "415") if body else ()),
+        *(("429", "503", "4XX") if row.spends else ()),
+    }
+    operation: Json = {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_"),
+        "summary": text.partition(". ")[0].rstrip("."), "description": text, "tags": [row.role], "security": ROLE_SECURITY[row.role],
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+        + [{"name": name, "in": "query", "schema": {"type": "string"}} for name in queries],
+        "responses": {str(SUCCESSES.get(f"{method} {path}", 200)): {"description": "Done.", "content": told},
+                      **{code: {"$ref": f"#/components/responses/{code}"} for code in sorted(failures)}},
+    }  # fmt: skip
+    return operation if body is None else {**operation, "requestBody": body}
+
+
+def describe_routes(routes: Iterable[RouteRow]) -> Json:
+    """The OpenAPI 3.1 document of these routes. Paths that differ in the names of their parts only are one."""
+    paths: dict[str, Json] = {}
+    known: dict[str, str] = {}
+    for row in routes:
+        for shown in plain_paths(row.path):
+            path = known.setdefault(re.sub(r"\{\w+\}", "{}", shown), shown)
+            for method in row.methods.split():
+                paths.setdefault(path, {}).setdefault(method.lower(), describe_operation(row, method, path))
+    error = {"message": "string", "type": "string", "code": "string", "param": ""}
+    members = {name: {"type": kind} if kind else {} for name, kind in error.items()}
+    schemas = {"Error": {"type": "object", "properties": {"error": {"type": "object", "properties": members}}}}
+    security = {
+        "bearer": {"type": "http", "scheme": "bearer"}, "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE},
+    }  # fmt: skip
+    about = {"title": "Stockyard", "version": __version__, "license": {"name": "MIT", "identifier": "MIT"}}
+    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    responses = {code: {"description": text, "content": problem} for code, text in STATUS_WORDS.items()}
+    components = {"schemas": schemas, "responses": responses, "securitySchemes": security}
+    return {"openapi": "3.1.0", "info": about, "servers": [{"url": "/"}], "paths": paths, "components": components}
+
+
+async def get_openapi(request: web.Request) -> web.Response:
+    """This description."""
+    return json_response(describe_routes(ROUTES))
+
+
 ROUTES: Final[tuple[RouteRow, ...]] = (
     *(
         RouteRow("POST", endpoint.path, answer_call, "client", spends=True, endpoint=endpoint)
@@ -16955,6 +17084,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/v1beta/models/{target:.+}", answer_gemini, "client", spends=True),
     RouteRow("GET", "/health", get_health, "anyone"),
     RouteRow("GET", "/ready", get_ready, "anyone"),
+    RouteRow("GET", "/openapi.json", get_openapi, "anyone"),
     RouteRow("POST", "/api/session", post_session, "anyone"),
     RouteRow("GET DELETE", "/api/session", get_session, "viewer"),
     RouteRow("GET", "/api/events", get_events, "admin"),

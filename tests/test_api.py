@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,17 @@ CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "c
 CHAT_PATH = "/v1/chat/completions"
 
 
+DOCUMENT: Any = json.loads(stockyard.dump_json(stockyard.describe_routes(stockyard.ROUTES)))
+
+
+def assert_described(method: str, path: str, status: int) -> None:
+    """Every status that a test gets stands in /openapi.json for the path it asked."""
+    path = path.partition("?")[0]
+    plain_first = sorted(DOCUMENT["paths"], key=lambda shown: shown.count("{"))
+    shown = next(shown for shown in plain_first if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", shown), path))
+    assert str(status) in DOCUMENT["paths"][shown][method.lower()]["responses"], (method, shown, status)
+
+
 class Admin:
     """Asks the admin JSON with the admin key, or with what `headers` says instead."""
 
@@ -34,6 +46,7 @@ class Admin:
             session.request(method, url, json=body, headers=self.headers) as answer,
         ):
             raw = await answer.read()
+            assert_described(method, path, answer.status)
             return answer.status, json.loads(raw) if answer.content_type == "application/json" else raw.decode()
 
     async def get(self, path: str) -> Any:
@@ -460,3 +473,31 @@ async def test_the_configuration_masks_secrets(start: Start) -> None:
         assert rows["admin_key"]["value"] == "a-s…or"
         assert (rows["retries"]["live"], rows["port"]["live"], rows["port"]["source"]) == (True, False, "flag --port")
         assert (await Admin(proxy).ask("POST", "/api/config/reload"))[0] == 400
+
+
+def test_the_description_holds_every_route_and_every_reference_in_it_leads_somewhere() -> None:
+    operations = [operation for path in DOCUMENT["paths"].values() for operation in path.values()]
+    for row in stockyard.ROUTES:
+        for shown in stockyard.plain_paths(row.path):
+            shape = re.sub(r"\{\w+\}", "{}", shown)
+            [path] = [path for path in DOCUMENT["paths"] if re.sub(r"\{\w+\}", "{}", path) == shape]
+            assert {method.lower() for method in row.methods.split()} <= DOCUMENT["paths"][path].keys()
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    for path, methods in DOCUMENT["paths"].items():
+        for operation in methods.values():
+            named = {item["name"] for item in operation["parameters"] if item["in"] == "path"}
+            assert named == set(re.findall(r"\{(\w+)\}", path)) and operation["summary"]
+            assert all(
+                name in DOCUMENT["components"]["securitySchemes"] for way in operation["security"] for name in way
+            )
+    described = {f"{method.upper()} {path}" for path, methods in DOCUMENT["paths"].items() for method in methods}
+    assert {*stockyard.BODIES, *stockyard.SUCCESSES} <= described
+    assert {name if " " in name else f"GET {name}" for name in stockyard.QUERIES} <= described
+    assert DOCUMENT["paths"].keys() >= stockyard.EVENT_STREAMS
+    for kind, name in re.findall(r'"\$ref": "#/components/(\w+)/(\w+)"', json.dumps(DOCUMENT)):
+        assert name in DOCUMENT["components"][kind]
+
+
+async def test_the_description_is_served_to_anyone(start: Start) -> None:
+    async with start(require_key="always") as proxy, proxy.session.get(proxy.url + "/openapi.json") as answer:
+        assert (answer.status, await answer.json()) == (200, DOCUMENT)
