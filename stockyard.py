@@ -606,6 +606,17 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds: to connect, to the first byte, between two bytes, in all; and what a stream must bring in `idle_s`."""
+
+    connect_s: float
+    first_byte_s: float
+    idle_s: float
+    total_s: float
+    min_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A client route that reaches a provider: its kind, the client's dialect, and whether it may stream."""
 
@@ -614,6 +625,13 @@ class Endpoint:
     dialect: str = "openai"
     streams: bool = False
     upload: bool = False
+
+
+#: Failures after which a provider may have done and billed the work.
+BILLED_PERHAPS: Final = frozenset({
+    "upstream_timeout", "upstream_disconnected", "upstream_truncated", "upstream_malformed", "upstream_too_large", "upstream_stalled",
+    "client_closed_request", "internal_error",
+})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -629,9 +647,17 @@ class Attempt:
     #: Where money is limited: the budgets (id and window), what was held in each, and what was charged for it.
     budget: Json | None = None
 
+    @property
+    def billed(self) -> str:
+        """`yes`, `no`, or `perhaps` where the provider may have done the work and did not tell."""
+        if self.status == 200:
+            return "yes"
+        return "no" if self.status >= 400 and self.error not in BILLED_PERHAPS else "perhaps"
+
     def to_json(self) -> Json:
         times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
-        told = {"provider": self.provider, "model": self.model, **times, "status": self.status, "error": self.error}
+        ended = {"status": self.status, "error": self.error, "billed": self.billed}
+        told = {"provider": self.provider, "model": self.model, **times, **ended}
         return told if self.budget is None else {**told, "budget": self.budget}
 
 
@@ -659,6 +685,11 @@ class Call:
     #: The dialect that the logged request was translated to, and the arithmetic of a limit that refused the call.
     sent_dialect: str = ""
     refusal: Json | None = None
+    #: The route that `model` names, and the upstream key of the last attempt (it never leaves this object).
+    route: Route | None = None
+    upstream_key: str = ""
+    #: The id of the call that this one shadows.
+    shadow_of: str = ""
     #: The id of the logged call that this one repeats.
     replay_of: str = ""
     provider: str = ""
@@ -10081,6 +10112,10 @@ class Settings:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def deadlines(self) -> Deadlines:
+        return Deadlines(self.connect_timeout, self.first_byte_timeout, self.idle_timeout, self.total_timeout)
+
+    @property
     def data_path(self) -> Path:
         return Path(self.data_dir).expanduser()
 
@@ -10103,12 +10138,12 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
-TOML_TABLES: Final = frozenset({"providers", "prices", "budgets"})
+TOML_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
     "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
 })  # fmt: skip
-LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets"})
+LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
 
 
 def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
@@ -10217,10 +10252,137 @@ def provider_variables(settings: Settings, environment: Mapping[str, str]) -> di
 
 
 # ===== Router =========================================================================================================
-# From the name in a request to ordered targets. Never a random or default provider: a name that belongs to no
-# configured provider is a 404 that says which variable would enable it. The same name goes the same way every time.
-# Order: forced by header, route or alias of the configuration, `provider/model`, exact name in a provider's list,
+# From the name in a request to ordered targets, and what failures mean for them. Plain state: the clock (monotonic
+# seconds) and randomness come in as arguments. Never a random or default provider: a name that belongs to no configured
+# provider is a 404 that says which variable would enable it. The same name goes the same way every time.
+# Order: forced by header, route or alias of stockyard.toml, `provider/model`, exact name in a provider's list,
 # recognisable prefix; the longest match wins, then the order of the table.
+#
+# - Another target is tried only where a route names it. What a failure means is a row of REACTIONS.
+# - A Health (breaker, latency, calls in flight) is kept for targets that routes name; upstream keys rest one by one.
+# - Further tries of one target, and hedges, draw on RetryBudget; fallbacks are bounded by the route and the breakers.
+# To add a strategy: a row of STRATEGIES; to add a member of routes: a field of Route.
+
+
+class Reaction(NamedTuple):
+    """What a failure means: may the same target answer another try, may another one, does it count against the
+    breaker, and how long does the key rest (seconds; `Retry-After` goes before it)."""
+
+    again: bool
+    elsewhere: bool
+    breaks: bool
+    key_rests_s: float = 0.0
+
+
+FINAL: Final = Reaction(False, False, False)
+PASSING: Final = Reaction(True, True, True)
+THROTTLED: Final = Reaction(True, True, False, 2.0)
+BAD_KEY: Final = Reaction(False, True, False, 600.0)
+SPENT: Final = Reaction(False, True, False, 600.0)
+MISPLACED: Final = Reaction(False, True, True)
+#: By the provider's code where that says more than the status, else by status. What stands in neither is FINAL where
+#: the provider refused the request (any other 4xx), and PASSING where it or the way to it failed.
+REACTIONS: Final[Mapping[str | int, Reaction]] = {
+    408: PASSING, 409: PASSING, 425: PASSING, 429: THROTTLED, 402: SPENT, 500: PASSING, 502: PASSING, 503: PASSING, 504: PASSING,
+    "upstream_authentication": BAD_KEY, **dict.fromkeys(SPENT_CODES, SPENT),
+    "slow_down": THROTTLED, "server_is_overloaded": PASSING,  # OpenAI
+    "billing_error": SPENT, "rate_limit_error": THROTTLED, "overloaded_error": PASSING,  # Anthropic
+    "RESOURCE_EXHAUSTED": THROTTLED, "UNAVAILABLE": PASSING,  # Google
+    "ThrottlingException": THROTTLED, "ModelNotReadyException": PASSING,  # Bedrock
+    "upstream_tls": MISPLACED, "upstream_redirect": MISPLACED, "upstream_misconfigured": MISPLACED, "upstream_too_large": FINAL,
+}  # fmt: skip
+RETRY_WAIT_MAX_S: Final = 5.0
+
+
+def reaction_to(error: UpstreamError) -> Reaction:
+    return REACTIONS.get(error.code) or REACTIONS.get(error.status) or (PASSING if error.retryable else FINAL)
+
+
+class Health:
+    """How one target does: a breaker, its latency as a peak EWMA, and its calls in flight.
+
+    The breaker opens after BREAK_AFTER failures in a row, or when half of a window's calls fail; it is half open once
+    its time is over: a single probe goes through, which closes it or opens it for twice as long.
+    """
+
+    BREAK_AFTER: ClassVar[int] = 5
+    OPEN_S: ClassVar[float] = 5.0
+    OPEN_MAX_S: ClassVar[float] = 60.0
+    WINDOW_S: ClassVar[float] = 10.0
+    LATENCY_S: ClassVar[float] = 10.0
+
+    __slots__ = ("_bad", "_good", "_in_row", "_measured_s", "_open_s", "_window_s", "in_flight", "is_probing", "latency_s", "open_until_s")  # fmt: skip
+
+    def __init__(self) -> None:
+        self.in_flight = self._good = self._bad = self._in_row = 0
+        self.latency_s = self.open_until_s = self._measured_s = self._window_s = 0.0
+        self._open_s = self.OPEN_S
+        self.is_probing = False
+
+    def state(self, now_s: float) -> str:
+        """`closed`, `open`, or `half_open`."""
+        return "closed" if not self.open_until_s else "open" if now_s < self.open_until_s else "half_open"
+
+    def admits(self, now_s: float) -> bool:
+        return not self.open_until_s or (now_s >= self.open_until_s and not self.is_probing)
+
+    def begin(self, now_s: float) -> bool:
+        """An attempt begins; True where it is the probe of a half-open breaker, which `end` wants to know."""
+        self.in_flight += 1
+        is_probe = bool(self.open_until_s) and now_s >= self.open_until_s and not self.is_probing
+        self.is_probing = self.is_probing or is_probe
+        return is_probe
+
+    def end(self, is_probe: bool, outcome: bool | None, latency_s: float, now_s: float) -> None:
+        """It ended: True for an answer, False for a failure that counts, None for what says nothing (429, cancelled)."""
+        self.in_flight -= 1
+        if is_probe:
+            self.is_probing = False
+        if outcome is None:
+            return
+        if now_s - self._window_s > self.WINDOW_S:
+            self._good, self._bad, self._window_s = 0, 0, now_s
+        if outcome:
+            self._good, self._in_row, self.open_until_s, self._open_s = self._good + 1, 0, 0.0, self.OPEN_S
+            self._measure(latency_s, now_s)
+            return
+        self._bad, self._in_row = self._bad + 1, self._in_row + 1
+        if is_probe or self._in_row == self.BREAK_AFTER or self._bad >= max(2 * self.BREAK_AFTER, self._good):
+            self._open_s = min(self.OPEN_MAX_S, self._open_s * 2) if is_probe else self._open_s
+            self.open_until_s, self._good, self._bad = now_s + self._open_s, 0, 0
+
+    def _measure(self, latency_s: float, now_s: float) -> None:
+        """Up at once, down slowly: a target that turned slow is known by its first slow answer."""
+        kept = math.exp((self._measured_s - now_s) / self.LATENCY_S)
+        self.latency_s = max(latency_s, self.latency_s * kept + latency_s * (1 - kept))
+        self._measured_s = now_s
+
+
+#: By provider and model.
+HealthBook = dict[tuple[str, str], Health]
+
+
+class RetryBudget:
+    """A bucket that every call fills a little and every further try of the same target, and every hedge, draws on; so
+    a provider that fails all calls sees at most a fifth more of them. `calls` is counted up by whoever answers calls."""
+
+    SHARE: ClassVar[float] = 0.2
+    FLOOR_PER_S: ClassVar[float] = 1.0
+    MOST: ClassVar[float] = 100.0
+
+    def __init__(self, tokens: float = 20.0) -> None:
+        self.calls = 0
+        self._tokens, self._at_s = tokens, math.inf
+
+    def take(self, now_s: float) -> bool:
+        """Whether one more try is allowed; then it is drawn."""
+        grown = self._tokens + self.SHARE * self.calls + self.FLOOR_PER_S * max(0.0, now_s - self._at_s)
+        self.calls, self._at_s = 0, now_s
+        self._tokens = min(self.MOST, grown)
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -10230,19 +10392,261 @@ class Target:
     provider: ConfiguredProvider
     model: str
     via: str = ""
+    #: Kept for targets that a route names.
+    health: Health | None = field(default=None, compare=False)
+
+
+class Asked(NamedTuple):
+    """What of a call decides about its targets. `session` is what sticks: the client's session, else its key."""
+
+    prompt_tokens: int = 0
+    tags: Mapping[str, str] = {}
+    session: str = ""
+
+
+def _as_choices(value: Any) -> tuple[Json, ...]:
+    rows = tuple({"to": row} if isinstance(row, str) else row for row in value) if isinstance(value, list) else ()
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('must be a list of targets, such as ["openai/gpt-4o-mini", {to = "groq/…", weight = 2}]')
+    return rows
+
+
+def _as_parameters(value: Any) -> Json:
+    known = OPENAI_PARAMETERS - {"model", "messages", "stream", "stream_options", "input", "documents", "query"}
+    if not isinstance(value, dict) or not value.keys() <= known:
+        raise ValueError(f"must be a table of parameters of OpenAI's chat; known are {', '.join(sorted(known))}")
+    return value
+
+
+#: Headers that a route may add to requests. Keys travel in none of them.
+ROUTE_HEADERS: Final = frozenset(
+    {"anthropic-beta", "http-referer", "openai-beta", "openai-organization", "openai-project", "user-agent", "x-title"}
+)
+
+
+def _as_headers(value: Any) -> tuple[tuple[str, str], ...]:
+    pairs = tuple((name.lower(), text) for name, text in value.items()) if isinstance(value, dict) else ()
+    if not pairs or not all(
+        name in ROUTE_HEADERS and isinstance(text, str) and text.isascii() and text.isprintable()
+        for name, text in pairs
+    ):
+        raise ValueError(f"must be a table of header texts; known are {', '.join(sorted(ROUTE_HEADERS))}")
+    return pairs
+
+
+def _as_tags(value: Any) -> Mapping[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError('must be a table of texts, such as {team = "search"}')
+    return value
+
+
+def _as_flag(text: str) -> bool:
+    return bool(_one_of("true", "false")(text) == "true")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One target of a route, and which calls it takes: all of `tags`, a prompt within the bounds (estimated tokens)."""
+
+    to: str = _row("", "provider/model")
+    weight: float = _row(1.0, "its share under `weighted`", _number(0.0001, 1_000_000))
+    tags: Mapping[str, str] | None = _row(None, "tags that a call must have", _as_tags)
+    min_prompt_tokens: int = _row(0, "smallest prompt it takes", _integer(0, 100_000_000))
+    max_prompt_tokens: int = _row(100_000_000, "largest prompt it takes", _integer(1, 100_000_000))
+    target: Target
+
+    def refuses(self, asked: Asked) -> str:
+        """Why it does not take a call; empty where it does."""
+        if not self.min_prompt_tokens <= asked.prompt_tokens <= self.max_prompt_tokens:
+            return f"prompt of about {asked.prompt_tokens} tokens"
+        return next((f"tag {name}" for name, text in (self.tags or {}).items() if asked.tags.get(name) != text), "")
+
+
+class Lot(NamedTuple):
+    """What strategies order by: one choice, the call, a random number in 0…1 that sticks where the call does."""
+
+    choice: Choice
+    asked: Asked
+    draw: float
+    prices: PriceBook
+    at_s: float
+
+
+def _cost_of(lot: Lot) -> float:
+    target = lot.choice.target
+    price = lot.prices.find(target.provider.id, target.model, lot.at_s)
+    return math.inf if price is None else price.upper_bound(max(1000, lot.asked.prompt_tokens), 500)
+
+
+def _health(lot: Lot) -> Health:
+    assert lot.choice.target.health is not None
+    return lot.choice.target.health
+
+
+#: Targets go by ascending value; equal ones stay in the order of the file.
+STRATEGIES: Final[Mapping[str, Callable[[Lot], float]]] = {
+    "ordered": lambda lot: 0.0,
+    "weighted": lambda lot: -math.log(lot.draw) / lot.choice.weight,  # rendezvous hashing, where the draw sticks
+    "least_latency": lambda lot: _health(lot).latency_s * (_health(lot).in_flight + 1),
+    "cheapest": _cost_of,
+    "fewest_in_flight": lambda lot: _health(lot).in_flight / lot.choice.weight,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A name of `[routes]`: its targets, what is tried after them, and what it changes in requests."""
+
+    name: str
+    strategy: str = _row("ordered", "how targets are ordered", _one_of(*STRATEGIES))
+    targets: tuple[Any, ...] = _row((), "where calls go", _as_choices)
+    fallbacks: tuple[Any, ...] = _row((), "tried in order when the targets fail", _as_choices)
+    sticky: bool = _row(True, "weighted: one session, else one key, stays where it was", _as_flag)
+    retries: int | None = _row(None, "further tries of each target", _integer(0, 10))
+    hedge_after_ms: float = _row(0.0, "ask the next target as well after so long", _number(1, 600_000))
+    connect_timeout: float | None = _row(None, "as the setting", _number(0.01, 3600))
+    first_byte_timeout: float | None = _row(None, "as the setting", _number(0.01, 36000))
+    idle_timeout: float | None = _row(None, "as the setting", _number(0.01, 36000))
+    total_timeout: float | None = _row(None, "as the setting", _number(0.01, 360000))
+    min_bytes_per_s: float = _row(0.0, "a stream slower than this over one idle_timeout is stalled", _number(0, 1e9))
+    shadow: tuple[Any, ...] = _row((), "gets copies of calls; its answers are thrown away", _as_choices)
+    shadow_fraction: float = _row(1.0, "share of the calls that are copied", _number(0, 1))
+    defaults: Mapping[str, Any] | None = _row(None, "parameters where the client sends none", _as_parameters)
+    forced: Mapping[str, Any] | None = _row(None, "parameters whatever the client sends", _as_parameters)
+    system_prefix: str = _row("", "text before the client's system text")
+    max_output_tokens: int | None = _row(None, "most output tokens", _integer(1, 100_000_000))
+    headers: tuple[tuple[str, str], ...] = _row((), "request headers to add", _as_headers)
+    deadlines: Deadlines | None = None
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return (*self.targets, *self.fallbacks)
+
+    @property
+    def changes_body(self) -> bool:
+        return bool(self.defaults or self.forced or self.system_prefix or self.max_output_tokens)
+
+    @property
+    def rules_text(self) -> str:
+        """What its rules are, for the keys of the cache."""
+        return repr((self.defaults, self.forced, self.system_prefix, self.max_output_tokens, self.headers))
+
+
+def _raw(value: Any) -> Any:
+    """A value as rows read it: scalars as the text that an environment variable would hold, the rest as it is."""
+    return value if isinstance(value, dict | list) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def read_table(kind: type[T], table: Any, where: str, **given: Any) -> T:
+    """A table of stockyard.toml as a `kind`, whose fields tell how each name is read; SettingsError names the table."""
+    rows = {row.name: row for row in dataclasses.fields(cast(Any, kind)) if row.metadata}
+    unknown = [name for name in table if name not in rows] if isinstance(table, dict) else ["…"]
+    if unknown:
+        raise SettingsError(f"{where}: {unknown[0]!r} is not known; it is a table of {', '.join(rows)}")
+    values = {name: read_setting(rows[name], _raw(value), where) for name, value in table.items()}
+    return kind(**given, **values)
+
+
+ROUTES_NOT_YET: Final = frozenset(
+    "hedge_after_ms min_bytes_per_s shadow shadow_fraction defaults forced system_prefix max_output_tokens headers".split()
+)
+
+
+class RouteReader:
+    """Reads `[routes]` and `[aliases]` against the configured providers; SettingsError for whatever cannot work."""
+
+    def __init__(self, providers: Mapping[str, ConfiguredProvider], deadlines: Deadlines, health: HealthBook) -> None:
+        self._providers, self._deadlines = providers, deadlines
+        self.health = dict(health)
+
+    def routes(self, table: Mapping[str, Any]) -> dict[str, Route]:
+        return {name: self._route(name, row) for name, row in table.items()}
+
+    def aliases(self, table: Mapping[str, Any]) -> dict[str, str]:
+        for name, to in table.items():
+            if not isinstance(to, str) or not to or to in table:
+                raise SettingsError(f"[aliases]: {name} must name a model, `provider/model` or a route, and no alias")
+            if to.partition("/")[0] in PROVIDERS_BY_ID and "/" in to:
+                self._target(to, f"[aliases] {name}")
+        return dict(table)
+
+    def _route(self, name: str, table: Any) -> Route:
+        where = f"[routes.{name}]"
+        route = read_table(Route, table, where, name=name)
+        if not_yet := sorted(ROUTES_NOT_YET & table.keys()):
+            raise SettingsError(f"{where}: {not_yet[0]} is not built into version {__version__} yet")
+        if not route.targets:
+            raise SettingsError(f'{where}: say where calls go with targets = ["provider/model", …]')
+        if len(route.shadow) > 1:
+            raise SettingsError(f"{where}: shadow takes one target")
+        read = {
+            part: self._choices(getattr(route, part), f"{where} {part}") for part in ("targets", "fallbacks", "shadow")
+        }
+        given = {"min_bytes_per_s": route.min_bytes_per_s}
+        given |= {f"{name}_s": getattr(route, f"{name}_timeout") for name in ("connect", "first_byte", "idle", "total")}
+        changed = {name: value for name, value in given.items() if value}
+        deadlines = dataclasses.replace(self._deadlines, **changed) if changed else None
+        return dataclasses.replace(route, **cast(Json, read), deadlines=deadlines)
+
+    def _choices(self, rows: tuple[Json, ...], where: str) -> tuple[Choice, ...]:
+        return tuple(
+            read_table(Choice, row, f"{where}[{at}]", target=self._target(row.get("to"), f"{where}[{at}]"))
+            for at, row in enumerate(rows)
+        )
+
+    def _target(self, to: Any, where: str) -> Target:
+        head, _, model = to.partition("/") if isinstance(to, str) else ("", "", "")
+        row = PROVIDERS_BY_ID.get(head)
+        if row is None or not model:
+            known = ", ".join(self._providers)
+            raise SettingsError(f"{where}: {to!r} must be provider/model; configured providers are {known}")
+        if head not in self._providers:
+            raise SettingsError(f"{where}: {row.name} is not configured; set {enabling_variable(row)}")
+        return Target(self._providers[head], model, "route", self.health.setdefault((head, model), Health()))
 
 
 class Router:
-    """Resolves model names. Plain state: the configured providers, and the model lists they last told."""
+    """Resolves names, orders the targets of routes, and remembers which of them and which upstream keys may be asked."""
 
     def __init__(
-        self, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, routes: Mapping[str, Any] | None = None
-    ) -> None:
+        self, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, routes: Mapping[str, Route] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.providers = dict(providers)
+        self.aliases = dict(aliases or {})
         self.routes = dict(routes or {})
+        self.routes |= {name: self.routes[to] for name, to in self.aliases.items() if to in self.routes}
+        self.retries = RetryBudget()
+        choices = [choice for route in self.routes.values() for choice in route.choices]
+        self.health: HealthBook = {
+            (choice.target.provider.id, choice.target.model): choice.target.health
+            for choice in choices
+            if choice.target.health
+        }
         self._prices = prices
         self._listed: dict[str, frozenset[str]] = {}
         self._memo: dict[tuple[str, str], list[Target]] = {}
+        self._turn: collections.Counter[str] = collections.Counter()
+        self._rests: dict[tuple[str, str], float] = {}
+
+    @classmethod
+    def load(
+        cls, providers: Mapping[str, ConfiguredProvider], prices: PriceBook, tables: Mapping[str, Any], deadlines: Deadlines,
+        before: Router | None = None,
+    ) -> Router:  # fmt: skip
+        """A router with the routes and aliases of stockyard.toml; SettingsError where one cannot work. What the router
+        `before` a reload knew of targets and keys stays known."""
+        reader = RouteReader(providers, deadlines, before.health if before is not None else {})
+        routes, aliases = reader.routes(tables.get("routes", {})), reader.aliases(tables.get("aliases", {}))
+        both = sorted(routes.keys() & aliases.keys())
+        if both:
+            raise SettingsError(f"[aliases]: {both[0]} is a route as well; rename one of them")
+        router = cls(providers, prices, routes, aliases)
+        if before is not None:
+            router.retries, router._rests = before.retries, before._rests
+        return router
+
+    # -- names
 
     def learn(self, provider_id: str, models: Iterable[str]) -> None:
         """Remember a provider's own list of models."""
@@ -10250,7 +10654,7 @@ class Router:
         self._memo.clear()
 
     def targets(self, model: str, forced: str = "") -> list[Target]:
-        """Ordered targets for a name; UnknownModel says what would make it known."""
+        """The targets of a name, in the order of the file for a route; UnknownModel says what would make it known."""
         found = self._memo.get((model, forced))
         if found is None:
             found = self._resolve(model, forced)
@@ -10262,13 +10666,23 @@ class Router:
     def _resolve(self, model: str, forced: str) -> list[Target]:
         if forced:
             return [self._forced(model, forced)]
+        if model in self.routes:
+            return [choice.target for choice in self.routes[model].choices]
+        if model in self.aliases:
+            return [dataclasses.replace(target, via="alias") for target in self._resolve_name(self.aliases[model])]
+        return self._resolve_name(model)
+
+    def _resolve_name(self, model: str) -> list[Target]:
         head, slash, rest = model.partition("/")
         if slash and rest and head.lower() in self.providers:
-            return [Target(self.providers[head.lower()], rest, "provider prefix")]
+            return [self._target(self.providers[head.lower()], rest, "provider prefix")]
         claims = [claim for provider in self.providers.values() if (claim := self._claim(model, provider))]
         if claims:
             return [max(claims, key=lambda claim: claim[0])[1]]
         raise self._unknown(model)
+
+    def _target(self, provider: ConfiguredProvider, model: str, via: str) -> Target:
+        return Target(provider, model, via, self.health.get((provider.id, model)))
 
     def _claim(self, model: str, provider: ConfiguredProvider) -> tuple[tuple[int, int, int], Target] | None:
         """How strongly a provider claims a bare name: listed, then the longest own prefix, then table order."""
@@ -10278,7 +10692,7 @@ class Router:
         if not (listed or prefix):
             return None
         strength = (int(bool(listed)), len(prefix[0]) + 1 if prefix else 0, order)
-        return strength, Target(provider, model, "model list" if listed else "prefix")
+        return strength, self._target(provider, model, "model list" if listed else "prefix")
 
     def _forced(self, model: str, forced: str) -> Target:
         provider = self.providers.get(forced.lower())
@@ -10289,7 +10703,7 @@ class Router:
                     f"x-stockyard-provider: no provider is called {forced!r}; known are {', '.join(PROVIDERS_BY_ID)}"
                 )
             raise UnknownModel(f"the provider {row.name} is not configured; set {enabling_variable(row)}")
-        return Target(provider, model.removeprefix(f"{forced.lower()}/"), "x-stockyard-provider")
+        return self._target(provider, model.removeprefix(f"{forced.lower()}/"), "x-stockyard-provider")
 
     def _unknown(self, model: str) -> UnknownModel:
         head = model.partition("/")[0].lower()
@@ -10308,6 +10722,126 @@ class Router:
             "Name the provider as `provider/model`, or set its variable (for example OPENAI_API_KEY, ANTHROPIC_API_KEY, GROQ_API_KEY)"
         )
         return UnknownModel(say, param="model")
+
+    # -- routes
+
+    def order(self, route: Route, asked: Asked, randomness: random.Random, at_s: float) -> list[Target]:
+        """The targets that take such a call, the first choice first, then the fallbacks; UnknownModel for none."""
+        lots = [
+            Lot(
+                choice, asked, self._draw(choice, asked.session if route.sticky else "", randomness), self._prices, at_s
+            )
+            for choice in route.targets
+            if not choice.refuses(asked)
+        ]
+        lots.sort(key=STRATEGIES[route.strategy])
+        found = [lot.choice.target for lot in lots]
+        found += [choice.target for choice in route.fallbacks if not choice.refuses(asked)]
+        if not found:
+            why = "; ".join(f"{choice.to}: {choice.refuses(asked)}" for choice in route.choices)
+            raise UnknownModel(f"no target of the route `{route.name}` takes this call ({why})", param="model")
+        return found
+
+    @staticmethod
+    def _draw(choice: Choice, session: str, randomness: random.Random) -> float:
+        if not session:
+            return max(1e-12, randomness.random())
+        digest = hashlib.blake2b(f"{session}\0{choice.to}".encode(), digest_size=6).digest()
+        return (int.from_bytes(digest, "big") + 1) / 2**48
+
+    def rests(self, target: Target, now_s: float) -> float:
+        """Seconds until a target may be asked: its breaker is open or its keys rest. 0 where it may be asked now."""
+        wait_s, health = 0.0, target.health
+        if self._rests:
+            wait_s = min(self._rest(target.provider, key, now_s) for key in self._names(target.provider))
+        if health is not None and not health.admits(now_s):
+            wait_s = max(wait_s, health.open_until_s - now_s, 1.0)
+        return wait_s
+
+    def _rest(self, provider: ConfiguredProvider, key: str, now_s: float) -> float:
+        return max(0.0, self._rests.get((provider.id, key), 0.0) - now_s)
+
+    @staticmethod
+    def _names(provider: ConfiguredProvider) -> tuple[str, ...]:
+        """What rests: each key; the provider as a whole (the name "") where requests are signed, or tokens fetched."""
+        apart = provider.keys and provider.credentials is None and not provider.row.key_is_file
+        return provider.keys if apart else ("",)
+
+    def next_key(self, provider: ConfiguredProvider, now_s: float) -> str:
+        """The provider's keys in turn, passing over those that rest while others do not."""
+        keys = provider.keys
+        if len(keys) < 2:
+            return keys[0] if keys else ""
+        self._turn[provider.id] += 1
+        first = self._turn[provider.id] % len(keys)
+        turned = (*keys[first:], *keys[:first])
+        return min(turned, key=lambda key: self._rest(provider, key, now_s)) if self._rests else turned[0]
+
+    def has_other_key(self, provider: ConfiguredProvider, now_s: float) -> bool:
+        return len(provider.keys) > 1 and any(not self._rest(provider, key, now_s) for key in provider.keys)
+
+    def note_failure(self, target: Target, key: str, error: UpstreamError, now_s: float) -> None:
+        """Let the key that failed rest, as the kind of failure or `Retry-After` says."""
+        reaction, told_s = reaction_to(error), error.retry_after_s or 0.0
+        rest_s = told_s if told_s and reaction is THROTTLED else max(told_s, reaction.key_rests_s)
+        if rest_s and reaction.elsewhere:
+            self._rests = {at: until_s for at, until_s in self._rests.items() if until_s > now_s}
+            named = key if key in self._names(target.provider) else ""
+            self._rests[target.provider.id, named] = now_s + rest_s
+
+    def retry_wait_s(
+        self, target: Target, error: UpstreamError, tries: int, most: int, now_s: float, draw: float
+    ) -> float | None:
+        """How long to wait before the same target is tried again; None where it is not.
+
+        Another key may help at once. Else a failure that may pass is waited out, with full jitter, as the provider says.
+        """
+        reaction = reaction_to(error)
+        if reaction.key_rests_s and tries < len(target.provider.keys) and self.has_other_key(target.provider, now_s):
+            return 0.0
+        wait_s = max(draw * 0.2 * 2.0 ** min(tries, 5), error.retry_after_s or 0.0)
+        may = reaction.again and tries <= most and wait_s <= RETRY_WAIT_MAX_S
+        return wait_s if may and self.retries.take(now_s) else None
+
+    def view(
+        self, model: str, forced: str, asked: Asked, randomness: random.Random, now_s: float, at_s: float
+    ) -> list[Json]:
+        """Where a name would go, in order, and why: what `stockyard route` and GET /api/route show."""
+        route = None if forced else self.routes.get(model)
+        targets = self.targets(model, forced) if route is None else self.order(route, asked, randomness, at_s)
+        shown = [self._show(target, now_s, at_s) for target in targets]
+        if route is None:
+            return shown
+        by_target = {(choice.target.provider.id, choice.target.model): choice for choice in reversed(route.choices)}
+        for row in shown:
+            choice = by_target[row["provider"], row["upstream_model"]]
+            row |= {
+                "route": route.name,
+                "strategy": route.strategy,
+                "weight": choice.weight,
+                "fallback": choice not in route.targets,
+            }
+        left_out = [(choice, why) for choice in route.choices if (why := choice.refuses(asked))]
+        return shown + [
+            {**self._show(choice.target, now_s, at_s), "route": route.name, "left_out": why} for choice, why in left_out
+        ]
+
+    def _show(self, target: Target, now_s: float, at_s: float) -> Json:
+        price, health = self._prices.find(target.provider.id, target.model, at_s), target.health
+        shown: Json = {
+            "provider": target.provider.id, "upstream_model": target.model, "via": target.via,
+            "base_url": target.provider.base_url, "dialect": target.provider.row.dialect,
+            "price": price.per_million_usd() if price is not None else None,
+            "rests_s": round(self.rests(target, now_s), 3),
+            "keys_resting": sum(self._rest(target.provider, key, now_s) > 0 for key in target.provider.keys),
+        }  # fmt: skip
+        if health is not None:
+            shown |= {
+                "breaker": health.state(now_s),
+                "in_flight": health.in_flight,
+                "latency_ms": round(health.latency_s * 1000, 1),
+            }
+        return shown
 
 
 # ===== Cache ==========================================================================================================
@@ -13304,16 +13838,6 @@ class Sink(Protocol):
     def fail(self, error: UpstreamError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Seconds: to connect, to the first byte, between two bytes, in all."""
-
-    connect_s: float
-    first_byte_s: float
-    idle_s: float
-    total_s: float
-
-
 @dataclass(slots=True)
 class Origin:
     """One scheme, host and port, and its idle connections, the newest last."""
@@ -13445,9 +13969,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- one exchange
 
-    def begin(self, sink: Sink, request: bytes, now_s: float) -> None:
+    def begin(self, sink: Sink, request: bytes, now_s: float, deadlines: Deadlines) -> None:
         assert self.transport is not None
-        self.sink, self._payload, self.answered = sink, None, False
+        self.sink, self._payload, self.answered, self.deadlines = sink, None, False, deadlines
         self.began_s = self.touched_s = now_s
         self._upstream.watch(self)
         self.transport.write(request)
@@ -13553,11 +14077,18 @@ class Upstream:
     def __init__(self, loop: asyncio.AbstractEventLoop, deadlines: Deadlines) -> None:
         self.loop = loop
         self.deadlines = deadlines
-        self._tick_s = max(0.02, min(0.5, min(deadlines.first_byte_s, deadlines.idle_s, deadlines.total_s) / 4))
+        self._tick_s = 0.5
+        self.heed(deadlines)
         self._tls: ssl.SSLContext | None = None
         self._origins: dict[tuple[str, str, int], Origin] = {}
         self._watched: set[UpstreamConnection] = set()
         self._sweep: asyncio.TimerHandle | None = None
+
+    def heed(self, deadlines: Deadlines) -> None:
+        """Look often enough to keep such deadlines."""
+        self._tick_s = max(
+            0.02, min(self._tick_s, min(deadlines.first_byte_s, deadlines.idle_s, deadlines.total_s) / 4)
+        )
 
     def origin(self, base_url: str) -> Origin:
         parts = urllib.parse.urlsplit(base_url)
@@ -13565,9 +14096,11 @@ class Upstream:
         key = (parts.scheme, parts.hostname or "", port)
         return self._origins.setdefault(key, Origin(*key))
 
-    async def send(self, origin: Origin, request: bytes, sink: Sink) -> UpstreamConnection:
+    async def send(
+        self, origin: Origin, request: bytes, sink: Sink, deadlines: Deadlines | None = None
+    ) -> UpstreamConnection:
         """Write one request, on a kept connection where a live one is at hand. UpstreamError where none can be opened."""
-        now_s = self.loop.time()
+        now_s, deadlines = self.loop.time(), deadlines or self.deadlines
         while origin.idle:
             kept = origin.idle.pop()
             if kept.transport is None or kept.transport.is_closing():
@@ -13575,23 +14108,23 @@ class Upstream:
             if now_s - kept.idle_since_s > self.IDLE_MAX_S:
                 kept.transport.close()
                 continue
-            kept.begin(sink, request, now_s)
+            kept.begin(sink, request, now_s, deadlines)
             return kept
-        connection = await self._connect(origin)
-        connection.begin(sink, request, self.loop.time())
+        connection = await self._connect(origin, deadlines.connect_s)
+        connection.begin(sink, request, self.loop.time(), deadlines)
         return connection
 
-    async def _connect(self, origin: Origin) -> UpstreamConnection:
+    async def _connect(self, origin: Origin, connect_s: float) -> UpstreamConnection:
         where = f"{origin.host}:{origin.port}"
         try:
-            async with asyncio.timeout(self.deadlines.connect_s):
+            async with asyncio.timeout(connect_s):
                 _, connection = await self.loop.create_connection(
                     lambda: UpstreamConnection(self, origin), origin.host, origin.port,
                     ssl=self._tls_context() if origin.scheme == "https" else None,
                 )  # fmt: skip
         except TimeoutError:
             raise UpstreamTimeout(
-                f"connecting to {where} took longer than {self.deadlines.connect_s:g} s",
+                f"connecting to {where} took longer than {connect_s:g} s",
                 code="upstream_connect_timeout",
             ) from None
         except ssl.SSLError as error:
@@ -13810,6 +14343,7 @@ class Outgoing:
     dialect: Dialect
     translation: Translation | None
     kind: str
+    deadlines: Deadlines | None = None
 
     def to_bytes(self) -> bytes:
         return b"%b%d\r\n\r\n%b" % (self.head, len(self.body), self.body)
@@ -13957,14 +14491,8 @@ LIMIT_HEADERS: Final = tuple(
 #: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
 BOUNDED_KINDS: Final = frozenset({"chat", "completions", "embeddings"})
 MIN_CLAMPED_TOKENS: Final = 16
-#: Failures after which a provider may have done and billed the work, and those before anything was sent.
-BILLED_PERHAPS: Final = frozenset({
-    "upstream_timeout", "upstream_disconnected", "upstream_truncated", "upstream_malformed", "upstream_too_large", "client_closed_request",
-    "internal_error",
-})  # fmt: skip
-UNBILLED_CODES: Final = frozenset(
-    {"upstream_unreachable", "upstream_tls", "upstream_connect_timeout", "upstream_misconfigured"}
-)
+#: What a header that turns something on may say.
+YES: Final = frozenset({"1", "true", "on", "yes"})
 
 
 def parse_tags(text: str) -> Json:
@@ -14327,7 +14855,7 @@ class Gateway:
         self.signatures: dict[str, str] = {}
         self.google_tokens = GoogleTokens(upstream, clock)
         self._without_doors: set[str] = set()
-        self._key_turn: collections.Counter[str] = collections.Counter()
+        self.heed_routes()
         self._heads: dict[tuple[Any, ...], tuple[Origin, bytes]] = {}
         self._models_at_s: dict[str, float] = {}
         self._models: dict[str, list[Json]] = {}
@@ -14341,6 +14869,11 @@ class Gateway:
         self._heads.clear()
         self._models.clear()
         self._models_at_s.clear()
+        self.heed_routes()
+
+    def heed_routes(self) -> None:
+        for route in self.router.routes.values():
+            self.upstream.heed(route.deadlines or self.upstream.deadlines)
 
     # -- the life of a call
 
@@ -14456,6 +14989,8 @@ class Gateway:
         if not isinstance(model, str) or not model:
             raise InvalidRequest("`model` must be a string that names a model, see GET /v1/models", param="model")
         call.model = model
+        if self.router.routes and "x-stockyard-provider" not in call.headers:
+            call.route = self.router.routes.get(model)
 
     def interpret(self, call: Call) -> None:
         """The canonical request, which translation, routing and guardrails read."""
@@ -14587,6 +15122,9 @@ class Gateway:
         endpoint, dialect = call.endpoint, DIALECTS[call.endpoint.dialect]
         names = (*dialect.forwarded_headers, "x-stockyard-strict")
         headers = [(name, clean_header(text)) for name in names if (text := call.headers.get(name))]
+        if call.route is not None:  # any of its targets may have given the answer, and rules changed the question
+            targets = sorted(targets, key=lambda target: (target.provider.id, target.model))
+            headers.append(("route", call.route.rules_text))
         scope = "" if self.cache.is_shared else call.key_id
         place = endpoint.kind if endpoint.streams else endpoint.path
         return cache_key(scope, place, endpoint.dialect, targets, call.request, headers, self.settings.redact)
@@ -14741,23 +15279,76 @@ class Gateway:
     async def first_success(
         self, call: Call, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool]
     ) -> T:
-        """Try each target in order, the same one again after a failure that may pass."""
-        tries = [target for target in await self.route(call) for _ in range(1 + self.settings.retries)]
-        for number, target in enumerate(tries, 1):
+        """The first answer: of the one target that the name means, or of those that its route names."""
+        targets = await self.route(call)
+        self.router.retries.calls += 1
+        if call.route is None:
+            return await self.tried(call, targets[0], attempt, may_retry, self.settings.retries)
+        return await self.in_turn(call, call.route, iter(targets), attempt, may_retry)
+
+    async def in_turn(
+        self, call: Call, route: Route, pending: Iterator[Target], attempt: Callable[[Call, Target], Awaitable[T]],
+        may_retry: Callable[[], bool],
+    ) -> T:  # fmt: skip
+        """Try a route's targets in order, passing over those whose breaker is open or whose keys rest."""
+        several, last = len(call.targets) > 1, None
+        retries = route.retries if route.retries is not None else 0 if several else self.settings.retries
+        for target in pending:
+            if several and self.router.rests(target, self.tick()):
+                continue
+            try:
+                return await self.tried(call, target, attempt, may_retry, retries)
+            except UpstreamError as error:
+                if not several or not may_retry() or not reaction_to(error).elsewhere:
+                    raise
+                last = error
+            except (Forbidden, BudgetExceeded):  # of a fallback: it is no more open to this call than one that failed
+                if last is None:
+                    raise
+        raise self.exhausted(call, route) from last
+
+    def exhausted(self, call: Call, route: Route) -> UpstreamExhausted:
+        """Every target failed or rests: which, how, and when another try may help."""
+        tried = [
+            {"provider": line.provider, "model": line.model, "status": line.status, "code": line.error,
+             "ms": round(line.ended_ms - line.started_ms, 1)}
+            for line in call.attempts
+        ]  # fmt: skip
+        rests = [rest_s for target in call.targets if (rest_s := self.router.rests(target, self.tick()))]
+        throttled = bool(tried) and all(line["status"] == LimitExceeded.status for line in tried)
+        shown = (
+            ", ".join(f"{line['provider']}/{line['model']}: {line['code']}" for line in tried)
+            or "all of them rest after failures"
+        )
+        return UpstreamExhausted(
+            f"no target of the route `{route.name}` answered ({shown})",
+            status=LimitExceeded.status if throttled else None, type=LimitExceeded.type if throttled else None,
+            fields={"attempts": tried}, retry_after_s=min(rests, default=None),
+        )  # fmt: skip
+
+    async def tried(
+        self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]], may_retry: Callable[[], bool],
+        retries: int,
+    ) -> T:  # fmt: skip
+        """One target, again after a failure that may pass: with another key at once, else after a while."""
+        tries = 0
+        while True:
             try:
                 return await self.attempted(call, target, attempt)
             except UpstreamError as error:
-                if not error.retryable or number == len(tries) or not may_retry():
+                tries += 1
+                wait_s = self.router.retry_wait_s(target, error, tries, retries, self.tick(), self.random.random())
+                if wait_s is None or not may_retry():
                     raise
-                await asyncio.sleep(self.random.uniform(0, 0.2 * 2 ** min(number, 5)))
-        raise UnknownModel(f"no target is configured for `{call.model}`", param="model")
+            await asyncio.sleep(wait_s)
 
     async def attempted(self, call: Call, target: Target, attempt: Callable[[Call, Target], Awaitable[T]]) -> T:
-        """One attempt, with its line in the log."""
+        """One attempt, with its hold, its line in the log, and what it tells of its target."""
         if call.key is not None:
             call.key.check(target.provider.id, call.model, target.model)
         hold = self.hold(call, target)
-        began_s = self.tick()
+        began_s, health = self.tick(), target.health
+        is_probe, outcome = health is not None and health.begin(began_s), None
         line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
         call.attempts.append(line)
         call.provider, call.upstream_model = target.provider.id, target.model
@@ -14770,10 +15361,16 @@ class Gateway:
                 if not self._lacks_door(call, target, error):
                     raise
                 result = await attempt(call, target)
-            line.status = 200
+            line.status, outcome = 200, True
             return result
         except GatewayError as error:
             line.status, line.error = error.status, error.code
+            if isinstance(error, UpstreamError):
+                self.router.note_failure(target, call.upstream_key, error, self.tick())
+                outcome = False if reaction_to(error).breaks else None
+            raise
+        except asyncio.CancelledError:
+            line.error = "cancelled"
             raise
         finally:
             if hold is not None:
@@ -14781,6 +15378,8 @@ class Gateway:
             ended_s = self.tick()
             call.upstream_s += ended_s - began_s
             line.ended_ms = (ended_s - call.started_s) * 1000
+            if health is not None:
+                health.end(is_probe, outcome, (call.first_token_s or ended_s) - began_s, ended_s)
 
     def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
         """Set the most an attempt can cost aside in every budget it touches, durably; None where no money is limited."""
@@ -14847,7 +15446,7 @@ class Gateway:
         exact = call.usage is not None and not call.usage_estimated and call.cost_nanousd is not None
         if line.status == 200 and exact:
             ended = self.ledger.settle(hold, call.cost_nanousd, now_ms)
-        elif line.error in UNBILLED_CODES or (line.status >= 400 and line.error not in BILLED_PERHAPS):
+        elif line.billed == "no":
             ended = self.ledger.release(hold, now_ms)
         else:
             ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0, now_ms)
@@ -14982,7 +15581,7 @@ class Gateway:
     async def exchange(self, target: Target, outgoing: Outgoing, sink: Sink) -> UpstreamConnection | EchoExchange:
         if target.provider.base_url.startswith("builtin:"):
             return EchoExchange(self.loop, sink, echo(outgoing.kind, outgoing.body))
-        return await self.upstream.send(outgoing.origin, outgoing.to_bytes(), sink)
+        return await self.upstream.send(outgoing.origin, outgoing.to_bytes(), sink, outgoing.deadlines)
 
     def read_answer(self, call: Call, target: Target, outgoing: Outgoing, answer: PlainAnswer) -> bytes:
         """Learn usage and cost from a plain answer, and give the body for the client."""
@@ -15101,7 +15700,9 @@ class Gateway:
 
     # -- requests out
 
-    async def route(self, call: Call) -> list[Target]:
+    async def route(self, call: Call) -> Sequence[Target]:
+        if call.route is not None:
+            return call.targets or self.route_targets(call, call.route)
         forced = call.headers.get("x-stockyard-provider", "")
         try:
             call.targets = targets = self.router.targets(call.model, forced)
@@ -15110,6 +15711,13 @@ class Gateway:
                 raise
             call.targets = targets = self.router.targets(call.model, forced)
         return targets
+
+    def route_targets(self, call: Call, route: Route) -> list[Target]:
+        """The targets that a route has for this call; the first alone where the client wants no fallback."""
+        asked = Asked(len(call.body) // 4, call.tag_map, call.session or call.key_id)
+        targets = self.router.order(route, asked, self.random, self.clock())
+        call.targets = targets[:1] if call.headers.get("x-stockyard-no-fallback", "").lower() in YES else targets
+        return list(call.targets)
 
     def prepare(self, call: Call, target: Target, canonical: Json | None = None) -> Outgoing:
         """One attempt's request: the client's bytes where they may pass, else the translated ones."""
@@ -15133,7 +15741,8 @@ class Gateway:
         if target.provider.credentials is not None:
             head = sign_head(head, target.provider, path, body, self.clock())
         call.sent_body = body if body is not call.body else b""
-        return Outgoing(origin, head, body, dialect, translation, kind)
+        deadlines = call.route.deadlines if call.route is not None else None
+        return Outgoing(origin, head, body, dialect, translation, kind, deadlines)
 
     def dialect_for(self, call: Call, target: Target) -> Dialect:
         """The provider's dialect for this call: its own, the client's where it has a door for that, or the one it must be."""
@@ -15151,7 +15760,7 @@ class Gateway:
         return call.stream and client.must_render(call.request)
 
     def translation(self, call: Call, target: Target) -> Translation:
-        strict = call.headers.get("x-stockyard-strict", "").lower() in ("1", "true", "on")
+        strict = call.headers.get("x-stockyard-strict", "").lower() in YES
         foreign = call.endpoint.dialect != "openai"
         names = {"signatures": self.signatures}
         row, now_s = target.provider.row, int(self.clock())
@@ -15183,7 +15792,7 @@ class Gateway:
         self, provider: ConfiguredProvider, dialect: Dialect, path: str, call: Call
     ) -> tuple[Origin, bytes]:
         """The head of a request up to its length. A key is written only into heads for its own provider's origin."""
-        key = "" if provider.credentials else self.next_key(provider)
+        key = call.upstream_key = "" if provider.credentials else self.next_key(provider)
         passed = tuple(
             [(name, clean_header(text)) for name in dialect.forwarded_headers if (text := call.headers.get(name))]
         )
@@ -15202,10 +15811,7 @@ class Gateway:
         """The provider's keys in turn; where the key is a file, the token got with it."""
         if provider.row.key_is_file:
             return self.google_tokens.current(provider.keys[0])
-        if len(provider.keys) < 2:
-            return provider.keys[0] if provider.keys else ""
-        self._key_turn[provider.id] += 1
-        return provider.keys[self._key_turn[provider.id] % len(provider.keys)]
+        return self.router.next_key(provider, self.tick())
 
     # -- keys and budgets
 
@@ -15342,7 +15948,12 @@ class Gateway:
             for row in rows:
                 public = self.public_model(provider_id, row)
                 merged.setdefault(public["id"], public)
-        return list(merged.values())
+        named = (*self.router.routes, *self.router.aliases)
+        mine: Json = {"object": "model", "created": 0, "owned_by": "stockyard", "provider": "", "price": None}
+        return [
+            *({"id": name, **mine} for name in dict.fromkeys(named)),
+            *(row for row in merged.values() if row["id"] not in named),
+        ]
 
     def public_model(self, provider_id: str, row: Json) -> Json:
         bare = str(row["id"])
@@ -16725,16 +17336,12 @@ async def get_route(request: web.Request) -> web.Response:
     gateway, model = request.app[GATEWAY_KEY], request.query.get("model", "")
     if not model:
         raise InvalidRequest("say which name with ?model=", param="model")
-    targets = gateway.router.targets(model, request.query.get("provider", ""))
-    return json_response({"model": model, "targets": [target_view(gateway, target) for target in targets]})
-
-
-def target_view(gateway: Gateway, target: Target) -> Json:
-    price = gateway.prices.find(target.provider.id, target.model, gateway.clock())
-    return {
-        "provider": target.provider.id, "upstream_model": target.model, "via": target.via, "base_url": target.provider.base_url,
-        "dialect": target.provider.row.dialect, "price": price.per_million_usd() if price is not None else None,
-    }  # fmt: skip
+    query, tokens = request.query, request.query.get("tokens", "0")
+    if not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10):
+        raise InvalidRequest("`tokens` must be a whole number", param="tokens")
+    asked = Asked(int(tokens), parse_tags(query.get("tags", "")), query.get("session", ""))
+    rows = gateway.router.view(model, query.get("provider", ""), asked, gateway.random, gateway.tick(), gateway.clock())
+    return json_response({"model": model, "targets": rows})
 
 
 async def body_json_of(request: web.Request) -> Json:
@@ -17346,6 +17953,14 @@ def load_prices(settings: Settings) -> PriceBook:
         raise SettingsError(f"[[prices]]: {error}") from None
 
 
+def load_router(
+    settings: Settings, environment: Mapping[str, str], prices: PriceBook, before: Router | None = None
+) -> Router:
+    """The providers that are on, and the routes and aliases over them. SettingsError where one cannot work."""
+    providers = configured_providers(provider_variables(settings, environment))
+    return Router.load(providers, prices, settings.tables, settings.deadlines, before)
+
+
 def load_pepper(settings: Settings) -> bytes:
     """What key digests are made with: a file beside the database, so that neither alone tells a key."""
     path = settings.data_path / "pepper"
@@ -17401,8 +18016,8 @@ def open_ledger(gateway: Gateway) -> None:
 @contextlib.asynccontextmanager
 async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Gateway]:
     """Everything a process needs to answer calls, closed in order at the end. SettingsError, StoreError."""
-    providers = configured_providers(provider_variables(settings, environment))
     prices = load_prices(settings)
+    router = load_router(settings, environment, prices)
     prepare_data_dir(settings.data_path)
     lock = DirectoryLock(settings.data_path)
     try:
@@ -17414,12 +18029,9 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
     except BaseException:
         lock.release()
         raise
-    deadlines = Deadlines(
-        settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout
-    )
-    upstream = Upstream(asyncio.get_running_loop(), deadlines)
+    upstream = Upstream(asyncio.get_running_loop(), settings.deadlines)
     try:
-        gateway = Gateway(settings, Router(providers, prices), prices, store, upstream, load_admin_key(settings))
+        gateway = Gateway(settings, router, prices, store, upstream, load_admin_key(settings))
         open_ledger(gateway)
         if not settings.is_loopback and settings.require_key == "auto" and not len(gateway.keys):
             raise SettingsError(
@@ -17458,7 +18070,7 @@ def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None])
 def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[str, str]) -> Callable[[], None]:
     """What changes a running gateway to other settings; all that can fail is done here, before anything changes."""
     prices = load_prices(settings)
-    router = Router(configured_providers(provider_variables(settings, environment)), prices)
+    router = load_router(settings, environment, prices, gateway.router)
     budgets, rates = configured_budgets(settings), configured_rates(settings)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
 
@@ -17610,6 +18222,15 @@ EXAMPLE_TOML: Final = """\
 # api_key = "sk-..."
 # base_url = "https://api.openai.com/v1"
 
+# [aliases]
+# fast = "groq/llama-3.3-70b-versatile"
+
+# [routes.chat]                       # clients ask for the model "chat"
+# strategy = "weighted"               # ordered, weighted, least_latency, cheapest, fewest_in_flight
+# targets = ["openai/gpt-4o-mini", {to = "groq/llama-3.3-70b-versatile", weight = 0.5, max_prompt_tokens = 100000}]
+# fallbacks = ["anthropic/claude-haiku-4-5"]    # where calls go when the targets fail; nowhere else, ever
+# first_byte_timeout = 20             # also connect_, idle_ and total_timeout, retries
+
 # [[prices]]                          # your own price of a model, USD per million tokens
 # model = "my-model"
 # provider = "openai_compatible"
@@ -17734,8 +18355,7 @@ def run_doctor(options: argparse.Namespace) -> int:
             None if free_mb < 2 * settings.log_mb else True,
             f"{settings.data_path}, {free_mb} MB free",
         )
-        providers = configured_providers(provider_variables(settings, os.environ))
-        asyncio.run(check_providers_now(settings, providers, note))
+        asyncio.run(check_providers_now(settings, note))
     except (SettingsError, StoreError) as error:
         note("settings", False, str(error))
     failed = not all(check["ok"] for check in checks)
@@ -17748,16 +18368,14 @@ def run_doctor(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-async def check_providers_now(
-    settings: Settings, providers: Mapping[str, ConfiguredProvider], note: Callable[[str, bool | None, str], None]
-) -> None:
+async def check_providers_now(settings: Settings, note: Callable[[str, bool | None, str], None]) -> None:
     deadlines = Deadlines(settings.connect_timeout, min(20, settings.first_byte_timeout), 20, 30)
     upstream = Upstream(asyncio.get_running_loop(), deadlines)
     with tempfile.TemporaryDirectory() as directory:
         store = LogStore(Path(directory) / "doctor.db")
         prices = load_prices(settings)
-        gateway = Gateway(settings, Router(providers, prices), prices, store, upstream, "doctor")
-        for provider in providers.values():
+        gateway = Gateway(settings, load_router(settings, os.environ, prices), prices, store, upstream, "doctor")
+        for provider in gateway.router.providers.values():
             result = await probe_provider(gateway, provider)
             detail = (
                 f"{result['models']} models in {result['ms']} ms"
@@ -17788,16 +18406,13 @@ def run_providers(options: argparse.Namespace) -> int:
 
 def run_models(options: argparse.Namespace) -> int:
     settings = load_settings(options)
-    providers = configured_providers(provider_variables(settings, os.environ))
 
     async def collect() -> list[Json]:
-        deadlines = Deadlines(
-            settings.connect_timeout, settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout
-        )
-        upstream = Upstream(asyncio.get_running_loop(), deadlines)
+        upstream = Upstream(asyncio.get_running_loop(), settings.deadlines)
         with tempfile.TemporaryDirectory() as directory:
             store, prices = LogStore(Path(directory) / "models.db"), load_prices(settings)
-            rows = await Gateway(settings, Router(providers, prices), prices, store, upstream, "models").models()
+            router = load_router(settings, os.environ, prices)
+            rows = await Gateway(settings, router, prices, store, upstream, "models").models()
             await upstream.close()
             store.close()
         return rows
@@ -17811,24 +18426,23 @@ def run_models(options: argparse.Namespace) -> int:
 
 
 def run_route(options: argparse.Namespace) -> int:
-    settings = load_settings(options)
-    router = Router(configured_providers(provider_variables(settings, os.environ)), load_prices(settings))
-    try:
-        targets = router.targets(options.model)
-    except GatewayError as error:
-        print(error.message, file=sys.stderr)
-        return 1
-    rows = [
-        {"provider": t.provider.id, "upstream_model": t.model, "via": t.via, "base_url": t.provider.base_url}
-        for t in targets
-    ]
-    return print_rows(
-        rows,
-        options,
-        lambda row: (
-            f"{options.model} -> {row['provider']} as {row['upstream_model']} (by {row['via']}), {row['base_url']}"
-        ),
-    )
+    given = {name: getattr(options, name) for name in ("model", "tags", "tokens", "session") if getattr(options, name)}
+    path = f"/api/route?{urllib.parse.urlencode(given)}"
+    answer = asyncio.run(ask_admin(load_settings(options), "GET", path, environment=os.environ))
+    return print_rows(answer["targets"], options, functools.partial(route_line, options.model))
+
+
+def route_line(model: str, row: Json) -> str:
+    why = f"route {row['route']}, {row['strategy']}" if "strategy" in row else row["via"]
+    notes = [f"weight {row['weight']:g}"] if "weight" in row else []
+    notes += ["fallback"] if row.get("fallback") else []
+    notes += [f"left out: {row['left_out']}"] if "left_out" in row else []
+    notes += [f"breaker {row['breaker']}"] if row.get("breaker", "closed") != "closed" else []
+    notes += [f"rests {row['rests_s']:g} s"] if row["rests_s"] else []
+    price = row["price"] or {}
+    notes.append(", ".join(f"{name} ${price[name]}" for name in ("input", "output") if name in price) or "unpriced")
+    where = f"{row['provider']} as {row['upstream_model']}"
+    return f"{model} -> {where} (by {why}), {row['base_url']}; {'; '.join(notes)}"
 
 
 def print_rows(rows: Sequence[Json], options: argparse.Namespace, line: Callable[[Json], str]) -> int:
@@ -17935,7 +18549,8 @@ async def ask_admin(
 ) -> Json:
     """Ask the running proxy of a data directory; where none runs, a short-lived one of our own.
 
-    So keys and budgets are written by one process only, and the command line and the API cannot differ.
+    So keys and budgets are written by one process only, and the command line and the API cannot differ. Ours
+    has the providers and routes that `environment` turns on.
     """
 
     async def ask(url: str, admin_key: str) -> Json:
@@ -17950,7 +18565,10 @@ async def ask_admin(
             return document
 
     host = settings.host if settings.is_loopback else "127.0.0.1"
-    local = dataclasses.replace(settings, host="127.0.0.1", port=0)
+    tables = {
+        name: table for name, table in settings.tables.items() if environment or name not in ("routes", "aliases")
+    }
+    local = dataclasses.replace(settings, host="127.0.0.1", port=0, tables=tables)
     try:
         async with open_gateway(local, environment) as gateway:
             listener = bind(local)
@@ -18056,8 +18674,7 @@ def run_config(options: argparse.Namespace) -> int:
         print(EXAMPLE_TOML, end="")
         return 0
     settings = load_settings(options)
-    configured_providers(provider_variables(settings, os.environ))
-    load_prices(settings)
+    load_router(settings, os.environ, load_prices(settings))
     return print_rows(
         config_view(settings),
         options,
@@ -18111,7 +18728,10 @@ VERBS: Final = (
     Verb("doctor", run_doctor, "check settings, data directory, versions and every configured provider", (_JSON,)),
     Verb("providers", run_providers, "list all providers; * marks the configured ones", (_JSON,)),
     Verb("models", run_models, "list the models of the configured providers with their prices", (_JSON,)),
-    Verb("route", run_route, "say where a model name would go, and why", (("model", {"help": "the name as a client sends it"}), _JSON)),
+    Verb("route", run_route, "say where a model name would go, and why", (
+        ("model", {"help": "the name as a client sends it"}), ("--tags", {"help": "the call's tags: a=b,c=d"}),
+        ("--tokens", {"type": int, "help": "the size of its prompt"}), ("--session", {"help": "its session"}), _JSON,
+    )),
     Verb("logs", run_logs, "list logged calls, the newest last", (
         ("--follow", {"action": "store_true", "help": "go on as calls come in"}),
         ("--model", {"help": "only this model"}), ("--key", {"help": "only this virtual key"}), ("--provider", {"help": "only this provider"}),

@@ -65,7 +65,7 @@ Start = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Starts a proxy with settings given as keywords and provider variables given in upper case."""
+    """Starts a proxy with settings given as keywords (`toml`: a file's text) and provider variables in upper case."""
 
     @asynccontextmanager
     async def run(**given: Any) -> AsyncIterator[Proxy]:
@@ -73,13 +73,13 @@ def start(tmp_path: Path) -> Start:
             flags = {
                 "port": "0",
                 "data_dir": str(tmp_path),
-                **{name: str(value) for name, value in given.items() if name.islower()},
+                **{name: str(value) for name, value in given.items() if name.islower() and name != "toml"},
             }
             environment = {"OPENAI_API_KEY": "sk-canary-openai", "OPENAI_BASE_URL": upstream.url}
             environment |= {
                 name: value.replace("UPSTREAM", upstream.url) for name, value in given.items() if name.isupper()
             }
-            settings = stockyard.read_settings(flags, {})
+            settings = stockyard.read_settings(flags, {}, given.get("toml", ""))
             listener = stockyard.bind(settings)
             port = listener.getsockname()[1]
             async with (

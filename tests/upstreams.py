@@ -50,6 +50,10 @@ class Answer:
     cut: bool = False
     hang_s: float = 0.0
     gap_s: float = 0.0
+    #: Sent as it is instead of all the rest; then the connection is closed, or reset.
+    raw: bytes | None = None
+    reset: bool = False
+    stays_s: float = 0.0
 
 
 def plain(value: Any, status: int = 200, **headers: str) -> Answer:
@@ -104,6 +108,13 @@ class FakeUpstream:
         self.seen.append(Seen(method, path, headers, body))
         answer = self._answer(path, body)
         await self._wait(reader, answer.hang_s)
+        if answer.raw is not None:
+            writer.write(answer.raw)
+            await writer.drain()
+            await self._wait(reader, answer.stays_s)
+            if answer.reset:
+                writer.transport.abort()
+            return False
         lines = [f"HTTP/1.1 {answer.status} X", *(f"{name}: {value}" for name, value in answer.headers.items())]
         lines.append(
             "transfer-encoding: chunked" if answer.chunked else f"content-length: {sum(map(len, answer.pieces))}"
