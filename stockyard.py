@@ -13580,11 +13580,8 @@ CACHE_WORDS: Final[Mapping[str, str]] = {
 
 def explain_lines(found: Json, told: Json) -> list[str]:
     """The sentences of an explanation, in the order in which things happened."""
-    asked = f"`{found['model']}`"
-    lines = [
-        f"Route: {asked} goes to {row['provider']} as {row['upstream_model']}, by {row['via']}."
-        for row in told["route"]["targets"]
-    ] or [f"Route: {asked} was not routed."]
+    targets = [f"{row['provider']} as {row['upstream_model']} (by {row['via']})" for row in told["route"]["targets"]]
+    lines = [f"Route: `{found['model']}` " + (f"goes to {', else '.join(targets)}." if targets else "was not routed.")]
     lines.append(CACHE_WORDS[found["cache"]].replace("{saved}", shown_usd(found["saved_usd"])))
     for number, line in enumerate(told["attempts"], 1):
         ended = f"{line['status']} {line['error']}".strip()
@@ -17571,7 +17568,7 @@ QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
     "/api/requests": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
     "/api/sessions": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
     "/api/spend": ("by", "since"), "/api/timeseries": ("bucket", "by", *POINT_FILTERS), "/api/overview": POINT_FILTERS,
-    "/api/route": ("model", "provider"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
+    "/api/route": ("model", "provider", "tags", "session", "tokens"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
 }  # fmt: skip
 SUCCESSES: Final[Mapping[str, int]] = {"POST /api/keys": 201, "POST /api/requests/{id}/feedback": 201}
 EVENT_STREAMS: Final = frozenset({"/api/events"})
@@ -18111,7 +18108,8 @@ def reloader(
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a private file whole or not at all."""
+    """Write a private file whole or not at all; a link stays one."""
+    path = path.resolve()
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(draft, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -18255,6 +18253,13 @@ def example_model(gateway: Gateway) -> str:
     return next((usual[name] for name in gateway.router.providers if name in usual), "echo")
 
 
+def dashboard_line(gateway: Gateway, url: str) -> str:
+    """The way in for a person: a link that signs in once, soon. Empty where no dashboard is built in."""
+    if not any(row.path == "/ui" for row in ROUTES):
+        return ""
+    return f"\n  dashboard (signs in once, within {LINK_MS // 60_000} minutes):  {url}/ui?token={gateway.sessions.offer(int(gateway.clock() * 1000))}\n"
+
+
 async def print_banner(gateway: Gateway, url: str) -> None:
     """The first screen: one line a provider, where to look, and a line to paste."""
     print(f"Stockyard {__version__} on {url}, data in {gateway.settings.data_path}")
@@ -18269,7 +18274,7 @@ async def print_banner(gateway: Gateway, url: str) -> None:
         print(
             "  GROQ_API_KEY or OLLAMA_HOST; `stockyard providers` lists all. Until then the built-in model `echo` answers:"
         )
-    print(f"\n  {curl_example(url, example_model(gateway))}\n", flush=True)
+    print(f"{dashboard_line(gateway, url)}\n  {curl_example(url, example_model(gateway))}\n", flush=True)
     if has_wal_bug(sqlite3.sqlite_version_info):
         print_error(
             f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug; Stockyard keeps one writer, let no other program write to stockyard.db"
@@ -18305,7 +18310,7 @@ def run_demo(options: argparse.Namespace) -> int:
             print(
                 f"Stockyard {__version__} demo on {url}, with the built-in echo provider and an empty database in {directory}"
             )
-            print(f"\n$ {curl_example(url, 'echo')}")
+            print(f"{dashboard_line(gateway, url)}\n$ {curl_example(url, 'echo')}")
             print(await ask_once(url), flush=True)
             await gateway.store.flush()
             [row] = await asyncio.to_thread(find_requests, gateway.store, {}, 1, 0)

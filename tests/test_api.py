@@ -501,3 +501,24 @@ def test_the_description_holds_every_route_and_every_reference_in_it_leads_somew
 async def test_the_description_is_served_to_anyone(start: Start) -> None:
     async with start(require_key="always") as proxy, proxy.session.get(proxy.url + "/openapi.json") as answer:
         assert (answer.status, await answer.json()) == (200, DOCUMENT)
+
+
+async def test_an_explanation_of_a_route_tells_every_target_and_who_answered(reloadable: Start, tmp_path: Path) -> None:
+    async with reloadable() as proxy:
+        toml = '[routes.fast]\ntargets = ["openai/gpt-4o-mini"]\nretries = 0\nfallbacks = ["echo/echo"]\n'
+        (tmp_path / "stockyard.toml").write_text(toml)
+        assert (await Admin(proxy).ask("POST", "/api/config/reload"))[1]["changed"] == ["routes"]
+        proxy.upstream.answers = [plain({"error": {"message": "down"}}, 500)]
+        assert (await proxy.post(CHAT_PATH, {**CHAT, "model": "fast"}))[0] == 200
+        told = await explained(proxy)
+    assert told["summary"][0] == "Route: `fast` goes to openai as gpt-4o-mini (by route), else echo as echo (by route)."
+    assert [(line["provider"], line["status"]) for line in told["attempts"]] == [("openai", 500), ("echo", 200)]
+
+
+async def test_the_first_screen_holds_a_link_that_signs_in(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = stockyard.RouteRow("GET", "/ui", stockyard.get_health, "anyone")
+    monkeypatch.setattr(stockyard, "ROUTES", (*stockyard.ROUTES, page))
+    async with start() as proxy:
+        link = stockyard.dashboard_line(proxy.gateway, proxy.url).split()[-1]
+        assert link.startswith(proxy.url + "/ui?token=")
+        await sign_in(proxy, {"token": link.partition("=")[2]})
