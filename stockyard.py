@@ -10182,7 +10182,7 @@ def read_settings(
         raise SettingsError(f"environment: no setting is called {unknown[0]}; `stockyard config check` lists them all")
     from_file, tables = parse_toml(toml, toml_path) if toml else ({}, {})
     values: Json = {}
-    sources: dict[str, str] = {}
+    sources = dict.fromkeys(tables, toml_path)
     for row in SETTING_ROWS:
         variable = f"STOCKYARD_{row.name.upper()}"
         if flags.get(row.name) is not None:
@@ -17379,12 +17379,8 @@ async def post_session(request: web.Request) -> web.Response:
 
 
 def session_view(session: Session) -> Json:
-    return {
-        "role": session.role,
-        "key_id": session.key_id,
-        "csrf": session.csrf,
-        "expires_at": format_moment(session.expires_ms),
-    }
+    until = format_moment(session.expires_ms)
+    return {"role": session.role, "key_id": session.key_id, "csrf": session.csrf, "expires_at": until}
 
 
 async def get_session(request: web.Request) -> web.Response:
@@ -17542,13 +17538,26 @@ def shown_value(settings: Settings, name: str) -> Any:
     return mask_secret(value) if name in SECRET_SETTINGS and value else value
 
 
+SECRET_MEMBER: Final = re.compile(r"(^|_)(keys?|secret|token|password)$")
+
+
+def mask_members(value: Any, name: str = "") -> Any:
+    """A table of stockyard.toml with every text masked that a name such as `api_key` holds."""
+    if isinstance(value, dict):
+        return {member: mask_members(inner, member) for member, inner in value.items()}
+    if isinstance(value, list):
+        return [mask_members(inner, name) for inner in value]
+    return mask_secret(value) if isinstance(value, str) and SECRET_MEMBER.search(name) else value
+
+
 def config_view(settings: Settings) -> list[Json]:
-    """Every setting with its value and where that came from; secrets masked."""
+    """Every setting and table with its value and where that came from; secrets masked."""
+    rows = [(row.name, shown_value(settings, row.name), row.default, row.metadata["help"]) for row in SETTING_ROWS]
+    rows += [(name, mask_members(table), None, "a table of stockyard.toml") for name, table in settings.tables.items()]
     return [
-        {"name": row.name, "value": shown_value(settings, row.name),
-         "source": settings.sources.get(row.name, "default"), "default": row.default, "live": row.name in LIVE_SETTINGS,
-         "help": row.metadata["help"]}
-        for row in SETTING_ROWS
+        {"name": name, "value": value, "source": settings.sources.get(name, "default"), "default": default,
+         "live": name in LIVE_SETTINGS | LIVE_TABLES, "help": words}
+        for name, value, default, words in rows
     ]  # fmt: skip
 
 

@@ -404,6 +404,8 @@ async def test_settings_reload_all_or_nothing(reloadable: Start, tmp_path: Path)
         status, told = await admin.ask("POST", "/api/config/reload")
         assert (status, told["changed"]) == (200, ["rate_limit", "retries", "providers"])
         assert {row["name"]: row["source"] for row in told["data"]}["retries"] == "stockyard.toml"
+        tables = {row["name"]: (row["value"], row["source"]) for row in told["data"]}
+        assert tables["providers"] == ({"groq": {"api_key": "…"}}, "stockyard.toml")
         assert "groq" in proxy.gateway.router.providers
         assert [(await proxy.post(CHAT_PATH, CHAT))[0] for _ in range(2)] == [200, 429]
         for wrong in (
