@@ -2880,7 +2880,7 @@ class OpenAiResponses(Dialect):
             (extra if choice is None else request)["tool_choice"] = body["tool_choice"] if choice is None else choice
 
     def _read_include(self, body: Json, request: Json, extra: Json) -> None:
-        include = optional_json(body.get("include"), list, "include")
+        include = [expect_json(name, str, "include[]") for name in optional_json(body.get("include"), list, "include")]
         if "message.output_text.logprobs" in include:
             request["logprobs"] = True
         if body.get("top_logprobs"):
@@ -13646,7 +13646,7 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
     """What was called, bucket by bucket (the whole span where `bucket_ms` is 0), oldest first, by one of POINTS_BY.
 
     A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
-    "first_token_ms": the same}`. `ts` is the bucket's start, `name` empty for the total. Quantiles are of answered calls
+    "first_token_ms": the same}`. `ts` is the bucket's start (null for the whole span), `name` empty for the total. Quantiles are of answered calls
     and null where there are none; `cost_usd` is null where none was priced. Buckets without calls are left out.
     """
     at, name = (f"ts_ms / {bucket_ms} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
@@ -13668,7 +13668,7 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
         parameters,
     )
     return [
-        {"ts": format_moment(row["at"]), "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
+        {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
          "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
          "saved_usd": row["saved_nanousd"] / NANOUSD_PER_USD,
          **{what: {label: row[f"{what}_{label}"] for label in QUANTILES} for what in ("latency_ms", "first_token_ms")}}
@@ -16986,8 +16986,10 @@ async def get_model(request: web.Request) -> web.Response:
 async def get_response(request: web.Request) -> web.StreamResponse:
     """GET and DELETE of a stored response, and its input items; those a provider keeps are asked there."""
     gateway, response_id = request.app[GATEWAY_KEY], request.match_info["id"]
+    asked = gateway.begin(RESPONSES_ENDPOINT, request.headers, b"", peer_ip(request))
+    gateway.authenticate(asked)  # a response is for the key that made it
     await gateway.store.flush()
-    stored = await asyncio.to_thread(find_response, gateway.store, response_id, "")
+    stored = await asyncio.to_thread(find_response, gateway.store, response_id, asked.key_id)
     if stored is None:
         raise NotFound(
             f"no response has the id {clean_header(response_id, 80)!r}", code="response_not_found", param="id"

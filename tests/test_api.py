@@ -524,3 +524,16 @@ async def test_the_first_screen_holds_a_link_that_signs_in(start: Start, monkeyp
         link = stockyard.dashboard_line(proxy.gateway, proxy.url).split()[-1]
         assert link.startswith(proxy.url + "/ui?token=")
         await sign_in(proxy, {"token": link.partition("=")[2]})
+
+
+async def test_a_stored_response_is_its_keys_own(start: Start) -> None:
+    async with start(require_key="always") as proxy:
+        mine, other = [(await Admin(proxy).ask("POST", "/api/keys", {"name": name}))[1]["key"] for name in "ab"]
+        owner = Admin(proxy, authorization=f"Bearer {mine}")
+        status, made = await owner.ask("POST", "/v1/responses", {"model": "echo", "input": "Hi"})
+        path = f"/v1/responses/{made['id']}"
+        assert status == 200
+        assert (await Admin(proxy, accept="*/*").ask("GET", path))[0] == 401
+        assert (await Admin(proxy, authorization=f"Bearer {other}").ask("DELETE", path))[0] == 404
+        assert (await owner.get(path))["id"] == made["id"]
+        assert (await owner.ask("DELETE", path))[0] == 200
