@@ -15,6 +15,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Settings                 rows of name, default, help
     Router                   from a name to targets
     Cache                    which answers may be given again, under which key, in which form
+    Recognisers              what is personal, secret, or an attack in a text: rows, checks, one scanner
     Ledger                   virtual keys, budgets with holds and settlement, rate limits, bounds of a call
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
@@ -67,7 +68,9 @@ import functools
 import gc
 import hashlib
 import hmac
+import html
 import http
+import importlib
 import importlib.metadata
 import importlib.util
 import ipaddress
@@ -11136,6 +11139,483 @@ class KeptTranscript(Transcript):
                     self.add_chunk(chunk)
             self._told, self._unread = super().completion(), b""
         return {**self._told}
+
+
+# ===== Recognisers ====================================================================================================
+# What in a text is personal or secret, and what tries to take a model over. Pure: text in, places and scores out.
+#
+# - A row says what to find: cheap signs first (SPOTS in the text's shape, keywords), then a pattern that runs in linear
+#   time and only around those signs, then a check of the value itself (check digits, tables, decoding, randomness).
+# - A text's shape is its bytes with every letter as `a` and every digit as `0`: fixed sequences are sought in it at the
+#   speed of memchr, so that plain prose costs a few microseconds whatever the number of rows.
+# - Ids whose digits could be anything else count only near a word that says what they are (`context`).
+# - Text is read as a person would: full-width digits, zero-width characters and escapes are undone, offsets kept.
+# Names and addresses are not sought: without a model that cannot be done honestly. To add a kind, add a row; what the
+# tests hold against each row are its examples and counterexamples.
+
+
+class Finding(NamedTuple):
+    start: int
+    end: int
+    entity: str
+    secret: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recogniser:
+    """One kind of thing. `keywords` (lower case): one must stand in the text, or in the spot when `spot` is given.
+
+    A finding spans the pattern's group `value` if it has one. `context` must match within CONTEXT_CHARS before it or
+    right after it. `reach`: the pattern runs only this many characters around each keyword (0: over the whole text).
+    """
+
+    entity: str
+    pattern: re.Pattern[str]
+    keywords: tuple[str, ...] = ()
+    validator: Callable[[re.Match[str]], bool] | None = None
+    secret: bool = False
+    spot: str = ""
+    context: re.Pattern[str] | None = None
+    reach: int = 0
+    examples: tuple[str, ...] = ()
+    counterexamples: tuple[str, ...] = ()
+
+    def accepts(self, match: re.Match[str]) -> bool:
+        if self.context is not None:
+            before = match.string[max(match.start() - CONTEXT_CHARS, 0) : match.start()]
+            if not self.context.search(before) and not self.context.search(
+                match.string[match.end() : match.end() + CONTEXT_AFTER_CHARS]
+            ):
+                return False
+        return self.validator is None or self.validator(match)
+
+
+CONTEXT_CHARS: Final = 48
+CONTEXT_AFTER_CHARS: Final = 24
+SHORTEST_CHARS: Final = 6
+#: Matches in one spot that may fail their check before the search goes on behind them, not one character further.
+FAILED_CHECKS_MAX: Final = 500
+SHAPE: Final = bytes(
+    0x30 if chr(byte) in "0123456789" else 0x61 if chr(byte).isascii() and chr(byte).isalpha() else byte
+    for byte in range(256)
+)
+TOKEN_MARK: Final = bytes(
+    32 if byte <= 32 or byte >= 127 or chr(byte) in "\"'`<>()[]{},;|\\" else 0x78 for byte in range(256)
+)
+
+
+class Spot(NamedTuple):
+    """Where rows of one kind can begin at all: a pattern over the shape (or over marked tokens), widened both ways."""
+
+    pattern: re.Pattern[bytes]
+    before: int
+    after: int
+    marks: bool = False
+
+
+SPOTS: Final[Mapping[str, Spot]] = {
+    "digits": Spot(re.compile(rb"0(?:[ .()/\-]{0,3}+0){6,}+"), 6, 8),
+    "dotted": Spot(re.compile(rb"0{1,3}+\.0{1,3}+\.0{1,3}+\.0{1,3}"), 1, 4),
+    "colons": Spot(re.compile(rb":[0a]{0,4}+:"), 5, 40),
+    "dashes": Spot(re.compile(rb"-[0a][0a]-"), 3, 16),
+    "iban": Spot(re.compile(rb"aa00"), 1, 80),
+    "tax": Spot(re.compile(rb"aaaaaa0"), 1, 18),
+    "token": Spot(re.compile(rb"x{20,}+"), 0, 0, marks=True),
+}
+LONG_TOKEN: Final = b"x" * 20
+
+# ----- Reading as a person would
+
+ZERO_WIDTH: Final = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff\u20e3"
+FOREIGN: Final = re.compile(f"[{ZERO_WIDTH}\u0660-\u0669\u06f0-\u06f9\u0966-\u096f\u09e6-\u09ef\u0e50-\u0e59]")
+DISGUISED: Final = re.compile(
+    r"\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}|\\[nrt\"/\\]|%[2-7][0-9A-Fa-f]|&(?:#[0-9]{2,6}|#[xX][0-9A-Fa-f]{2,5}|[a-zA-Z]{2,8});|[^\x00-\x7f]"
+)
+ONE_LETTER_ESCAPES: Final = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+class Reading(NamedTuple):
+    """A text as read, and where each of its characters stood: `starts` and `ends` are None where nothing changed."""
+
+    text: str
+    starts: list[int] | None = None
+    ends: list[int] | None = None
+
+
+def read_through(text: str) -> Reading:
+    """Undo escapes, compatibility forms and invisible characters; plain text comes back as it is."""
+    if text.isascii():
+        if "\\" not in text and "%" not in text and "&" not in text:
+            return Reading(text)
+    elif unicodedata.is_normalized("NFKC", text) and not FOREIGN.search(text) and not ("\\" in text or "%" in text):
+        return Reading(text)
+    pieces: list[str] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    done = 0
+    for match in DISGUISED.finditer(text):
+        start, end = match.span()
+        plain = _undisguise(match[0])
+        if plain == match[0]:
+            continue
+        pieces += (text[done:start], plain)
+        starts.extend(range(done, start))
+        ends.extend(range(done + 1, start + 1))
+        starts.extend([start] * len(plain))
+        ends.extend([end] * len(plain))
+        done = end
+    if not done:
+        return Reading(text)
+    starts.extend(range(done, len(text)))
+    ends.extend(range(done + 1, len(text) + 1))
+    return Reading("".join(pieces) + text[done:], starts, ends)
+
+
+@functools.lru_cache(maxsize=4096)
+def _undisguise(piece: str) -> str:
+    if piece[0] == "\\":
+        if len(piece) == 2:
+            return ONE_LETTER_ESCAPES.get(piece[1], piece[1])
+        return chr(int(piece[2:], 16))
+    if piece[0] == "%":
+        return chr(int(piece[1:], 16))
+    if piece[0] == "&":
+        return html.unescape(piece)
+    if FOREIGN.match(piece):
+        return str(unicodedata.decimal(piece, ""))
+    return unicodedata.normalize("NFKC", piece)
+
+
+# ----- Checks of values
+
+
+def luhn(digits: str) -> bool:
+    doubled = sum(map(int, digits[-2::-2].translate(LUHN_DOUBLED)))
+    return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0
+
+
+LUHN_DOUBLED: Final = str.maketrans("0123456789", "0246813579")
+
+
+def digits_of(match: re.Match[str]) -> str:
+    return NOT_DIGITS.sub("", match[0])
+
+
+NOT_DIGITS: Final = re.compile("[^0-9]+")
+#: Issuer ranges as (first, last, lengths): the identification numbers of ISO/IEC 7812 that schemes publish.
+CARD_RANGES: Final = (
+    ("34", "34", {15}), ("37", "37", {15}), ("300", "305", {14, 16, 19}), ("3095", "3095", {14, 16, 19}), ("36", "36", {14, 16, 19}),
+    ("38", "39", {14, 16, 19}), ("3528", "3589", {16, 17, 18, 19}), ("4", "4", {13, 16, 19}), ("51", "55", {16}),
+    ("2221", "2720", {16}), ("50", "50", set(range(12, 20))), ("56", "58", set(range(12, 20))), ("6", "6", set(range(12, 20))),
+    ("2200", "2205", {16, 17, 18, 19}), ("9792", "9792", {16}), ("1", "1", {15}),
+)  # fmt: skip
+
+
+def is_card(match: re.Match[str]) -> bool:
+    digits = digits_of(match)
+    size = len(digits)
+    return (
+        any(low <= digits[: len(low)] <= high and size in sizes for low, high, sizes in CARD_RANGES)
+        and len(set(digits)) > 1
+        and luhn(digits)
+    )
+
+
+IBAN_CHARS: Final[Mapping[str, int]] = {
+    country: int(size)
+    for size, countries in (
+        line.split(":")
+        for line in (
+            "15:NO 16:BE 18:DK,FO,FI,GL,NL,FK,SD 19:MK,SI 20:AT,BA,EE,KZ,LT,LU,MN,XK 21:CH,HR,LI,LV 22:BG,BH,CR,DE,GB,GE,IE,ME,RS,VA "
+            "23:AE,GI,IL,IQ,OM,SO,TL 24:AD,CZ,ES,MD,PK,RO,SA,SE,SK,TN,VG 25:LY,PT,ST 26:IS,TR 27:FR,GR,IT,MC,MR,SM,BI,DJ "
+            "28:AL,AZ,CY,DO,GT,HU,LB,PL,SV,BY,NI,HN 29:BR,PS,QA,UA,EG 30:JO,KW,MU,YE 31:MT,SC 32:LC 33:RU"
+        ).split()
+    )
+    for country in countries.split(",")
+}
+
+
+IBAN: Final = r"(?i)(?<![A-Z0-9])(?:{})(?![A-Z0-9])".format(
+    "|".join(rf"{country}\d\d(?:[ -]?[A-Z0-9]){{{size - 4}}}" for country, size in IBAN_CHARS.items())
+)
+
+
+def is_iban(match: re.Match[str]) -> bool:
+    text = match[0].replace(" ", "").replace("-", "").upper()
+    return int("".join(str(int(letter, 36)) for letter in text[4:] + text[:4])) % 97 == 1
+
+
+def is_ssn(match: re.Match[str]) -> bool:
+    """Rules of the US Social Security Administration; the two numbers that adverts made famous are nobody's."""
+    digits = digits_of(match)
+    area, group, serial = digits[:3], digits[3:5], digits[5:]
+    return not (area in ("000", "666") or area[0] == "9" or group == "00" or serial == "0000") and digits not in (
+        "078051120",
+        "219099999",
+    )
+
+
+def is_ip(match: re.Match[str]) -> bool:
+    try:
+        address = ipaddress.ip_address(match[0])
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified or match[0].startswith("255.255."))
+
+
+def looks_random(text: str) -> bool:
+    """Whether a key's tail could have been drawn, not typed: enough different characters, no `xxxx`, no `abcdef`."""
+    return len(set(text)) >= min(8, len(text) // 2)
+
+
+def _row_of(entity: str, pattern: str, **fields: Any) -> Recogniser:
+    context = fields.pop("context", None)
+    if context:
+        fields["context"] = re.compile(rf"(?<![a-z])(?:{context})(?![a-z])", re.ASCII | re.IGNORECASE)
+    return Recogniser(entity, re.compile(pattern, re.ASCII), **fields)
+
+
+LEFT: Final = r"(?<![\w-])(?<!\d[.,])"
+RIGHT: Final = r"(?!\w|-\w|[.,]\d)"
+EMAIL: Final = r"(?<![\w.%+'-])[\w](?:[\w.+%'-]{0,62}[\w+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])"
+PERSONAL: Final[tuple[Recogniser, ...]] = (
+    _row_of("email", EMAIL, keywords=("@",), reach=255),
+    _row_of("iban", IBAN, validator=is_iban, spot="iban"),
+    _row_of("card", LEFT + r"\d(?:[ -]?\d){11,18}" + RIGHT, validator=is_card, spot="digits"),
+    _row_of("ssn", LEFT + r"\d{3}([- ])\d{2}\1\d{4}" + RIGHT, validator=is_ssn, spot="digits"),
+    _row_of("ip", r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)", validator=is_ip, spot="dotted"),
+)  # fmt: skip
+SECRETS: Final[tuple[Recogniser, ...]] = (
+    _row_of("openai_key", r"\bsk-(?:proj-|svcacct-|admin-)?[\w-]{20,200}", keywords=("sk-",), secret=True, spot="token"),
+    _row_of("aws_access_key", r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b", keywords=("akia", "asia"), secret=True, spot="token"),
+)  # fmt: skip
+RECOGNISERS: Final[tuple[Recogniser, ...]] = PERSONAL + SECRETS
+PHONE_REGIONS: Final = ("US", "GB", "DE", "FR")
+
+# ----- The scanner
+
+
+class Scanner:
+    """Finds what its rows describe. Built once from settings and stateless afterwards."""
+
+    def __init__(
+        self, recognisers: Sequence[Recogniser] = RECOGNISERS, phone_regions: Sequence[str] = PHONE_REGIONS
+    ) -> None:
+        self._rank = {row: rank for rank, row in reversed(list(enumerate(recognisers)))}
+        self._texts = [row for row in recognisers if not row.spot]
+        self._spots = [
+            (SPOTS[name], _Spotted([row for row in recognisers if row.spot == name]))
+            for name in SPOTS
+            if any(row.spot == name for row in recognisers)
+        ]
+
+    def find(self, text: str) -> list[Finding]:
+        """All findings, disjoint and in order; of two that overlap the longer stays, then the earlier row's."""
+        if len(text) < SHORTEST_CHARS:
+            return []
+        reading = read_through(text)
+        found = [
+            (start - end, self._rank[row], start, end, row)
+            for row, low, high in self._places(reading.text)
+            for start, end in _spans(row, reading.text, low, high)
+        ]
+        if not found:
+            return []
+        taken, kept = bytearray(len(reading.text)), []
+        for _, _, start, end, row in sorted(found, key=lambda one: one[:4]):
+            if taken.find(1, start, end) < 0:
+                taken[start:end] = b"\1" * (end - start)
+                kept.append((start, end, row))
+        kept.sort(key=lambda one: one[0])
+        starts, ends = reading.starts, reading.ends
+        if starts is None or ends is None:
+            return [Finding(start, end, row.entity, row.secret) for start, end, row in kept]
+        return [Finding(starts[start], ends[end - 1], row.entity, row.secret) for start, end, row in kept]
+
+    def _places(self, text: str) -> Iterator[tuple[Recogniser, int, int]]:
+        lowered = text.lower()
+        for row in self._texts:
+            if not row.keywords:
+                yield row, 0, len(text)
+            elif row.reach:
+                for low, high in _windows(lowered, row.keywords, row.reach):
+                    yield row, low, high
+            elif any(keyword in lowered for keyword in row.keywords):
+                yield row, 0, len(text)
+        shape = text.encode("ascii", "replace")
+        marks = shape.translate(TOKEN_MARK)
+        shape = shape.translate(SHAPE)
+        for spot, spotted in self._spots:
+            if spot.marks and LONG_TOKEN not in marks:
+                continue
+            last = 0
+            for match in spot.pattern.finditer(marks if spot.marks else shape):
+                low, high = max(match.start() - spot.before, last), min(match.end() + spot.after, len(text))
+                for row in spotted.rows(text, low, high):
+                    yield row, low, high
+                last = match.end()
+
+
+class _Spotted:
+    """The rows of one spot: those that always run, and those that a keyword inside the spot calls."""
+
+    def __init__(self, rows: Sequence[Recogniser]) -> None:
+        self._always = tuple(row for row in rows if not row.keywords)
+        keywords = sorted({word for row in rows for word in row.keywords}, key=len, reverse=True)
+        self._by_keyword = {
+            word: [row for row in rows if any(word.startswith(own) for own in row.keywords)] for word in keywords
+        }
+        self._keywords = re.compile("(?=(" + "|".join(map(re.escape, keywords)) + "))") if keywords else None
+
+    def rows(self, text: str, low: int, high: int) -> Iterable[Recogniser]:
+        if self._keywords is None:
+            return self._always
+        words = set(self._keywords.findall(text[low:high].lower()))
+        if not words:
+            return self._always
+        return dict.fromkeys([*self._always, *(row for word in words for row in self._by_keyword[word])])
+
+
+def _windows(lowered: str, keywords: tuple[str, ...], reach: int) -> Iterator[tuple[int, int]]:
+    for keyword in keywords:
+        at = lowered.find(keyword)
+        while at >= 0:
+            low, high = max(at - reach, 0), at + reach
+            while 0 <= (at := lowered.find(keyword, at + 1)) < high:
+                high = at + reach
+            yield low, min(high, len(lowered))
+
+
+def _spans(row: Recogniser, text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+    group = row.pattern.groupindex.get("value", 0)
+    failed = 0
+    while match := row.pattern.search(text, low, high):
+        if row.accepts(match):
+            yield match.span(group)
+            low = match.end()
+        else:
+            failed += 1
+            low = match.start() + 1 if failed < FAILED_CHECKS_MAX else match.end()
+
+
+# ----- Own rows
+
+
+def recogniser_from_table(name: str, table: Mapping[str, Any]) -> Recogniser:
+    """A row of stockyard.toml: `[recognisers.NAME]` with pattern, keywords, examples, counterexamples, secret.
+
+    SettingsError for a pattern that could take more than linear time and for an example that does not hold.
+    """
+    where = f"[recognisers.{name}]"
+    unknown = sorted(table.keys() - {"pattern", "keywords", "examples", "counterexamples", "secret"})
+    if unknown:
+        raise SettingsError(f"{where}: {unknown[0]!r} is not known; use pattern, keywords, examples, counterexamples")
+    pattern, secret = table.get("pattern"), table.get("secret", False)
+    if not isinstance(pattern, str) or not pattern:
+        raise SettingsError(f"{where}: pattern must be a regular expression")
+    lists = {key: table.get(key, []) for key in ("keywords", "examples", "counterexamples")}
+    for key, value in lists.items():
+        if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+            raise SettingsError(f"{where}: {key} must be a list of texts")
+    try:
+        choices = pattern_choices(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SettingsError(f"{where}: pattern: {error}") from None
+    if choices > CHOICES_MAX:
+        raise SettingsError(
+            f"{where}: pattern could take more than linear time; give every repeat an upper bound (\\d{{1,20}} in place "
+            "of \\d+) and put no repeat inside another"
+        )
+    compiled = re.compile(pattern)
+    if compiled.search(""):
+        raise SettingsError(f"{where}: pattern matches the empty text")
+    keywords, examples, counterexamples = (tuple(lists[key]) for key in lists)
+    row = Recogniser(
+        name,
+        compiled,
+        tuple(map(str.lower, keywords)),
+        None,
+        bool(secret),
+        examples=examples,
+        counterexamples=counterexamples,
+    )
+    alone = Scanner((row,))
+    for example in examples:
+        if not alone.find(example):
+            raise SettingsError(f"{where}: nothing is found in the example {example!r}")
+    for example in counterexamples:
+        if alone.find(example):
+            raise SettingsError(f"{where}: something is found in the counterexample {example!r}")
+    return row
+
+
+CHOICES_MAX: Final = 10_000
+
+
+def pattern_choices(pattern: str) -> float:
+    """How many ways a pattern has to match from one place, at most; infinite for unbounded or backward-looking parts."""
+    return _ways(importlib.import_module("re._parser").parse(pattern))
+
+
+def _ways(part: Any) -> float:
+    ways = 1.0
+    for code, argument in part:
+        match str(code):
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                low, high, inner = argument
+                if int(high) >= CHOICES_MAX:
+                    return math.inf
+                each = _ways(inner)
+                ways *= (high - low + 1) * (each ** float(high) if each > 1 else 1)
+            case "BRANCH":
+                ways *= sum(_ways(branch) for branch in argument[1])
+            case "SUBPATTERN":
+                ways *= _ways(argument[3])
+            case "ASSERT" | "ASSERT_NOT":
+                ways *= _ways(argument[1])
+            case "ATOMIC_GROUP":
+                ways *= _ways(argument)
+            case "GROUPREF" | "GROUPREF_EXISTS":
+                return math.inf
+        if ways > CHOICES_MAX:
+            return math.inf
+    return ways
+
+
+# ----- Injection
+
+
+class InjectionRule(NamedTuple):
+    """`weight` is how sure the rule alone is; a text's score is the chance that at least one rule is right."""
+
+    name: str
+    weight: float
+    keywords: tuple[str, ...]
+    pattern: re.Pattern[str]
+
+
+def _rule(name: str, weight: float, keywords: str, pattern: str) -> InjectionRule:
+    return InjectionRule(name, weight, tuple(keywords.split()), re.compile(pattern))
+
+
+INJECTION_THRESHOLD: Final = 0.7
+INJECTION_RULES: Final[tuple[InjectionRule, ...]] = (
+    _rule("ignore_instructions", 0.8, "ignore disregard forget",
+          r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:previous|prior|above|all)\b.{0,30}\b(?:instructions?|prompts?|rules)\b"),
+    _rule("reveal_prompt", 0.7, "prompt instructions",
+          r"\b(?:reveal|print|show|repeat|output)\b.{0,30}\b(?:system|initial|hidden) (?:prompt|instructions)\b"),
+)  # fmt: skip
+
+
+def injection_score(text: str) -> tuple[float, list[str]]:
+    """How likely a text tries to take the model over, from 0 to 1, and the names of the rules that say so."""
+    lowered = read_through(text).text.lower()
+    names, innocence = [], 1.0
+    for rule in INJECTION_RULES:
+        if any(word in lowered for word in rule.keywords) and rule.pattern.search(lowered):
+            names.append(rule.name)
+            innocence *= 1 - rule.weight
+    return round(1 - innocence, 4), names
 
 
 # ===== Ledger =========================================================================================================
