@@ -10144,7 +10144,8 @@ SECRET_SETTINGS: Final = frozenset({"admin_key"})
 TOML_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
-    "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
+    "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "connect_timeout", "first_byte_timeout", "idle_timeout",
+    "total_timeout", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
 })  # fmt: skip
 LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
 
@@ -15339,7 +15340,8 @@ class Gateway:
 
     def adopt(self, settings: Settings, router: Router, prices: PriceBook) -> None:
         """Go on with other settings, providers and prices; calls under way end with what they began with."""
-        self.settings, self.router, self.prices = settings, router, prices
+        self.settings, self.router, self.prices, self.upstream.deadlines = settings, router, prices, settings.deadlines
+        self.upstream.heed(settings.deadlines)
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
         self.cache.ttl_ms, self.cache.is_shared = settings.cache_ttl * 1000, settings.cache_scope == "shared"
         self.decide_keys()
@@ -18433,10 +18435,13 @@ def configured_providers(variables: Mapping[str, str]) -> dict[str, ConfiguredPr
 
 
 def load_prices(settings: Settings) -> PriceBook:
-    book = PriceBook.load(read_asset("prices.json"))
-    overrides = settings.tables.get("prices", [])
+    return with_own_prices(PriceBook.load(read_asset("prices.json")), settings)
+
+
+def with_own_prices(book: PriceBook, settings: Settings) -> PriceBook:
+    """The table with the rows of stockyard.toml over it, in place of those it had."""
     try:
-        return book.with_overrides(overrides) if overrides else book
+        return book.with_overrides(settings.tables.get("prices", []))
     except InvalidPrices as error:
         raise SettingsError(f"[[prices]]: {error}") from None
 
@@ -18557,7 +18562,7 @@ def find_config(environment: Mapping[str, str], flags: Mapping[str, str | None])
 
 def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[str, str]) -> Callable[[], None]:
     """What changes a running gateway to other settings; all that can fail is done here, before anything changes."""
-    prices = load_prices(settings)
+    prices = with_own_prices(gateway.prices, settings)
     router = load_router(settings, environment, prices, gateway.router)
     budgets, rates = configured_budgets(settings), configured_rates(settings)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}

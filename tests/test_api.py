@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Proxy, Start
-from upstreams import COMPLETION, plain
+from upstreams import COMPLETION, Answer, plain
 
 import stockyard
 
@@ -537,3 +537,16 @@ async def test_a_stored_response_is_its_keys_own(start: Start) -> None:
         assert (await Admin(proxy, authorization=f"Bearer {other}").ask("DELETE", path))[0] == 404
         assert (await owner.get(path))["id"] == made["id"]
         assert (await owner.ask("DELETE", path))[0] == 200
+
+
+async def test_a_reload_takes_own_prices_and_timeouts(reloadable: Start, tmp_path: Path) -> None:
+    row = '[[prices]]\nprovider = "openai"\nmodel = "gpt-4o-mini"\ninput = "1"\noutput = "1"\n'
+    async with reloadable() as proxy:
+        (tmp_path / "stockyard.toml").write_text(row)
+        assert (await Admin(proxy).ask("POST", "/api/config/reload"))[1]["changed"] == ["prices"]
+        assert (await proxy.post(CHAT_PATH, CHAT))[1]["x-stockyard-cost-usd"] == "0.000015"
+        (tmp_path / "stockyard.toml").write_text("first_byte_timeout = 0.05")
+        assert (await Admin(proxy).ask("POST", "/api/config/reload"))[0] == 200
+        assert (await proxy.post(CHAT_PATH, CHAT))[1]["x-stockyard-cost-usd"] == "0.0000042"
+        proxy.upstream.answers = [Answer(hang_s=5)]
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 504
