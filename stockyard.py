@@ -10327,6 +10327,10 @@ class Health:
         """`closed`, `open`, or `half_open`."""
         return "closed" if not self.open_until_s else "open" if now_s < self.open_until_s else "half_open"
 
+    def view(self, now_s: float) -> Json:
+        latency_ms = round(self.latency_s * 1000, 1)
+        return {"breaker": self.state(now_s), "in_flight": self.in_flight, "latency_ms": latency_ms}
+
     def admits(self, now_s: float) -> bool:
         return not self.open_until_s or (now_s >= self.open_until_s and not self.is_probing)
 
@@ -10839,13 +10843,13 @@ class Router:
             "rests_s": round(self.rests(target, now_s), 3),
             "keys_resting": sum(self._rest(target.provider, key, now_s) > 0 for key in target.provider.keys),
         }  # fmt: skip
-        if health is not None:
-            shown |= {
-                "breaker": health.state(now_s),
-                "in_flight": health.in_flight,
-                "latency_ms": round(health.latency_s * 1000, 1),
-            }
-        return shown
+        return shown if health is None else {**shown, **health.view(now_s)}
+
+    def view_provider(self, provider: ConfiguredProvider, now_s: float) -> Json:
+        """How many of a provider's keys rest, and how the targets do that routes name."""
+        resting = sum(self._rest(provider, key, now_s) > 0 for key in self._names(provider))
+        named = [(model, health) for (owner, model), health in self.health.items() if owner == provider.id]
+        return {"keys_resting": resting, "targets": [{"model": model, **health.view(now_s)} for model, health in named]}
 
 
 # ===== Cache ==========================================================================================================
@@ -17774,11 +17778,17 @@ async def get_overview(request: web.Request) -> web.Response:
 
 
 async def get_providers(request: web.Request) -> web.Response:
-    """The configured providers; keys masked."""
+    """The configured providers, keys masked, with resting keys and breakers; `others`: what would enable the rest."""
     gateway = request.app[GATEWAY_KEY]
-    return json_response(
-        {"data": [provider_view(provider) for provider in gateway.router.providers.values()], "next": None}
-    )
+    router, now_s = gateway.router, gateway.tick()
+    rows = [
+        {**provider_view(provider), **router.view_provider(provider, now_s)} for provider in router.providers.values()
+    ]
+    others = [
+        {"id": row.id, "name": row.name, "set": enabling_variable(row), "retired": row.retired}
+        for row in PROVIDERS if row.id not in router.providers
+    ]  # fmt: skip
+    return json_response({"data": rows, "others": others, "next": None})
 
 
 def provider_view(provider: ConfiguredProvider) -> Json:

@@ -513,6 +513,12 @@ async def test_an_explanation_of_a_route_tells_every_target_and_who_answered(rel
         proxy.upstream.answers = [plain({"error": {"message": "down"}}, 500)]
         assert (await proxy.post(CHAT_PATH, {**CHAT, "model": "fast"}))[0] == 200
         told = await explained(proxy)
+        [openai] = [row for row in (await Admin(proxy).get("/api/providers"))["data"] if row["id"] == "openai"]
+        assert (openai["keys"], openai["keys_resting"]) == (["sk-…ai"], 0)
+        assert [(t["model"], t["breaker"]) for t in openai["targets"]] == [("gpt-4o-mini", "closed")]
+        assert {row["id"]: row["set"] for row in (await Admin(proxy).get("/api/providers"))["others"]}[
+            "groq"
+        ] == "GROQ_API_KEY"
     assert told["summary"][0] == "Route: `fast` goes to openai as gpt-4o-mini (by route), else echo as echo (by route)."
     assert [(line["provider"], line["status"]) for line in told["attempts"]] == [("openai", 500), ("echo", 200)]
 
