@@ -73,7 +73,9 @@ import http
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -100,7 +102,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, Protocol, TypeVar, cast
 
 import aiohttp
 import orjson
@@ -13408,11 +13410,14 @@ class TranslatingFlow(Flow):
 
 
 # ===== Store ==========================================================================================================
-# SQLite, the one thing on disk. Exactly one connection ever writes or checkpoints, in its own thread (SQLite before
-# 3.51.3 can corrupt a WAL database that two connections checkpoint); readers are read-only connections of other
-# threads. The event loop only appends to a queue. Commits are grouped: the writer takes what has gathered, and rests a
-# moment after each commit, so that a busy proxy commits fifty times a second and an idle one at once.
-# Bodies of one group are kept together as one compressed block; a row knows its place in the block.
+# SQLite, and the journals that run ahead of it. Exactly one connection ever writes or checkpoints, in its own thread
+# (SQLite before 3.51.3 can corrupt a WAL database that two connections checkpoint); readers are read-only connections
+# of other threads. The event loop appends to a queue, and to a journal by `write`: a line before a call leaves, one
+# before the end of its answer does. So a kill loses no row; a start takes over what SQLite lacks. Commits are grouped:
+# the writer takes what has gathered, and rests a moment after each. What it cannot commit it keeps and tries again.
+# A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
+# serves every filter; the sums by minute and label (`rollups`) are written with the rows and answer every chart. Bodies
+# of one group lie together in one compressed block. Old blocks go first, then rows; the sums stay.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
 
 MIGRATIONS: Final = (
@@ -13458,6 +13463,62 @@ MIGRATIONS: Final = (
     CREATE INDEX feedback_by_request ON feedback (request_id);
     """,
     "CREATE INDEX requests_by_session ON requests (session, seq) WHERE session != '';",
+    """
+    CREATE TABLE labels (
+        label INTEGER PRIMARY KEY, key_id TEXT NOT NULL, client_dialect TEXT NOT NULL, endpoint TEXT NOT NULL,
+        model TEXT NOT NULL, provider TEXT NOT NULL, upstream_model TEXT NOT NULL, stream INTEGER NOT NULL,
+        status INTEGER NOT NULL, error TEXT NOT NULL, cache TEXT NOT NULL, finish_reason TEXT NOT NULL, price_id TEXT NOT NULL,
+        UNIQUE (model, provider, key_id, status, upstream_model, client_dialect, endpoint, stream, error, cache,
+                finish_reason, price_id)
+    );
+    CREATE TABLE calls (
+        seq INTEGER PRIMARY KEY, label INTEGER NOT NULL, id TEXT NOT NULL, tags TEXT NOT NULL, attempts INTEGER NOT NULL,
+        input_tokens INTEGER, output_tokens INTEGER, cached_tokens INTEGER, cache_write_tokens INTEGER,
+        reasoning_tokens INTEGER, cost_nanousd INTEGER, latency_ms REAL NOT NULL, first_token_ms REAL, overhead_ms REAL NOT NULL,
+        redactions INTEGER NOT NULL, verdicts TEXT NOT NULL, client_ip TEXT NOT NULL, user_agent TEXT NOT NULL,
+        session TEXT NOT NULL, attempt_log TEXT NOT NULL, dropped TEXT NOT NULL, usage TEXT NOT NULL, notes TEXT NOT NULL,
+        saved_nanousd INTEGER NOT NULL,
+        block INTEGER, request_at INTEGER NOT NULL, request_bytes INTEGER NOT NULL, answer_bytes INTEGER NOT NULL
+    );
+    CREATE TABLE blocks_of_calls (
+        block INTEGER PRIMARY KEY, seqs BLOB NOT NULL, compressed INTEGER NOT NULL, bodies BLOB NOT NULL
+    );
+    CREATE TABLE rollups (
+        tag TEXT NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, requests INTEGER NOT NULL,
+        unpriced INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+        cache_write_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL, cost_nanousd INTEGER, latency_ms REAL NOT NULL,
+        first_token_ms REAL NOT NULL, first_tokens INTEGER NOT NULL, overhead_ms REAL NOT NULL, redactions INTEGER NOT NULL,
+        saved_nanousd INTEGER NOT NULL, PRIMARY KEY (tag, start_s, label)
+    ) WITHOUT ROWID;
+    CREATE TABLE spreads (
+        start_s INTEGER NOT NULL, label INTEGER NOT NULL, what INTEGER NOT NULL, step INTEGER NOT NULL, calls INTEGER NOT NULL,
+        PRIMARY KEY (start_s, label, what, step)
+    ) WITHOUT ROWID;
+
+    INSERT INTO labels SELECT DISTINCT NULL, key_id, client_dialect, endpoint, model, provider, upstream_model, stream,
+        status, error, cache, finish_reason, price_id FROM requests;
+    INSERT INTO blocks_of_calls SELECT (MAX(ts_ms) << 10) + (block & 1023), x'', compressed, bodies
+        FROM blocks JOIN requests USING (block) GROUP BY block;
+    INSERT INTO calls SELECT (ts_ms << 21) + (seq & 2097151), label, id, tags, attempts, input_tokens, output_tokens,
+        cached_tokens, cache_write_tokens, reasoning_tokens, cost_nanousd, latency_ms, first_token_ms, overhead_ms, redactions,
+        verdicts, client_ip, user_agent, session, attempt_log, dropped, usage, notes, saved_nanousd,
+        (MAX(ts_ms) OVER (PARTITION BY block) << 10) + (block & 1023), request_at, request_bytes, answer_bytes
+        FROM requests JOIN labels USING (model, provider, key_id, status, upstream_model, client_dialect, endpoint, stream,
+        error, cache, finish_reason, price_id);
+    INSERT INTO rollups SELECT '', (seq >> 21) / 60000 * 60, label, COUNT(*), SUM(cost_nanousd IS NULL AND status < 400),
+        TOTAL(input_tokens), TOTAL(output_tokens), TOTAL(cached_tokens), TOTAL(cache_write_tokens), TOTAL(reasoning_tokens),
+        SUM(cost_nanousd), TOTAL(latency_ms), TOTAL(first_token_ms), COUNT(first_token_ms), TOTAL(overhead_ms),
+        TOTAL(redactions), TOTAL(saved_nanousd)
+        FROM calls JOIN labels USING (label) GROUP BY 2, 3;
+    DROP TABLE requests;
+    DROP TABLE blocks;
+    ALTER TABLE blocks_of_calls RENAME TO blocks;
+    CREATE INDEX calls_by_label ON calls (label);
+    CREATE INDEX calls_by_session ON calls (session) WHERE session != '';
+    CREATE INDEX responses_by_time ON responses (ts_ms);
+    DROP INDEX cache_by_expiry;
+    CREATE INDEX cache_by_expiry ON cache (expires_ms, size_bytes);
+    """,
 )
 
 #: The fields of a log row as users see them, in this order; also the CSV header.
@@ -13467,19 +13528,45 @@ LOG_FIELDS: Final = tuple(
     "priced latency_ms first_token_ms overhead_ms redactions verdicts finish_reason client_ip user_agent "
     "session".split()
 )
-#: What `log_row` makes, in its order, and then where the call's bodies lie.
-LOG_COLUMNS: Final = tuple(
-    "id ts_ms key_id tags client_dialect endpoint model provider upstream_model stream status error cache attempts "
-    "input_tokens output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_nanousd price_id latency_ms "
-    "first_token_ms overhead_ms redactions verdicts finish_reason client_ip user_agent session attempt_log dropped "
-    "usage notes saved_nanousd block request_at request_bytes answer_bytes".split()
-)
 #: SQLite releases with the WAL-reset bug (https://sqlite.org/wal.html), fixed in 3.51.3, 3.50.7 and 3.44.6.
 WAL_BUG_FIXED: Final = ((3, 51, 3), (3, 50, 7), (3, 44, 6))
 LOGGED_BODY_MAX_BYTES: Final = 1_000_000
+#: What waits for the writer, at most; past it calls are refused, so that none goes without its row.
 QUEUE_MAX_ROWS: Final = 20_000
+QUEUE_MAX_BYTES: Final = 256 * 1024 * 1024
 COMMIT_REST_S: Final = 0.04
 COMMIT_MAX_ROWS: Final = 500
+COMMIT_RETRY_S: Final = 0.25
+UPKEEP_REST_S: Final = 5.0
+#: A row's `seq` is its time and a counter, so that order, time and id need no index of their own; a block's likewise.
+SEQ_BITS: Final = 21
+BLOCK_BITS: Final = 10
+LABEL_FIELDS: Final = (
+    "key_id", "client_dialect", "endpoint", "model", "provider", "upstream_model", "stream", "status", "error", "cache",
+    "finish_reason", "price_id",
+)  # fmt: skip
+OWN_FIELDS: Final = tuple(
+    "id tags attempts input_tokens output_tokens cached_tokens cache_write_tokens reasoning_tokens cost_nanousd latency_ms "
+    "first_token_ms overhead_ms redactions verdicts client_ip user_agent session attempt_log dropped usage notes "
+    "saved_nanousd".split()
+)
+CRASHED: Final = "crashed"
+
+
+class LogRow(NamedTuple):
+    """One call as it is kept: its place in time, what it has in common with others, and the columns of its own.
+
+    `label` has the values of `LABEL_FIELDS`, `own` those of `OWN_FIELDS`.
+    """
+
+    seq: int
+    label: tuple[Any, ...]
+    own: tuple[Any, ...]
+
+    def fields(self) -> Json:
+        """The row by column, as it will be read; all but where its bodies lie."""
+        label, own = (zip(*pair, strict=True) for pair in ((LABEL_FIELDS, self.label), (OWN_FIELDS, self.own)))
+        return {"seq": self.seq, "ts_ms": self.seq >> SEQ_BITS, **dict(label), **dict(own)}
 
 
 def has_wal_bug(version: tuple[int, int, int]) -> bool:
@@ -13489,21 +13576,56 @@ def has_wal_bug(version: tuple[int, int, int]) -> bool:
     )
 
 
-def log_row(call: Call) -> tuple[Any, ...]:
-    """One call as the values of its row, in the order of LOG_COLUMNS up to `block`."""
-    usage = call.usage
-    written = usage and usage.cache_write_5m_tokens + usage.cache_write_1h_tokens
-    return (
-        call.id, call.ts_ms, call.key_id, call.tags, call.endpoint.dialect, call.endpoint.path, call.model, call.provider,
-        call.upstream_model, call.stream, call.status, call.error, call.cache, len(call.attempts),
-        usage and usage.input_tokens, usage and usage.output_tokens, usage and usage.cached_tokens, written,
-        usage and usage.reasoning_tokens, call.cost_nanousd, call.price_id, round(call.latency_ms, 3),
-        round((call.first_token_s - call.started_s) * 1000, 3) if call.first_token_s else None,
-        round(max(0.0, call.latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.finish_reason,
-        call.client_ip, call.headers.get("user-agent", "")[:200].encode("utf-8", "replace").decode(), call.session,
-        attempts_text(call),
-        ",".join(call.dropped), usage_text(usage, call.usage_estimated), call_notes(call), call.saved_nanousd,
+def seq_of(call_id: str, ts_ms: int) -> int:
+    """The place of a call in the log: its millisecond, then the counter that stands in its id."""
+    return ts_ms << SEQ_BITS | int(call_id[-15:-8], 16) & (1 << SEQ_BITS) - 1
+
+
+def log_row(call: Call) -> LogRow:
+    """What is kept of a call that has ended, but for its bodies."""
+    usage, endpoint = call.usage, call.endpoint
+    label = (
+        call.key_id, endpoint.dialect, endpoint.path, call.model[:200], call.provider, call.upstream_model, call.stream,
+        call.status, call.error, call.cache, call.finish_reason, call.price_id,
     )  # fmt: skip
+    tokens = (None,) * 5 if usage is None else (
+        usage.input_tokens, usage.output_tokens, usage.cached_tokens,
+        usage.cache_write_5m_tokens + usage.cache_write_1h_tokens, usage.reasoning_tokens,
+    )  # fmt: skip
+    attempts, latency_ms = call.attempts, call.latency_ms
+    own = (
+        call.id, call.tags, len(attempts), *tokens, call.cost_nanousd, round(latency_ms, 3),
+        round((call.first_token_s - call.started_s) * 1000, 3) if call.first_token_s else None,
+        round(max(0.0, latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.client_ip,
+        clean_agent(call.headers.get("user-agent", "")), call.session,
+        attempts_text(call), ",".join(call.dropped) if call.dropped else "", usage_text(usage, call.usage_estimated),
+        call_notes(call), call.saved_nanousd,
+    )  # fmt: skip
+    return LogRow(seq_of(call.id, call.ts_ms), label, own)
+
+
+def intent_line(call: Call) -> bytes:
+    """A call that is about to leave, as a line of the journal: what `crashed_row` needs."""
+    endpoint = call.endpoint
+    return dump_json((
+        call.id, call.ts_ms, call.key_id, endpoint.dialect, endpoint.path, call.model[:200], call.provider,
+        call.upstream_model, call.stream, call.cache, call.tags, call.session, call.client_ip,
+    ))  # fmt: skip
+
+
+def crashed_row(intent: Sequence[Any]) -> LogRow:
+    """The row of a call that left and never ended, because the process did."""
+    call_id, ts_ms, key_id, dialect, path, model, provider, upstream_model, stream, cache, tags, session, client_ip = (
+        intent
+    )
+    label = (key_id, dialect, path, model, provider, upstream_model, stream, 500, CRASHED, cache, "", "")
+    own = (call_id, tags, 1, *(None,) * 6, 0.0, None, 0.0, 0, "", client_ip, "", session, "", "", "", "", 0)
+    return LogRow(seq_of(call_id, ts_ms), label, own)
+
+
+@functools.lru_cache(maxsize=512)
+def clean_agent(text: str) -> str:
+    return text[:200].encode("utf-8", "replace").decode()
 
 
 def attempts_text(call: Call) -> str:
@@ -13567,11 +13689,13 @@ def public_row(row: sqlite3.Row | Json) -> Json:
 class Logged(NamedTuple):
     """A finished call on its way to the log: its row, what was asked, and what was answered or a stream's transcript."""
 
-    row: tuple[Any, ...]
-    asked: bytes
-    answered: bytes
-    transcript: Transcript | None
-    usage: Usage | None
+    row: LogRow
+    asked: bytes = b""
+    answered: bytes = b""
+    transcript: Transcript | None = None
+    usage: Usage | None = None
+    #: From the journal of an earlier process, so that it may be in the database already.
+    is_old: bool = False
 
 
 class Write(NamedTuple):
@@ -13603,10 +13727,16 @@ def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         path.chmod(0o600)
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA journal_mode = WAL")
+        if not connection.execute("PRAGMA page_count").fetchone()[0]:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # later it would do nothing
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {'FULL' if full_sync else 'NORMAL'}")
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
         migrate(connection, path)
+        for table in ("ledger", "keys", "budgets"):  # what money and access hang on; the log itself would take long
+            if (found := connection.execute(f"PRAGMA quick_check('{table}')").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found)
     except sqlite3.DatabaseError as error:
         raise StoreError(
             f"{path} cannot be opened ({error}); nothing was changed. Move it away to start anew, or recover it: sqlite3 {path.name} .recover"
@@ -13630,45 +13760,101 @@ def open_reader(path: Path) -> sqlite3.Connection:
         f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, check_same_thread=False, timeout=5.0
     )
     connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
     return connection
 
 
-class LogStore:
-    """The request log: `put` from the event loop, everything else in threads. One writer connection, one writer thread."""
+@dataclass(slots=True)
+class Group:
+    """What one commit takes from the queue: calls, statements, and what is to be done once they are committed."""
 
-    def __init__(self, path: Path, *, bodies: bool = True, full_sync: bool = False) -> None:
-        self.path = path
-        self.lost_rows = 0
+    rows: list[Logged] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    barriers: list[Callable[[], object]] = field(default_factory=list)
+    size_bytes: int = 0
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it is the disk or a foreign lock that stands in the way, and not what was to be written."""
+    return type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+
+
+class LogStore:
+    """The request log: `begin` and `put` from the event loop, everything else in threads. One writer connection and thread.
+
+    `keep_ms` and `max_bytes` bound the log; the bodies of the oldest calls go first, then their rows.
+    """
+
+    def __init__(
+        self, path: Path, *, bodies: bool = True, full_sync: bool = False, keep_ms: float = math.inf, max_bytes: float = math.inf,
+        now_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+    ) -> None:  # fmt: skip
+        self.path, self.full_sync = path, full_sync
+        self.lost_rows = self.crashed_rows = 0
         self.last_error = ""
-        self._bodies = bodies
+        self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
         self._connection = open_writer(path, full_sync)
-        self._queue: collections.deque[Logged | Write | threading.Event] = collections.deque()
+        self._labels: dict[tuple[Any, ...], int] = {}
+        self._tags_of_hour: tuple[int, set[str]] = (0, set())
+        self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
+        self._queue: collections.deque[Logged | Write | Callable[[], object]] = collections.deque()
+        self._group: Group | None = None  # could not be committed, and is tried again
+        self._queued_bytes = self._written_bytes = 0
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._closing = False
+        self._upkeep_at_s = self._folded_s = self._fold_at_s = 0.0
         self._reader: sqlite3.Connection | None = None
-        self._reader_lock = threading.Lock()
+        self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
+        self.journal = self._replay()
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
+
+    def _replay(self) -> CallJournal:
+        """Take over what the last process wrote to its journal and not to SQLite; calls that never ended have crashed."""
+        directory = self.path.parent
+        last, ended, intents = CallJournal.leftovers(directory)
+        self.crashed_rows = len(intents)
+        journal = CallJournal(directory, last + 1, self.full_sync)
+        self._queue.extend(Logged(row, is_old=True) for row in [*ended, *map(crashed_row, intents)])
+        if last:
+            self._queue.append(functools.partial(journal.drop_before, last + 1))
+        return journal
 
     # -- event loop side
 
     @property
     def is_full(self) -> bool:
-        return len(self._queue) >= QUEUE_MAX_ROWS
+        return len(self._queue) >= QUEUE_MAX_ROWS or self._queued_bytes - self._written_bytes >= QUEUE_MAX_BYTES
 
     @property
     def is_behind(self) -> bool:
         """Whether the writer has enough to do, so that only what must be kept should be put."""
         return len(self._queue) >= QUEUE_MAX_ROWS // 16
 
+    def trouble(self) -> str:
+        """Why rows cannot be written now; empty where they can. What has passed is noticed by asking."""
+        if self.journal.error:
+            self.journal.keep(b"")
+        return self.last_error or self.journal.error
+
+    def begin(self, call: Call) -> None:
+        """Note that a call is about to leave, so that it has a row even if this process ends before it does."""
+        self.journal.begin(call.id, intent_line(call))
+
     def put(self, call: Call) -> None:
-        """Hand a finished call over. Never blocks; never raises.
+        """Hand a finished call over. Never blocks; never raises. A kill from here on does not lose its row.
 
         The row is made here, so that a call's objects die where and while they are in the processor's cache.
         """
         asked = (call.sent_body or call.body)[:LOGGED_BODY_MAX_BYTES]
         transcript = None if call.answer else call.transcript
-        self._queue.append(Logged(log_row(call), asked, call.answer[:LOGGED_BODY_MAX_BYTES], transcript, call.usage))
+        row, answered = log_row(call), call.answer[:LOGGED_BODY_MAX_BYTES]
+        journal = self.journal
+        journal.end(call.id, dump_json(row))
+        self._queued_bytes += len(asked) + len(answered)
+        self._queue.append(Logged(row, asked, answered, transcript, call.usage))
+        if journal.is_long:
+            self._queue.append(functools.partial(journal.drop_before, journal.turn()))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -13677,19 +13863,30 @@ class LogStore:
         self._queue.append(Write(sql, parameters))
         self._wake.set()
 
-    async def flush(self) -> None:
-        """Return once everything handed over before is committed."""
-        done = threading.Event()
-        self._queue.append(done)
+    async def flush(self, patience_s: float = 10.0) -> None:
+        """Return once everything handed over before is committed; StorageUnavailable where it cannot be in time."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        self._queue.append(lambda: loop.call_soon_threadsafe(done.set))
         self._hurry.set()
         self._wake.set()
-        await asyncio.to_thread(done.wait, 10.0)
+        try:
+            await asyncio.wait_for(done.wait(), patience_s)
+        except TimeoutError:
+            raise StorageUnavailable("the database cannot be written now; see the disk") from None
+
+    async def catch_up(self) -> None:
+        """Before reading: have what was handed over committed, but do not wait for a disk that is stuck."""
+        if not self.last_error:
+            with contextlib.suppress(StorageUnavailable):
+                await self.flush(1.0)
 
     def close(self) -> None:
+        """Write what is left; what cannot be written stays in the journal for the next start."""
         self._closing = True
         self._hurry.set()
         self._wake.set()
         self._thread.join(timeout=30)
+        self.journal.close(all_is_written=not self._queue and self._group is None)
         if self._reader is not None:
             self._reader.close()
         self._connection.close()
@@ -13698,76 +13895,235 @@ class LogStore:
 
     def _run(self) -> None:
         while True:
-            self._wake.wait()
+            self._wake.wait(max(0.0, self._upkeep_at_s - time.monotonic()))
             self._wake.clear()
-            self._commit_group()
-            while len(self._queue) >= COMMIT_MAX_ROWS or (self._queue and self._closing):
-                self._commit_group()
-            if self._closing:
-                return
+            while True:
+                committed = self._commit_group()
+                if self._closing and not (committed and self._queue):
+                    return
+                self._keep_up()
+                if committed and len(self._queue) < COMMIT_MAX_ROWS and not self._closing:
+                    break
             # Rest, so that rows gather while the loop works: small groups cost it the interpreter lock each time.
             self._hurry.wait(COMMIT_REST_S)
             self._hurry.clear()
 
-    def _commit_group(self) -> None:
-        calls: list[Logged] = []
-        writes: list[Write] = []
-        barriers: list[threading.Event] = []
-        while self._queue and len(calls) < COMMIT_MAX_ROWS:
-            item = self._queue.popleft()
-            if isinstance(item, threading.Event):
-                barriers.append(item)
-            elif isinstance(item, Write):
-                writes.append(item)
+    def _take(self) -> Group:
+        group, queue = Group(), self._queue
+        while queue and len(group.rows) < COMMIT_MAX_ROWS and group.size_bytes < 32 * LOGGED_BODY_MAX_BYTES:
+            item = queue.popleft()
+            if isinstance(item, Write):
+                group.writes.append(item)
+            elif isinstance(item, Logged):
+                group.rows.append(item)
+                group.size_bytes += len(item.asked) + len(item.answered)
             else:
-                calls.append(item)
-        if calls or writes:
-            self._write(calls, writes)
-        for barrier in barriers:
-            barrier.set()
+                group.barriers.append(item)
+        return group
 
-    def _write(self, calls: list[Logged], writes: Sequence[Write] = ()) -> None:
-        connection = self._connection
+    def _commit_group(self) -> bool:
+        group = self._group = self._group or self._take()
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            if calls:
-                insert_rows(connection, self._rows(calls))
-            for write in writes:
+            if group.rows or group.writes:
+                self._write(group)
+        except Exception as error:
+            if not self._give_way(group, error):
+                return False
+        self._group = None
+        self._written_bytes += group.size_bytes
+        self.last_error = ""
+        for barrier in group.barriers:
+            with contextlib.suppress(RuntimeError, OSError):  # a loop that has ended, a file that is gone
+                barrier()
+        return True
+
+    def _give_way(self, group: Group, error: Exception) -> bool:
+        """After a failure: wait where it may pass (a full disk, a foreign lock), else lose as little as possible."""
+        self.last_error = f"{type(error).__name__}: {error}"
+        if not may_pass(error):
+            try:
+                self._write_singly(group)
+                return True
+            except sqlite3.DatabaseError as passing:  # the whole group again; what was written of it is noticed
+                self.last_error = f"{type(passing).__name__}: {passing}"
+        time.sleep(COMMIT_RETRY_S)
+        return False
+
+    def _write_singly(self, group: Group) -> None:
+        """Something in a group cannot be written as it is; the rest of it must be."""
+        for call in group.rows:
+            if not self._has_row(call.row):
+                self._write_one(Group(rows=[call._replace(row=self._repaired(call.row))]))
+        for write in group.writes:
+            self._write_one(Group(writes=[write]))
+
+    def _write_one(self, group: Group) -> None:
+        try:
+            self._write(group)
+        except Exception as error:
+            if may_pass(error):
+                raise
+            self.lost_rows += len(group.rows)
+
+    def _has_row(self, row: LogRow) -> bool:
+        sql = "SELECT 1 FROM calls WHERE seq BETWEEN ? AND ? AND id = ?"
+        return self._connection.execute(sql, (row.seq, row.seq + 8, row.own[0])).fetchone() is not None
+
+    def _repaired(self, row: LogRow) -> LogRow:
+        """The row in a free place, its texts and numbers such as SQLite takes."""
+        seq = row.seq
+        while self._connection.execute("SELECT 1 FROM calls WHERE seq = ?", (seq,)).fetchone():
+            seq += 1
+        label, own = (
+            [min(value, 2**63 - 1) if isinstance(value, int) else value for value in orjson.loads(dump_json(values))]
+            for values in (row.label, row.own)
+        )
+        return LogRow(seq, tuple(label), tuple(own))
+
+    def _write(self, group: Group) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if group.rows:
+                self._insert([call for call in group.rows if not (call.is_old and self._has_row(call.row))])
+            for write in group.writes:
                 connection.execute(write.sql, write.parameters)
             connection.execute("COMMIT")
-            self.last_error = ""
-        except sqlite3.Error as error:
-            self.lost_rows += len(calls)
-            self.last_error = f"{type(error).__name__}: {error}"
+        except Exception:
+            self._labels.clear()
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
+            raise
 
-    def _rows(self, calls: list[Logged]) -> list[tuple[Any, ...]]:
-        """The rows of a group; its bodies go to one block first, so that a row can name it."""
-        if not self._bodies:
-            return [(*call.row, None, 0, 0, 0) for call in calls]
+    def _insert(self, calls: list[Logged]) -> None:
+        """The rows of a group, the block of their bodies, and their sums."""
+        rows = [call.row for call in calls]
+        labels = [self._label(row.label) for row in rows]
+        block, places = self._keep_bodies(calls)
+        insert_rows(self._connection, [
+            (row.seq, label, *row.own, block, *place) for row, label, place in zip(rows, labels, places, strict=True)
+        ])  # fmt: skip
+        self._roll_up(rows)
+        spreads = collections.Counter(
+            step for row, label in zip(rows, labels, strict=True) for step in steps_of(row, label)
+        )
+        self._connection.executemany(ADD_SPREAD, [(*step, calls) for step, calls in spreads.items()])
+
+    def _label(self, values: tuple[Any, ...]) -> int:
+        label = self._labels.get(values)
+        if label is None:
+            if len(self._labels) > 20_000:
+                self._labels.clear()
+            sql = f"SELECT label FROM labels WHERE {' AND '.join(f'{name} = ?' for name in LABEL_FIELDS)}"  # noqa: S608 - our names
+            known = self._connection.execute(sql, values).fetchone()
+            sql = f"INSERT INTO labels VALUES (NULL{', ?' * len(LABEL_FIELDS)})"  # noqa: S608 - question marks only
+            label = known[0] if known else self._connection.execute(sql, values).lastrowid
+            self._labels[values] = cast(int, label)
+        return cast(int, label)
+
+    def _keep_bodies(self, calls: list[Logged]) -> tuple[int, list[tuple[int, int, int]]]:
+        """Write the bodies of a group as one block, which also tells its rows; its number, and each call's place in it."""
         places: list[tuple[int, int, int]] = []
         bodies: list[bytes] = []
         at = 0
-        for call in calls:
+        for call in calls if self._bodies else ():
             answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
             places.append((at, len(call.asked), len(answered)))
             bodies += (call.asked, answered)
             at += len(call.asked) + len(answered)
         raw = b"".join(bodies)
-        compressed = len(raw) > 512
-        stored = zlib.compress(raw, 1) if compressed else raw
-        block = self._connection.execute(
-            "INSERT INTO blocks (compressed, bodies) VALUES (?, ?)", (compressed, stored)
-        ).lastrowid
-        return [(*call.row, block, *place) for call, place in zip(calls, places, strict=True)]
+        stored = zlib.compress(raw, 1) if at > 512 else raw
+        block = self._last_block = max(self._last_block + 1, self._now_ms() << BLOCK_BITS)
+        seqs = struct.pack(f"<{len(calls)}q", *[call.row.seq for call in calls])
+        self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (block, seqs, at > 512, stored))
+        return block, places or [(0, 0, 0)] * len(calls)
 
     @staticmethod
     def _assembled(transcript: Transcript, usage: Usage | None) -> bytes:
+        """What a stream said, as the plain answer it stands for."""
         completion = transcript.completion()
         if usage is not None:
             completion["usage"] = write_openai_usage(usage)
         return dump_json(completion)[:LOGGED_BODY_MAX_BYTES]
+
+    def _roll_up(self, rows: list[LogRow]) -> None:
+        """Add the rows to the sums of their minutes; to those of their tags as well, where they have any."""
+        tagged: dict[str, list[int]] = {"": [row.seq for row in rows]}
+        for row in rows:
+            for tag in row.own[1].split(",") if row.own[1] else ():
+                tagged.setdefault(self._known_tag(tag), []).append(row.seq)
+        for tag, seqs in tagged.items():
+            self._connection.execute(ROLL_UP, (tag, dump_json(seqs).decode()))
+
+    def _known_tag(self, tag: str) -> str:
+        """The tag; one word for the rest where a client makes up new tags without end."""
+        hour = self._now_ms() // 3_600_000
+        if self._tags_of_hour[0] != hour:
+            self._tags_of_hour = (hour, set())
+        known = self._tags_of_hour[1]
+        if len(known) < TAGS_PER_HOUR or tag in known:
+            known.add(tag)
+            return tag[:200]
+        return "(others)"
+
+    # -- writer thread: the bounds
+
+    def _keep_up(self) -> None:
+        """One small step of upkeep where one is due; the next at once where there is more to do."""
+        if time.monotonic() < self._upkeep_at_s or self._closing:
+            return
+        more = False
+        with contextlib.suppress(sqlite3.Error):  # a disk that is full or locked is told by the rows
+            more = self._prune() or self._shrink() or self._fold()
+        self._upkeep_at_s = time.monotonic() + (0.0 if more else UPKEEP_REST_S)
+
+    def _pages(self, what: str) -> int:
+        return int(self._connection.execute(f"PRAGMA {what}").fetchone()[0])
+
+    def _log_bytes(self) -> float:
+        """What the log takes of the file: neither free pages nor the cache, which has a bound of its own."""
+        used = (self._pages("page_count") - self._pages("freelist_count")) * self._pages("page_size")
+        if used > self._max_bytes:
+            used -= self._connection.execute("SELECT TOTAL(size_bytes) FROM cache").fetchone()[0]
+        return used
+
+    def _prune(self) -> bool:
+        """Drop some of what is too old; where the log is too large, of its oldest bodies, then of its oldest rows."""
+        delete = self._connection.execute
+        cutoff_ms = int(self._now_ms() - self._keep_ms) if self._keep_ms < math.inf else 0
+        dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS, 16)).rowcount
+        dropped += delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
+        dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
+        if not dropped and self._log_bytes() > self._max_bytes:
+            dropped = delete(PRUNE_BLOCKS, (2**62, 16)).rowcount or delete(PRUNE_CALLS, (2**62, 1000)).rowcount
+        return dropped > 0
+
+    def _shrink(self) -> bool:
+        """Give free pages back to the disk, where they are many."""
+        free = self._pages("freelist_count")
+        if free < 4096 or free * 8 < self._pages("page_count") or self._pages("auto_vacuum") != 2:
+            return False
+        self._connection.executescript("PRAGMA incremental_vacuum(512)")  # `execute` would stop after one page
+        return True
+
+    def _fold(self) -> bool:
+        """Old sums of minutes become sums of hours, and those become sums of days."""
+        now_s = self._now_ms() // 1000
+        if now_s < self._fold_at_s:
+            return False
+        self._fold_at_s = now_s + 3600
+        for table, fold, span_s, kept_s in FOLDS:
+            bounds = {"span": span_s, "before": (now_s - kept_s) // 86_400 * 86_400}
+            connection = self._connection
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.execute(fold, bounds)
+                connection.execute(f"DELETE FROM {table} WHERE start_s < :before AND start_s % :span", bounds)  # noqa: S608 - rows of FOLDS
+                connection.execute("COMMIT")
+            except sqlite3.Error:
+                connection.execute("ROLLBACK")
+                raise
+        return False
 
     # -- readers (any thread)
 
@@ -13778,51 +14134,152 @@ class LogStore:
                 self._reader = open_reader(self.path)
             return self._reader.execute(sql, parameters).fetchall()
 
+    def snapshot(self) -> BinaryIO:
+        """A whole and consistent copy of the database as of now, as an open file that is gone once it is closed."""
+        path = self.path.with_suffix(".backup")
+        with self._backup_lock:
+            path.unlink(missing_ok=True)
+            with contextlib.closing(open_reader(self.path)) as connection:
+                connection.execute("VACUUM INTO ?", (str(path),))
+            file = open(path, "rb")  # noqa: SIM115 - closed by whoever reads it
+            path.unlink()
+        return file
 
-ROW_VALUES: Final = f"({', '.join('?' * len(LOG_COLUMNS))})"
-INSERT_ROWS: Final = f"INSERT INTO requests ({', '.join(LOG_COLUMNS)}) VALUES "  # noqa: S608 - columns of ours
+
+ROW_VALUES: Final = f"({', '.join('?' * (2 + len(OWN_FIELDS) + 4))})"
 
 
 def insert_rows(connection: sqlite3.Connection, rows: list[tuple[Any, ...]]) -> None:
     """Insert rows, many with one statement: each step of SQLite lets go of the interpreter lock and must win it back."""
     at = 0
     for count in (64, 8, 1):
-        statement = INSERT_ROWS + ", ".join([ROW_VALUES] * count)
+        statement = "INSERT INTO calls VALUES " + ", ".join([ROW_VALUES] * count)  # noqa: S608 - question marks only
         while len(rows) - at >= count:
             connection.execute(statement, [value for row in rows[at : at + count] for value in row])
             at += count
 
 
-LOG_FILTERS: Final[Mapping[str, str]] = {
+TAGS_PER_HOUR: Final = 1000
+#: The columns of `rollups` that are sums, in order; each with what it is the sum of.
+SUMS: Final[Mapping[str, str]] = {
+    "requests": "COUNT(*)", "unpriced": "SUM(cost_nanousd IS NULL AND status < 400)", "input_tokens": "TOTAL(input_tokens)",
+    "output_tokens": "TOTAL(output_tokens)", "cached_tokens": "TOTAL(cached_tokens)",
+    "cache_write_tokens": "TOTAL(cache_write_tokens)", "reasoning_tokens": "TOTAL(reasoning_tokens)",
+    "cost_nanousd": "SUM(cost_nanousd)", "latency_ms": "TOTAL(latency_ms)", "first_token_ms": "TOTAL(first_token_ms)",
+    "first_tokens": "COUNT(first_token_ms)", "overhead_ms": "TOTAL(overhead_ms)", "redactions": "TOTAL(redactions)",
+    "saved_nanousd": "TOTAL(saved_nanousd)",
+}  # fmt: skip
+#: A sum that is null (the cost of calls that have none) stays so until there is something to add.
+_ADD: Final = ", ".join(f"{name} = COALESCE({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)
+_UPSERT: Final = f"ON CONFLICT (tag, start_s, label) DO UPDATE SET {_ADD}"
+ROLL_UP: Final = (
+    f"INSERT INTO rollups SELECT ?, (seq >> {SEQ_BITS}) / 60000 * 60, label, {', '.join(SUMS.values())} "  # noqa: S608 - our names
+    "FROM json_each(?) AS wanted CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) "
+    f"WHERE 1 GROUP BY 2, 3 {_UPSERT}"
+)
+FOLD_ROLLUPS: Final = (
+    f"INSERT INTO rollups SELECT tag, start_s - start_s % :span, label, {', '.join(f'SUM({name})' for name in SUMS)} "  # noqa: S608 - our names
+    f"FROM rollups WHERE start_s < :before AND start_s % :span GROUP BY 1, 2, 3 {_UPSERT}"
+)
+#: How many calls took about how long, for quantiles: by hour and label, of the whole call (0) and of the first token (1).
+#: A step is an eighth of a doubling, so that a quantile read from it is off by 5 % at the most.
+STEPS_PER_DOUBLING: Final = 8
+ADD_SPREAD: Final = (
+    "INSERT INTO spreads VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
+)
+FOLD_SPREADS: Final = (
+    "INSERT INTO spreads SELECT start_s - start_s % :span, label, what, step, SUM(calls) FROM spreads "
+    "WHERE start_s < :before AND start_s % :span GROUP BY 1, 2, 3, 4 ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
+)
+
+
+#: What is folded into buckets of how many seconds, once it is so old.
+FOLDS: Final = (
+    ("rollups", FOLD_ROLLUPS, 3600, 2 * 86_400),
+    ("rollups", FOLD_ROLLUPS, 86_400, 90 * 86_400),
+    ("spreads", FOLD_SPREADS, 86_400, 8 * 86_400),
+)
+
+
+def steps_of(row: LogRow, label: int) -> Iterator[tuple[int, int, int, int]]:
+    """The rows of `spreads` that a call counts in: its whole time if it was answered, and its first token's."""
+    hour_s = (row.seq >> SEQ_BITS) // 3_600_000 * 3600
+    _, _, _, _, _, _, _, _, _, latency_ms, first_token_ms, *_ = row.own
+    if row.label[7] < 400:
+        yield hour_s, label, 0, round(math.log2(max(latency_ms, 0.001)) * STEPS_PER_DOUBLING)
+    if first_token_ms is not None:
+        yield hour_s, label, 1, round(math.log2(max(first_token_ms, 0.001)) * STEPS_PER_DOUBLING)
+
+
+def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
+    """p50, p95 and p99 in milliseconds from (step, calls) in ascending order; null where there are none."""
+    total, told = sum(calls for _, calls in steps), cast(Json, dict.fromkeys(QUANTILES))
+    for name, share in QUANTILES.items():
+        below = 0
+        for step, calls in steps:
+            below += calls
+            if below >= share * total:
+                told[name] = round(2 ** (step / STEPS_PER_DOUBLING), 3)
+                break
+    return told
+
+
+PRUNE_BLOCKS: Final = (
+    "DELETE FROM blocks WHERE block IN (SELECT block FROM blocks WHERE block < ? ORDER BY block LIMIT ?)"
+)
+PRUNE_CALLS: Final = "DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE seq < ? ORDER BY seq LIMIT ?)"
+PRUNE_RESPONSES: Final = (
+    "DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE ts_ms < ? ORDER BY ts_ms LIMIT 20)"
+)
+
+#: Filters on what calls have in common, and on the row itself. `before` is the cursor.
+LABEL_FILTERS: Final[Mapping[str, str]] = {
     "model": "(model = :model OR upstream_model = :model)",
     "provider": "provider = :provider",
     "key": "key_id = :key",
     "status": "status BETWEEN :status_low AND :status_high",
+    "error": "error = :error",
     "cache": "cache = :cache",
+}
+ROW_FILTERS: Final[Mapping[str, str]] = {
     "session": "session = :session AND session != ''",  # so that the index of those that have one serves
     "tag": "instr(',' || tags || ',', ',' || :tag || ',')",
-    "since": "ts_ms >= :since",
-    "until": "ts_ms < :until",
-    "before": "seq < :before",
 }
+LOG_FILTERS: Final = (*LABEL_FILTERS, *ROW_FILTERS, "q", "since", "until", "before")
+SELECT_CALLS: Final = f"SELECT calls.*, labels.*, seq >> {SEQ_BITS} AS ts_ms FROM calls CROSS JOIN labels USING (label)"  # noqa: S608 - our names
 
 
-def log_filter(wanted: Mapping[str, str], now_ms: int) -> tuple[str, Json]:
-    """A WHERE clause and its parameters; InvalidRequest for a filter that is not known or not understood."""
-    clauses, parameters = ["1"], cast(Json, {})
+@dataclass(frozen=True, slots=True)
+class LogFilter:
+    """What is wanted of the log: a range of `seq`, conditions on labels and on rows with their parameters, and a text."""
+
+    low: int
+    high: int
+    labels: tuple[str, ...]
+    rows: tuple[str, ...]
+    parameters: Json
+    text: str = ""
+
+
+def log_filter(wanted: Mapping[str, str], now_ms: int, known: Sequence[str] = LOG_FILTERS) -> LogFilter:
+    """Read filters as a user gives them; InvalidRequest for one that is not known or not understood."""
+    low, high, parameters = 0, 2**63 - 1, cast(Json, {})
     for name, text in wanted.items():
-        if name not in LOG_FILTERS:
-            raise InvalidRequest(f"unknown filter {name!r}; known are {', '.join(LOG_FILTERS)}", param=name)
-        clauses.append(LOG_FILTERS[name])
+        if name not in known:
+            raise InvalidRequest(f"unknown filter {name!r}; known are {', '.join(known)}", param=name)
         if name == "status":
             parameters["status_low"], parameters["status_high"] = parse_status_range(text)
-        elif name in ("since", "until"):
-            parameters[name] = parse_time(text, now_ms)
+        elif name == "since":
+            low = parse_time(text, now_ms) << SEQ_BITS
+        elif name == "until":
+            high = min(high, parse_time(text, now_ms) << SEQ_BITS)
         elif name == "before":
-            parameters[name] = int(text) if text.isdigit() else 0
+            high = min(high, int(text) if text.isdigit() else 0)
         else:
             parameters[name] = text
-    return " AND ".join(clauses), parameters
+    labels = tuple(clause for name, clause in LABEL_FILTERS.items() if name in wanted)
+    rows = tuple(clause for name, clause in ROW_FILTERS.items() if name in wanted)
+    return LogFilter(low, high, labels, rows, parameters, wanted.get("q", ""))
 
 
 def parse_status_range(text: str) -> tuple[int, int]:
@@ -13851,10 +14308,142 @@ def parse_time(text: str, now_ms: int) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp() * 1000)
 
 
+#: One page looks at so much at most: rows for a tag or a text, and time. The cursor goes on from there.
+PAGE_MAX_S: Final = 0.25
+PAGE_STEP_ROWS: Final = 500
+LABELS_MAX: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Rows, the newest first, and the cursor to go on from; None where there is no more."""
+
+    rows: list[sqlite3.Row]
+    cursor: int | None
+
+
 def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[sqlite3.Row]:
-    where, parameters = log_filter(wanted, now_ms)
-    sql = f"SELECT * FROM requests WHERE {where} ORDER BY seq DESC LIMIT :limit"  # noqa: S608 - clauses of LOG_FILTERS
-    return store.read(sql, {**parameters, "limit": limit})
+    return find_page(store, wanted, limit, now_ms).rows
+
+
+def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> Page:
+    """One page of the log. With a text or a tag it may hold fewer rows than `limit` and still have a next one."""
+    asked = log_filter(wanted, now_ms)
+    labels = wanted_labels(store, asked) if asked.labels else None
+    if not asked.text and "tag" not in asked.parameters:
+        rows = newest_rows(store, asked, labels, asked.high, limit + 1)
+        return Page(rows[:limit], rows[limit - 1]["seq"] if len(rows) > limit else None)
+    found: list[sqlite3.Row] = []
+    cursor, give_up_s, needles = asked.high, time.monotonic() + PAGE_MAX_S, text_needles(asked.text)
+    blocks: dict[int, bytes] = {}
+    while time.monotonic() < give_up_s:
+        rows = newest_rows(store, asked, labels, cursor, PAGE_STEP_ROWS)
+        for row in rows:
+            if needles is None or says(store, row, needles, blocks):
+                found.append(row)
+                if len(found) == limit:
+                    return Page(found, row["seq"])
+            cursor = row["seq"]
+        if len(rows) < PAGE_STEP_ROWS:
+            return Page(found, None)
+    return Page(found, cursor)
+
+
+def rows_where(asked: LogFilter) -> tuple[str, Json]:
+    """The condition on rows joined with their labels; for questions about many of them."""
+    parameters = {**asked.parameters, "low": asked.low, "high": asked.high}
+    return " AND ".join(["seq >= :low", "seq < :high", *asked.rows, *asked.labels]), parameters
+
+
+def wanted_labels(store: LogStore, asked: LogFilter) -> list[int]:
+    sql = f"SELECT label FROM labels WHERE {' AND '.join(asked.labels)}"  # noqa: S608 - clauses of LABEL_FILTERS
+    return [row["label"] for row in store.read(sql, asked.parameters)]
+
+
+def newest_rows(
+    store: LogStore, asked: LogFilter, labels: list[int] | None, high: int, limit: int
+) -> list[sqlite3.Row]:
+    """The newest rows below `high` that fit. Each label has its rows in order in one index; the newest of all are wanted."""
+    parameters = {**asked.parameters, "low": asked.low, "high": high, "limit": limit}
+    clauses = ["seq >= :low", "seq < :high", *asked.rows]
+    if labels is not None and asked.rows:
+        clauses.append("label IN (SELECT value FROM json_each(:labels))")
+        parameters["labels"] = dump_json(labels).decode()
+    elif labels is not None and len(labels) <= LABELS_MAX:
+        own = "SELECT seq FROM calls WHERE label = ? AND seq >= ? AND seq < ? ORDER BY seq DESC LIMIT ?"
+        seqs = [row["seq"] for label in labels for row in store.read(own, (label, asked.low, high, limit))]
+        clauses.append("seq IN (SELECT value FROM json_each(:seqs))")
+        parameters["seqs"] = dump_json(sorted(seqs, reverse=True)[:limit]).decode()
+    elif labels is not None:
+        clauses += asked.labels
+    sql = f"{SELECT_CALLS} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT :limit"
+    return store.read(sql, parameters)
+
+
+def text_needles(text: str) -> tuple[bytes, ...] | None:
+    """How a text may stand in a body: as it is, or with JSON's escapes. Bodies are compared in ASCII's small letters."""
+    if not text:
+        return None
+    texts = (text, text.lower())
+    forms = {*texts, *(json.dumps(form, ensure_ascii=escaped)[1:-1] for form in texts for escaped in (True, False))}
+    return tuple(form.encode("utf-8", "replace").lower() for form in forms)
+
+
+def says(store: LogStore, row: sqlite3.Row, needles: tuple[bytes, ...], blocks: dict[int, bytes]) -> bool:
+    """Whether a call's bodies hold one of the texts. Blocks are looked at in order, so the last few are kept."""
+    block = row["block"]
+    if block not in blocks:
+        while len(blocks) > 3:
+            del blocks[next(iter(blocks))]
+        blocks[block] = read_block(store, block).lower()
+    end = row["request_at"] + row["request_bytes"] + row["answer_bytes"]
+    return any(blocks[block].find(needle, row["request_at"], end) >= 0 for needle in needles)
+
+
+def export_rows(store: LogStore, wanted: Mapping[str, str], now_ms: int) -> Iterator[list[Json]]:
+    """All rows that fit, the newest first, in steps, so that neither memory nor the database's log of writes grows."""
+    cursor: int | None = None
+    while True:
+        page = find_page(store, {**wanted, "before": str(cursor)} if cursor else wanted, PAGE_STEP_ROWS, now_ms)
+        yield [public_row(row) for row in page.rows]
+        if (cursor := page.cursor) is None:
+            return
+
+
+def find_new_requests(
+    store: LogStore, block: int, wanted: Mapping[str, str], now_ms: int
+) -> tuple[list[sqlite3.Row], int]:
+    """Rows committed after this block, in their order, that fit; and the last block."""
+    asked, rows = log_filter(wanted, now_ms), cast(list[sqlite3.Row], [])
+    needles = text_needles(asked.text)
+    clauses = " AND ".join(["seq IN (SELECT value FROM json_each(:seqs))", *asked.labels, *asked.rows])
+    for found in store.read("SELECT block, seqs FROM blocks WHERE block > ? ORDER BY block LIMIT 100", (block,)):
+        block = found["block"]
+        seqs = struct.unpack(f"<{len(found['seqs']) // 8}q", found["seqs"])
+        parameters = {**asked.parameters, "seqs": dump_json(seqs).decode()}
+        fresh = store.read(f"{SELECT_CALLS} WHERE {clauses} ORDER BY seq", parameters)
+        rows += [row for row in fresh if needles is None or says(store, row, needles, {})]
+    return rows, block
+
+
+def last_block(store: LogStore) -> int:
+    return cast(int, store.read("SELECT MAX(block) AS block FROM blocks")[0]["block"] or 0)
+
+
+def time_of_id(request_id: str) -> int | None:
+    """The Unix milliseconds that stand in an id; None where it is none of ours."""
+    found = re.fullmatch(rf"[a-z]+_([{CROCKFORD}]{{9}})[0-9a-f]{{7}}[{CROCKFORD}]{{8}}", request_id)
+    return functools.reduce(lambda value, letter: value * 32 + CROCKFORD.index(letter), found[1], 0) if found else None
+
+
+def find_row(store: LogStore, request_id: str) -> sqlite3.Row | None:
+    """The row of an id: its time stands in it, give or take what passed between two looks at the clock."""
+    at_ms = time_of_id(request_id)
+    if at_ms is None:
+        return None
+    bounds = (at_ms - 2000 << SEQ_BITS, at_ms + 1 << SEQ_BITS, request_id)
+    rows = store.read(f"{SELECT_CALLS} WHERE seq > ? AND seq < ? AND id = ? ORDER BY seq DESC LIMIT 1", bounds)
+    return rows[0] if rows else None
 
 
 def find_request(store: LogStore, request_id: str) -> Json | None:
@@ -13863,10 +14452,9 @@ def find_request(store: LogStore, request_id: str) -> Json | None:
     Beside the log fields: `attempt_log`, `spans`, `dropped`, `usage` (rare buckets), `saved_usd`, `notes` (see
     `call_notes`), `feedback`, `request` and `response` (as logged: null where no body was kept).
     """
-    rows = store.read("SELECT * FROM requests WHERE id = ?", (request_id,))
-    if not rows:
+    row = find_row(store, request_id)
+    if row is None:
         return None
-    row = rows[0]
     asked, answered = read_bodies(store, row)
     notes = orjson.loads(row["notes"]) if row["notes"] else {}
     attempts = orjson.loads(row["attempt_log"]) if row["attempt_log"] else []
@@ -13886,6 +14474,14 @@ def find_request(store: LogStore, request_id: str) -> Json | None:
         "request": body_json(asked),
         "response": body_json(answered),
     }
+
+
+def read_block(store: LogStore, block: int | None) -> bytes:
+    """The bodies of a group of calls; empty where they have been dropped."""
+    found = store.read("SELECT compressed, bodies FROM blocks WHERE block = ?", (block,))
+    if not found:
+        return b""
+    return zlib.decompress(found[0]["bodies"]) if found[0]["compressed"] else cast(bytes, found[0]["bodies"])
 
 
 def spans_of(found: Json, attempts: Sequence[Json]) -> list[Json]:
@@ -13912,11 +14508,8 @@ def find_feedback(store: LogStore, request_id: str) -> list[Json]:
 
 
 def read_bodies(store: LogStore, row: sqlite3.Row) -> tuple[bytes, bytes]:
-    block = store.read("SELECT compressed, bodies FROM blocks WHERE block = ?", (row["block"],))
-    if not block:
-        return b"", b""
-    raw: bytes = zlib.decompress(block[0]["bodies"]) if block[0]["compressed"] else block[0]["bodies"]
-    at, middle = row["request_at"], row["request_at"] + row["request_bytes"]
+    raw, at = read_block(store, row["block"]), row["request_at"]
+    middle = at + row["request_bytes"]
     return raw[at:middle], raw[middle : middle + row["answer_bytes"]]
 
 
@@ -13973,25 +14566,55 @@ def find_items(store: LogStore, ids: Sequence[str], key_id: str) -> dict[str, Js
 
 
 SPEND_BY: Final[Mapping[str, str]] = {
-    "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', ts_ms / 1000, 'unixepoch')", "tag": "tags",
-    "session": "session",
+    "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', start_s, 'unixepoch')",
+    "tag": "tag", "status": "status", "endpoint": "endpoint",
 }  # fmt: skip
+#: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
+SPEND_BY_ROWS: Final = ("session",)
+SPEND_FILTERS: Final = (*LABEL_FILTERS, "since", "until")
+TOLD_SUMS: Final = (
+    "requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "unpriced",
+)  # fmt: skip
+_SUM_COLUMNS: Final = ", ".join(f"SUM({name}) AS {name}" for name in SUMS) + (
+    ", SUM(requests * (status >= 400)) AS errors, SUM(requests * (cache IN ('hit', 'coalesced'))) AS cache_hits"
+)
 
 
-def find_spend(store: LogStore, by: str, since_ms: int = 0) -> list[Json]:
-    """Calls, tokens and cost by one dimension, dearest first; unpriced calls are counted beside, never as zero."""
+def sums_where(asked: LogFilter, now_ms: int, by: str = "", width_s: int = 60) -> tuple[str, Json]:
+    """The condition on sums: of all calls, or of those with tags; in whole minutes or hours, as they are kept."""
+    tags = "tag > ''" if by == "tag" else "tag = ''"
+    low_s, high_s = ((edge >> SEQ_BITS) // 1000 // width_s * width_s for edge in (asked.low, asked.high))
+    if high_s >= now_ms // 1000 // width_s * width_s:
+        high_s = 2**62  # the minute under way belongs to a span that ends in it
+    clauses = [*([tags] if width_s == 60 else []), "start_s >= :low_s", "start_s < :high_s", *asked.labels]
+    return " AND ".join(clauses), {**asked.parameters, "low_s": low_s, "high_s": high_s}
+
+
+def as_usd(nanousd: int | None) -> float | None:
+    return None if nanousd is None else nanousd / NANOUSD_PER_USD
+
+
+def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
+    """Calls, tokens and cost by one dimension, dearest first; unpriced calls are counted beside, never as zero.
+
+    Read from sums of minutes (of hours after two days, of days after ninety), so `since` is as exact as those.
+    """
+    asked = log_filter(wanted, now_ms, SPEND_FILTERS)
+    if by in SPEND_BY_ROWS:
+        where, parameters = rows_where(asked)
+        columns = ", ".join(f"{what} AS {name}" for name, what in SUMS.items()) + ", SUM(status >= 400) AS errors"
+        source = f"calls CROSS JOIN labels USING (label) WHERE {by} != '' AND {where}"
+    else:
+        where, parameters = sums_where(asked, now_ms, by)
+        columns, source = _SUM_COLUMNS, f"rollups CROSS JOIN labels USING (label) WHERE {where}"
     rows = store.read(
-        f"SELECT {SPEND_BY[by]} AS name, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - rows of SPEND_BY
-        "SUM(output_tokens) AS output_tokens, SUM(cached_tokens) AS cached_tokens, SUM(cost_nanousd) AS cost_nanousd, "
-        "SUM(cost_nanousd IS NULL AND status < 400) AS unpriced FROM requests WHERE ts_ms >= ? GROUP BY name "
-        "ORDER BY cost_nanousd DESC, name",
-        (since_ms,),
+        f"SELECT {SPEND_BY.get(by, by)} AS name, {columns} FROM {source} GROUP BY name ORDER BY cost_nanousd DESC, name",  # noqa: S608 - rows of our tables
+        parameters,
     )
     return [
-        {**{key: row[key] or 0 for key in ("requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "unpriced")},
-         by: row["name"], "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD}
+        {by: row["name"], **{name: row[name] or 0 for name in TOLD_SUMS}, "cost_usd": as_usd(row["cost_nanousd"])}
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[Json]:
@@ -13999,18 +14622,20 @@ def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
 
     The filters are those of the log; `before` is a session's `cursor`.
     """
-    where, parameters = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
+    where, parameters = rows_where(
+        log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
+    )
     before = wanted.get("before", "")
     rows = store.read(
         "SELECT session, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - clauses of LOG_FILTERS
         "SUM(cached_tokens) AS cached_tokens, SUM(output_tokens) AS output_tokens, SUM(cost_nanousd) AS cost_nanousd, "
-        "GROUP_CONCAT(DISTINCT model) AS models, MIN(ts_ms) AS first_ms, MAX(ts_ms) AS last_ms, MAX(seq) AS cursor "
-        f"FROM requests WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before "
+        "GROUP_CONCAT(DISTINCT model) AS models, MIN(seq) AS first, MAX(seq) AS cursor "
+        f"FROM calls CROSS JOIN labels USING (label) WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before "
         "ORDER BY cursor DESC LIMIT :limit",
-        {**parameters, "before": int(before) if before.isdigit() else NEVER_MS, "limit": limit},
+        {**parameters, "before": int(before) if before.isdigit() else 2**63 - 1, "limit": limit},
     )
     return [
-        {"session": row["session"], "first": format_time(row["first_ms"]), "last": format_time(row["last_ms"]),
+        {"session": row["session"], "first": format_time(row["first"] >> SEQ_BITS), "last": format_time(row["cursor"] >> SEQ_BITS),
          **{name: row[name] or 0 for name in ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")},
          "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
          "models": row["models"].split(","), "cursor": str(row["cursor"])}
@@ -14130,33 +14755,33 @@ POINT_COUNTS: Final = (
 def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
     """What was called, bucket by bucket (the whole span where `bucket_ms` is 0), oldest first, by one of POINTS_BY.
 
-    A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
-    "first_token_ms": the same}`. `ts` is the bucket's start (null for the whole span), `name` empty for the total. Quantiles are of answered calls
-    and null where there are none; `cost_usd` is null where none was priced. Buckets without calls are left out.
+        A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
+    "first_token_ms": the same}`. `ts` is the bucket's start (null for the whole span), `name` empty for the total.
+    Quantiles are of answered calls and null where there are none, kept by hour, within 5 %; `cost_usd` is null where none
+    was priced. Buckets without calls are left out. All of it is read from sums, so a span is as exact as those: a minute,
+    later an hour, then a day.
     """
-    at, name = (f"ts_ms / {bucket_ms} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
-    where, parameters = log_filter(wanted, now_ms)
-    quantiles = ", ".join(
-        f"MIN({column}) FILTER (WHERE {column}_rank >= {share}) AS {column}_{label}"
-        for column in ("latency_ms", "first_token_ms") for label, share in QUANTILES.items()
-    )  # fmt: skip
+    asked = log_filter(wanted, now_ms, SPEND_FILTERS)
+    at, name = (f"start_s / {bucket_ms // 1000} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
+    where, parameters = sums_where(asked, now_ms)
     rows = store.read(
-        f"WITH picked AS (SELECT *, {at} AS at, {name} AS name, "  # noqa: S608 - rows of the tables above
-        f"CASE WHEN status < 400 THEN CUME_DIST() OVER (PARTITION BY {at}, {name}, status < 400 ORDER BY latency_ms) END "
-        f"AS latency_ms_rank, CASE WHEN first_token_ms NOT NULL THEN CUME_DIST() OVER "
-        f"(PARTITION BY {at}, {name}, first_token_ms IS NULL ORDER BY first_token_ms) END AS first_token_ms_rank "
-        f"FROM requests WHERE {where}) SELECT at, name, COUNT(*) AS requests, SUM(status >= 400) AS errors, "
-        "SUM(cache IN ('hit', 'coalesced')) AS cache_hits, SUM(input_tokens) AS input_tokens, "
-        "SUM(cached_tokens) AS cached_tokens, SUM(output_tokens) AS output_tokens, SUM(redactions) AS redactions, "
-        "SUM(cost_nanousd IS NULL AND status < 400) AS unpriced, SUM(cost_nanousd) AS cost_nanousd, "
-        f"SUM(saved_nanousd) AS saved_nanousd, {quantiles} FROM picked GROUP BY at, name ORDER BY at, requests DESC",
+        f"SELECT {at} AS at, {name} AS name, {_SUM_COLUMNS} FROM rollups CROSS JOIN labels USING (label) WHERE {where} "  # noqa: S608 - rows of our tables
+        "GROUP BY at, name ORDER BY at, requests DESC",
         parameters,
     )
+    where, parameters = sums_where(asked, now_ms, width_s=3600)
+    steps: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+    for row in store.read(
+        f"SELECT {at} AS at, {name} AS name, what, step, SUM(calls) AS calls FROM spreads CROSS JOIN labels USING (label) "  # noqa: S608 - rows of our tables
+        f"WHERE {where} GROUP BY at, name, what, step ORDER BY step",
+        parameters,
+    ):
+        steps.setdefault((row["at"], row["name"], row["what"]), []).append((row["step"], row["calls"]))
     return [
         {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
-         "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
-         "saved_usd": row["saved_nanousd"] / NANOUSD_PER_USD,
-         **{what: {label: row[f"{what}_{label}"] for label in QUANTILES} for what in ("latency_ms", "first_token_ms")}}
+         "cost_usd": as_usd(row["cost_nanousd"]), "saved_usd": as_usd(row["saved_nanousd"]),
+         **{told: quantiles_of(steps.get((row["at"], row["name"], what), ()))
+            for what, told in enumerate(("latency_ms", "first_token_ms"))}}
         for row in rows
     ]  # fmt: skip
 
@@ -14221,7 +14846,8 @@ class Journal:
     them, replays the journals from that number on, and so loses and doubles nothing.
     """
 
-    CHECKPOINT_BYTES: ClassVar[int] = 8 * 1024 * 1024
+    NAME: ClassVar[str] = "ledger"
+    TURN_BYTES: ClassVar[int] = 8 * 1024 * 1024
 
     def __init__(self, directory: Path, generation: int, full_sync: bool) -> None:
         self._directory, self.generation, self._full_sync = directory, generation, full_sync
@@ -14229,7 +14855,7 @@ class Journal:
         self._size = 0
 
     def _path(self, generation: int) -> Path:
-        return self._directory / f"ledger-{generation:08d}.journal"
+        return self._directory / f"{self.NAME}-{generation:08d}.journal"
 
     def _open(self) -> int:
         return os.open(self._path(self.generation), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -14250,32 +14876,137 @@ class Journal:
 
     @property
     def is_long(self) -> bool:
-        return self._size > self.CHECKPOINT_BYTES
+        return self._size > self.TURN_BYTES
 
     def turn(self) -> int:
-        """Go on in a new journal; its number."""
-        os.close(self._file)
+        """Go on in a new journal; its number. Where none can be opened, the old one goes on; OSError."""
+        before = self._file
         self.generation += 1
         self._size = 0
-        self._file = self._open()
+        try:
+            self._file = self._open()
+        except OSError:
+            self.generation -= 1
+            raise
+        os.close(before)
         return self.generation
 
     def drop_before(self, generation: int) -> None:
-        for path in self._directory.glob("ledger-*.journal"):
-            if int(path.stem.removeprefix("ledger-")) < generation:
+        for number, path in self.paths(self._directory):
+            if number < generation:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self._file)
 
-    @staticmethod
-    def read(directory: Path, generation: int) -> Iterator[Json]:
+    @classmethod
+    def paths(cls, directory: Path) -> list[tuple[int, Path]]:
+        """The journals of a directory with their numbers, the oldest first."""
+        found = directory.glob(f"{cls.NAME}-*.journal")
+        return sorted((int(path.stem.removeprefix(f"{cls.NAME}-")), path) for path in found)
+
+    @classmethod
+    def read(cls, directory: Path, generation: int) -> Iterator[Any]:
         """The records from this journal on; a line that a crash cut short is the last, and was never acted on."""
-        for path in sorted(directory.glob("ledger-*.journal")):
-            if int(path.stem.removeprefix("ledger-")) >= generation:
+        for number, path in cls.paths(directory):
+            if number >= generation:
                 for line in path.read_bytes().split(b"\n"):
                     with contextlib.suppress(orjson.JSONDecodeError):
                         yield orjson.loads(line)
+
+
+class CallJournal(Journal):
+    """Calls that have left and calls that have ended, for as long as SQLite may lack their rows.
+
+    The lines are those of `intent_line`, and rows. A line that cannot be written refuses no call: its row still waits in
+    memory, and `error` tells the operator. With `full_sync`, `synced` is awaited before a call leaves and before the
+    last of its answer does; calls that wait together share one fsync.
+    """
+
+    NAME: ClassVar[str] = "calls"
+
+    def __init__(self, directory: Path, generation: int, full_sync: bool) -> None:
+        super().__init__(directory, generation, full_sync)
+        self.error = ""
+        self._open_calls: dict[str, bytes] = {}
+        self._waiting: list[asyncio.Future[None]] = []
+        self._syncing: asyncio.Task[None] | None = None
+
+    def begin(self, call_id: str, line: bytes) -> None:
+        if call_id not in self._open_calls:
+            self._open_calls[call_id] = line
+            self.keep(line)
+
+    def end(self, call_id: str, line: bytes) -> None:
+        self._open_calls.pop(call_id, None)
+        self.keep(line)
+
+    def keep(self, line: bytes) -> None:
+        try:
+            if os.write(self._file, line + b"\n") <= len(line):
+                raise OSError("the disk is full")
+            self._size += len(line) + 1
+            if self.error:
+                self.error = ""
+        except OSError as error:
+            self.error = f"the journal cannot be written: {error.strerror or error}"
+            with contextlib.suppress(OSError):  # so that the next line does not run on from half of this one
+                os.write(self._file, b"\n")
+
+    def turn(self) -> int:
+        """Go on in a new journal, which also knows the calls under way; its number, 0 where the old one must go on."""
+        try:
+            if self._full_sync:
+                os.fsync(self._file)
+            super().turn()
+        except OSError as error:
+            self.error = f"no journal can be opened: {error.strerror}"
+            return 0
+        for line in self._open_calls.values():
+            self.keep(line)
+        return self.generation
+
+    async def synced(self) -> None:
+        """Return once what was written before is on the disk itself; StorageUnavailable where that fails."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        if self._syncing is None:
+            self._syncing = asyncio.create_task(self._sync())
+        await waiter
+
+    async def _sync(self) -> None:
+        while self._waiting:
+            waiters, self._waiting = self._waiting, []
+            file, failure = self._file, ""
+            try:
+                await asyncio.to_thread(os.fsync, file)
+            except OSError as error:
+                failure = f"the journal cannot be written: {error.strerror}" if file == self._file else ""
+            for waiter in waiters:
+                if waiter.done():
+                    continue
+                waiter.set_exception(StorageUnavailable(failure)) if failure else waiter.set_result(None)
+        self._syncing = None
+
+    def close(self, all_is_written: bool = False) -> None:
+        super().close()
+        if all_is_written:
+            self.drop_before(self.generation + 1)
+
+    @classmethod
+    def leftovers(cls, directory: Path) -> tuple[int, list[LogRow], list[list[Any]]]:
+        """What earlier processes left: the last number, rows of calls that ended, intents of calls that did not."""
+        rows: dict[str, LogRow] = {}
+        intents: dict[str, list[Any]] = {}
+        for record in cls.read(directory, 0):
+            if not isinstance(record, list):
+                continue
+            if len(record) == 3:
+                rows[record[2][0]] = LogRow(record[0], tuple(record[1]), tuple(record[2]))
+            else:
+                intents[record[0]] = record
+        numbers = [number for number, _ in cls.paths(directory)]
+        return max(numbers, default=0), [*rows.values()], [intents[name] for name in intents if name not in rows]
 
 
 def read_records(store: LogStore, table: str) -> list[Json]:
@@ -15093,7 +15824,7 @@ class Cache:
         """For the operator: sizes now, counts since this process began."""
         entries, size = len(self.memory), self.memory.size_bytes
         if self.shelf is not None:
-            await self._store.flush()
+            await self._store.catch_up()
             entries, size = await asyncio.to_thread(self.shelf.size, self._now_ms())
         asked = self.hits + self.coalesced + self.misses
         scope = "shared" if self.is_shared else "key"
@@ -15561,12 +16292,14 @@ class Gateway:
         """End a client's stream as its work ends: a failure after its headers went out is an event of the stream."""
         try:
             await work
+            await self.close_row(call)
             client.end_stream(broken=False)
         except GatewayError as error:
             if call.status == 0:
                 raise
             call.status, call.error = error.status, error.code
             client.send((renderer() or self.renderer(call)).fail(error, call.id))
+            await self.close_row(call)
             client.end_stream(broken=True)
 
     async def share_stream(self, call: Call, rider: Rider, key: bytes) -> None:
@@ -15830,12 +16563,16 @@ class Gateway:
         if call.key is not None:
             call.key.check(target.provider.id, call.model, target.model)
         hold = self.hold(call, target)
+        call.provider, call.upstream_model = target.provider.id, target.model
         began_s, health = self.tick(), target.health
         is_probe, outcome = health is not None and health.begin(began_s), None
         line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
         call.attempts.append(line)
-        call.provider, call.upstream_model = target.provider.id, target.model
         try:
+            if len(call.attempts) == 1:
+                self.store.begin(call)
+                if self.store.full_sync:
+                    await self.store.journal.synced()
             if target.provider.row.key_is_file:
                 await self.google_tokens.refresh(target.provider.keys[0])
             try:
@@ -16160,7 +16897,9 @@ class Gateway:
         return GatewayError("Stockyard met an error of its own; its log has the details under this request id")
 
     def settle(self, call: Call) -> None:
-        """Close the call: exactly one row, however it ended."""
+        """Close the call: exactly one row, however it ended; a stream's before its last byte leaves."""
+        if call.ended_s:
+            return
         call.ended_s = self.tick()
         if call.is_gone:
             call.status, call.error = ClientGone.status, ClientGone.code
@@ -16177,9 +16916,16 @@ class Gateway:
         event = b""
         for watcher in self.watchers:
             if not event and not watcher.is_full:
-                row = dict(zip(LOG_COLUMNS, log_row(call), strict=False))  # all but where its bodies lie
+                row = log_row(call).fields()
                 event = sse_event(public_row(row), "request")
             watcher.put(event)
+
+    async def close_row(self, call: Call) -> None:
+        """Close the call, on the disk itself where that is asked for: the end of its answer may leave."""
+        self.settle(call)
+        if self.store.full_sync:
+            with contextlib.suppress(StorageUnavailable):  # the answer is paid for; /ready tells of the disk
+                await self.store.journal.synced()
 
     # -- requests out
 
@@ -16817,6 +17563,8 @@ class Lane(RequestHandler):
             refusal = self.guard.check(call.headers)
             reply = self.gateway.turn_away(call, refusal) if refusal else await self.gateway.answer(call, self)
             if reply is not None:
+                if self.gateway.store.full_sync:
+                    await self.gateway.close_row(call)
                 self._write_plain(reply, self._keep)
         finally:
             self._task = self._call = None
@@ -17137,6 +17885,7 @@ async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.St
         if client.headers is None:
             reply = await task
             assert reply is not None
+            await gateway.close_row(call)
             return to_response(reply)
         response = web.StreamResponse(headers=dict(client.headers))
         await response.prepare(request)
@@ -17336,6 +18085,9 @@ async def forward(
     call.attempts.append(line)
     began_s = gateway.tick()
     try:
+        gateway.store.begin(call)
+        if gateway.store.full_sync:
+            await gateway.store.journal.synced()
         async with request.app[UPLOADS_KEY].request(
             request.method,
             url,
@@ -17438,7 +18190,7 @@ async def get_health(request: web.Request) -> web.Response:
 async def get_ready(request: web.Request) -> web.Response:
     """Whether it takes calls: 503 while it shuts down, or where the log cannot be written."""
     gateway = request.app[GATEWAY_KEY]
-    trouble = "shutting down" if gateway.draining else gateway.store.last_error
+    trouble = "shutting down" if gateway.draining else gateway.store.trouble()
     return json_response({"status": trouble or "ready"}, status=503 if trouble else 200)
 
 
@@ -17511,30 +18263,64 @@ async def pass_response(request: web.Request, gateway: Gateway, stored: StoredRe
     return await logged(gateway, call, work)
 
 
-async def find_page(
-    request: web.Request, find: Callable[[LogStore, Mapping[str, str], int, int], list[T]]
-) -> tuple[list[T], T | None]:
-    """One page of a list by the log's filters, and its last row where there is more behind it."""
-    gateway = request.app[GATEWAY_KEY]
-    wanted = {name: value for name, value in request.query.items() if name not in ("limit", "cursor")}
-    if request.query.get("cursor"):
-        wanted["before"] = request.query["cursor"]
-    limit = page_size(request.query.get("limit", "50"))
-    await gateway.store.flush()
-    rows = await asyncio.to_thread(find, gateway.store, wanted, limit + 1, int(gateway.clock() * 1000))
-    return rows[:limit], rows[limit - 1] if len(rows) > limit else None
-
-
 async def get_requests(request: web.Request) -> web.Response:
     """The log, the newest first: `{"data": [rows], "next": cursor or null}`."""
-    rows, last = await find_page(request, find_requests)
-    return json_response({"data": [public_row(row) for row in rows], "next": str(last["seq"]) if last else None})
+    gateway, wanted, limit = request.app[GATEWAY_KEY], wanted_of(request), page_size(request.query.get("limit", "50"))
+    await gateway.store.catch_up()
+    page = await asyncio.to_thread(find_page, gateway.store, wanted, limit, int(gateway.clock() * 1000))
+    more = str(page.cursor) if page.cursor else None
+    return json_response({"data": [public_row(row) for row in page.rows], "next": more})
 
 
 async def get_sessions(request: web.Request) -> web.Response:
     """Conversations by x-stockyard-session, the latest first, with what they cost."""
-    rows, last = await find_page(request, find_sessions)
-    return json_response({"data": rows, "next": last["cursor"] if last else None})
+    gateway, wanted, limit = request.app[GATEWAY_KEY], wanted_of(request), page_size(request.query.get("limit", "50"))
+    await gateway.store.catch_up()
+    rows = await asyncio.to_thread(find_sessions, gateway.store, wanted, limit + 1, int(gateway.clock() * 1000))
+    return json_response({"data": rows[:limit], "next": rows[limit - 1]["cursor"] if len(rows) > limit else None})
+
+
+def wanted_of(request: web.Request) -> dict[str, str]:
+    """The filters in a query; its cursor is one of them."""
+    own = ("limit", "cursor", "by", "bucket")
+    wanted = {name: value for name, value in request.query.items() if name not in own}
+    return {**wanted, "before": request.query["cursor"]} if request.query.get("cursor") else wanted
+
+
+async def export_requests(request: web.Request) -> web.StreamResponse:
+    """The whole log, or what the filters leave of it, as CSV or as one JSON object a line; memory stays small."""
+    gateway, form = request.app[GATEWAY_KEY], request.path.rpartition(".")[2]
+    steps = export_rows(gateway.store, wanted_of(request), int(gateway.clock() * 1000))
+    await gateway.store.catch_up()
+    rows = await asyncio.to_thread(next, steps, None)  # a wrong filter is refused before the answer begins
+    response = web.StreamResponse(headers={"cache-control": "private, no-store", "vary": "Authorization"})
+    response.content_type = {"csv": "text/csv", "jsonl": "application/jsonl"}[form]
+    await response.prepare(request)
+    if form == "csv":
+        await response.write(",".join(LOG_FIELDS).encode() + b"\r\n")
+    while rows is not None:
+        await response.write(await asyncio.to_thread(csv_lines if form == "csv" else json_lines, rows))
+        rows = await asyncio.to_thread(next, steps, None)
+    await response.write_eof()
+    return response
+
+
+def csv_lines(rows: Sequence[Json]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, LOG_FIELDS).writerows(map(csv_cells, rows))
+    return text.getvalue().encode()
+
+
+def csv_cells(row: Json) -> Json:
+    """A row for spreadsheets, which would run what a client wrote as a formula."""
+    return {
+        name: f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+        for name, value in row.items()
+    }
+
+
+def json_lines(rows: Sequence[Json]) -> bytes:
+    return b"".join(dump_json(row) + b"\n" for row in rows)
 
 
 def page_size(text: str) -> int:
@@ -17546,7 +18332,7 @@ def page_size(text: str) -> int:
 async def logged_request(request: web.Request) -> Json:
     """The logged call that the path names; NotFound where there is none."""
     gateway = request.app[GATEWAY_KEY]
-    await gateway.store.flush()
+    await gateway.store.catch_up()
     found = await asyncio.to_thread(find_request, gateway.store, request.match_info["id"])
     if found is None:
         raise NotFound("no request has this id; it may have been older than the log keeps")
@@ -17708,13 +18494,29 @@ FEEDBACK_TEXTS: Final[Mapping[str, int]] = {"label": 100, "comment": 4000}
 
 async def get_spend(request: web.Request) -> web.Response:
     """Calls, tokens and cost by one dimension, the dearest first."""
+    gateway, by = request.app[GATEWAY_KEY], read_choice(request, "by", (*SPEND_BY, *SPEND_BY_ROWS), "model")
+    await gateway.store.catch_up()
+    rows = await asyncio.to_thread(find_spend, gateway.store, by, wanted_of(request), int(gateway.clock() * 1000))
+    return json_response({"data": rows, "next": None})
+
+
+async def get_backup(request: web.Request) -> web.StreamResponse:
+    """The database as one consistent file, made while calls go on; with the balances as of now."""
     gateway = request.app[GATEWAY_KEY]
-    by = request.query.get("by", "model")
-    if by not in SPEND_BY:
-        raise InvalidRequest(f"`by` must be one of {', '.join(SPEND_BY)}", param="by")
-    since = parse_time(request.query["since"], int(gateway.clock() * 1000)) if "since" in request.query else 0
+    gateway.checkpoint()
     await gateway.store.flush()
-    return json_response({"data": await asyncio.to_thread(find_spend, gateway.store, by, since), "next": None})
+    try:
+        file = await asyncio.to_thread(gateway.store.snapshot)
+    except (sqlite3.Error, OSError) as error:
+        raise StorageUnavailable(f"the copy could not be made: {error}") from error
+    with file:
+        response = web.StreamResponse(headers={"cache-control": "private, no-store"})
+        response.content_type, response.content_length = "application/vnd.sqlite3", os.fstat(file.fileno()).st_size
+        await response.prepare(request)
+        while piece := await asyncio.to_thread(file.read, 1024 * 1024):
+            await response.write(piece)
+        await response.write_eof()
+    return response
 
 
 def read_span(request: web.Request, usual: str) -> tuple[dict[str, str], int, int]:
@@ -17747,7 +18549,7 @@ async def get_timeseries(request: web.Request) -> web.Response:
     wanted, since_ms, until_ms = read_span(request, {"hour": "24h", "day": "30d"}[bucket])
     if (until_ms - since_ms) / BUCKETS_MS[bucket] > MAX_BUCKETS:
         raise InvalidRequest(f"that is more than {MAX_BUCKETS} buckets; choose a shorter span, or days", param="since")
-    await gateway.store.flush()
+    await gateway.store.catch_up()
     now_ms = int(gateway.clock() * 1000)
     points = await asyncio.to_thread(find_points, gateway.store, by, BUCKETS_MS[bucket], wanted, now_ms)
     told = {"bucket": bucket, "by": by, "since": wanted["since"], "until": wanted["until"]}
@@ -17763,7 +18565,7 @@ async def get_overview(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY_KEY]
     wanted, since_ms, until_ms = read_span(request, "24h")
     earlier = {**wanted, "since": format_time(2 * since_ms - until_ms), "until": wanted["since"]}
-    await gateway.store.flush()
+    await gateway.store.catch_up()
 
     def points(by: str, span: Mapping[str, str]) -> list[Json]:
         return find_points(gateway.store, by, 0, span, until_ms)
@@ -18067,10 +18869,12 @@ BODIES: Final[Mapping[str, Mapping[str, str]]] = {
     "POST /api/keys/{id}/rotate": {"grace_s": "integer"},
     "PUT /api/budgets": {"budgets": "array"}, "POST /api/config": dict.fromkeys(sorted(LIVE_SETTINGS), ""),
 }  # fmt: skip
+PAGE_FILTERS: Final = tuple(name for name in LOG_FILTERS if name != "before")
 QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
-    "/api/requests": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
+    "/api/requests": (*PAGE_FILTERS, "limit", "cursor"),
+    "/api/requests.csv": PAGE_FILTERS, "/api/requests.jsonl": PAGE_FILTERS,
     "/api/sessions": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
-    "/api/spend": ("by", "since"), "/api/timeseries": ("bucket", "by", *POINT_FILTERS), "/api/overview": POINT_FILTERS,
+    "/api/spend": ("by", *SPEND_FILTERS), "/api/timeseries": ("bucket", "by", *POINT_FILTERS), "/api/overview": POINT_FILTERS,
     "/api/route": ("model", "provider", "tags", "session", "tokens"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
 }  # fmt: skip
 SUCCESSES: Final[Mapping[str, int]] = {"POST /api/keys": 201, "POST /api/requests/{id}/feedback": 201}
@@ -18196,6 +19000,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET DELETE", "/api/session", get_session, "viewer"),
     RouteRow("GET", "/api/events", get_events, "admin"),
     RouteRow("GET", "/api/requests", get_requests, "admin"),
+    RouteRow("GET", "/api/requests.csv", export_requests, "admin"),
+    RouteRow("GET", "/api/requests.jsonl", export_requests, "admin"),
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/requests/{id}/explain", explain, "admin"),
     RouteRow("POST", "/api/requests/{id}/replay", replay, "admin", spends=True),
@@ -18204,6 +19010,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/spend", get_spend, "admin"),
     RouteRow("GET", "/api/timeseries", get_timeseries, "admin"),
     RouteRow("GET", "/api/overview", get_overview, "admin"),
+    RouteRow("POST", "/api/backup", get_backup, "admin"),
     RouteRow("GET", "/api/providers", get_providers, "admin"),
     RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
     RouteRow("GET", "/api/models", get_models, "admin"),
@@ -18528,6 +19335,8 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
             settings.data_path / "stockyard.db",
             bodies=settings.log_bodies != "none",
             full_sync=settings.durability == "full",
+            keep_ms=settings.log_retention * DAY_MS,
+            max_bytes=settings.log_mb * 1024 * 1024,
         )
     except BaseException:
         lock.release()
@@ -18543,10 +19352,14 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
             )
         yield gateway
         gateway.checkpoint()
-        await store.flush()
-        if gateway.journal is not None:
-            gateway.journal.drop_before(gateway.journal.generation)
-            gateway.journal.close()
+        try:
+            await store.flush()
+        except StorageUnavailable as error:  # all of it stays in the journals, for the next start
+            print_error(f"the log could not be written out at this stop: {error.message}")
+        else:
+            if gateway.journal is not None:
+                gateway.journal.drop_before(gateway.journal.generation)
+                gateway.journal.close()
     finally:
         await upstream.close()
         await asyncio.to_thread(store.close)
@@ -18973,6 +19786,10 @@ class LogReader:
         if not path.exists():
             raise StoreError(f"there is no log at {path}; start Stockyard once, or set STOCKYARD_DATA_DIR")
         self._connection = open_reader(path)
+        version = self.read("PRAGMA user_version")[0][0]
+        if version != len(MIGRATIONS):
+            which = "this Stockyard once, which brings it up to date" if version < len(MIGRATIONS) else "the newer one"
+            raise StoreError(f"{path} was written by another version of Stockyard; start {which}")
 
     def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         return self._connection.execute(sql, parameters).fetchall()
@@ -18994,32 +19811,31 @@ def log_line(row: Json) -> str:
 
 
 def run_logs(options: argparse.Namespace) -> int:
-    store = open_log(options)
-    names = ("model", "key", "status", "since", "provider", "session")
+    store, now_ms = open_log(options), int(time.time() * 1000)
+    names = ("model", "key", "status", "since", "until", "provider", "session", "tag", "q")
     wanted = {name: value for name in names if (value := getattr(options, name, None))}
-    rows = [*reversed(find_requests(store, wanted, options.limit, int(time.time() * 1000)))]
-    print_log(rows, options, header=True)
-    last = rows[-1]["seq"] if rows else 0
+    block = last_block(store)
+    if options.csv:
+        print(",".join(LOG_FIELDS))
+    steps = export_rows(store, wanted, now_ms)
+    if options.limit:
+        rows = [*itertools.islice(itertools.chain.from_iterable(steps), options.limit)]
+        steps = iter([rows[::-1]])
+    for rows in steps:
+        print_log(rows, options)
     while options.follow:
         time.sleep(0.5)
-        fresh = [
-            row for row in reversed(find_requests(store, wanted, 1000, int(time.time() * 1000))) if row["seq"] > last
-        ]
-        print_log(fresh, options, header=False)
-        last = fresh[-1]["seq"] if fresh else last
+        fresh, block = find_new_requests(store, block, wanted, now_ms)
+        print_log([public_row(row) for row in fresh], options)
     return 0
 
 
-def print_log(rows: Sequence[sqlite3.Row], options: argparse.Namespace, header: bool) -> None:
-    public = [public_row(row) for row in rows]
-    if options.csv:
-        writer = csv.DictWriter(sys.stdout, LOG_FIELDS)
-        if header:
-            writer.writeheader()
-        writer.writerows(public)
+def print_log(rows: Sequence[Json], options: argparse.Namespace) -> None:
+    if options.csv or options.json:
+        sys.stdout.write((csv_lines(rows) if options.csv else json_lines(rows)).decode())
     else:
-        for row in public:
-            print(dump_json(row).decode() if options.json else log_line(row))
+        for row in rows:
+            print(log_line(row))
     sys.stdout.flush()
 
 
@@ -19044,32 +19860,62 @@ def run_explain(options: argparse.Namespace) -> int:
 
 
 def run_costs(options: argparse.Namespace) -> int:
-    since = parse_time(options.since, int(time.time() * 1000)) if options.since else 0
-    rows = find_spend(open_log(options), options.by, since)
+    wanted = {"since": options.since} if options.since else {}
+    rows = find_spend(open_log(options), options.by, wanted, int(time.time() * 1000))
 
     def line(row: Json) -> str:
         cost = "unpriced" if row["cost_usd"] is None else f"${row['cost_usd']:.6f}"
         unpriced = f"  ({row['unpriced']} unpriced)" if row["unpriced"] and row["cost_usd"] is not None else ""
-        return f"{row[options.by] or '-':40} {row['requests']:>8} calls {row['input_tokens']:>10} in {row['output_tokens']:>10} out {cost:>14}{unpriced}"
+        return f"{row[options.by] or '-'!s:40} {row['requests']:>8} calls {row['input_tokens']:>10} in {row['output_tokens']:>10} out {cost:>14}{unpriced}"
 
     return print_rows(rows, options, line)
 
 
+def run_backup(options: argparse.Namespace) -> int:
+    settings, path = load_settings(options), Path(options.file)
+    if not (settings.data_path / "stockyard.db").exists():
+        raise StoreError(f"there is no database in {settings.data_path}; set STOCKYARD_DATA_DIR")
+    try:
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            asyncio.run(ask_admin(settings, "POST", "/api/backup", into=file))
+    except FileExistsError:
+        raise StoreError(f"{path} exists, and is not overwritten") from None
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    size_bytes = path.stat().st_size
+    print(
+        f"{path}: {size_bytes} bytes. Virtual keys are checked with the file pepper of the data directory: keep a copy of it."
+    )
+    return 0
+
+
 async def ask_admin(
-    settings: Settings, method: str, path: str, body: Json | None = None, environment: Mapping[str, str] = NO_VARIABLES
+    settings: Settings,
+    method: str,
+    path: str,
+    body: Json | None = None,
+    environment: Mapping[str, str] = NO_VARIABLES,
+    into: BinaryIO | None = None,
 ) -> Json:
     """Ask the running proxy of a data directory; where none runs, a short-lived one of our own.
 
     So keys and budgets are written by one process only, and the command line and the API cannot differ. Ours
     has the providers and routes that `environment` turns on.
+
+    With `into` the answer is no JSON but a file, and goes there.
     """
 
     async def ask(url: str, admin_key: str) -> Json:
         headers = {"authorization": f"Bearer {admin_key}"}
         async with (
             aiohttp.ClientSession(headers=headers) as session,
-            session.request(method, url + path, json=body) as answer,
+            session.request(method, url + path, json=body, timeout=aiohttp.ClientTimeout(sock_read=600)) as answer,
         ):
+            if into is not None and answer.status < 400:
+                async for piece in answer.content.iter_any():
+                    into.write(piece)
+                return {}
             document: Json = await answer.json()
             if answer.status >= 400:
                 raise SettingsError(document["error"]["message"])
@@ -19247,7 +20093,9 @@ VERBS: Final = (
         ("--follow", {"action": "store_true", "help": "go on as calls come in"}),
         ("--model", {"help": "only this model"}), ("--key", {"help": "only this virtual key"}), ("--provider", {"help": "only this provider"}),
         ("--status", {"help": "only this status: 429, 5xx, ok, error"}), ("--session", {"help": "only this session"}), _SINCE,
-        ("--limit", {"type": int, "default": 50, "help": "how many at the most (50)"}), _JSON,
+        ("--until", {"help": "only earlier ones"}), ("--tag", {"help": "only this tag: team=search"}),
+        ("--q", {"help": "only those whose request or answer holds this text"}),
+        ("--limit", {"type": int, "default": 50, "help": "how many at the most (50); 0 is all, the newest first"}), _JSON,
         ("--csv", {"action": "store_true", "help": "print CSV"}),
     )),
     Verb("show", run_show, "print one logged call with its attempts and bodies", (("id", {"help": "the id from x-stockyard-request-id"}),)),
@@ -19260,6 +20108,9 @@ VERBS: Final = (
     )),
     Verb("costs", run_costs, "print what was spent", (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
+    )),
+    Verb("backup", run_backup, "write the database to a new file, whole and consistent, also while the proxy runs", (
+        ("file", {"help": "the file to make"}),
     )),
     Verb("keys", run_keys, "create, list, revoke or rotate virtual keys", (
         ("action", {"choices": ("create", "list", "revoke", "rotate")}), ("id", {"nargs": "?", "help": "the key, for revoke and rotate"}),

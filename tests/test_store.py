@@ -1,0 +1,603 @@
+"""The log: rows that a kill does not lose, a writer that waits for its disk, bounds, filters, sums, and copies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import csv
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Start
+
+import stockyard
+from stockyard import Call, CallJournal, Endpoint, LogStore, Usage
+
+CHAT = Endpoint("chat", "/v1/chat/completions", streams=True)
+NOW_MS = 1_790_000_000_000
+DAY_MS = 86_400_000
+Make = Callable[..., Call]
+
+
+@pytest.fixture
+def make() -> Make:
+    """Makes calls that have ended; each a millisecond after the one before unless it is told."""
+    clock = [NOW_MS]
+    new_id = stockyard.IdSource(lambda: clock[0], random.Random(7).getrandbits)
+
+    def call(ts_ms: int | None = None, **fields: Any) -> Call:
+        clock[0] = clock[0] + 1 if ts_ms is None else ts_ms
+        body, headers = fields.pop("body", b'{"model":"m"}'), fields.pop("headers", {})
+        made = Call(new_id("req_"), clock[0], 1.0, CHAT, headers, body)
+        told = {"status": 200, "model": "m", "provider": "p", "upstream_model": "u", "ended_s": 1.5, "cache": "miss",
+                "usage": Usage(10, output_tokens=5), "cost_nanousd": 100, "answer": b'{"ok":true}'}  # fmt: skip
+        for name, value in {**told, **fields}.items():
+            setattr(made, name, value)
+        return made
+
+    return call
+
+
+@contextlib.contextmanager
+def opened(path: Path, **options: Any) -> Iterator[LogStore]:
+    store = LogStore(path / "stockyard.db", **options)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def committed(store: LogStore) -> None:
+    asyncio.run(store.flush())
+
+
+def ids(store: LogStore, limit: int = 1000, **wanted: str) -> list[str]:
+    return [row["id"] for row in stockyard.find_requests(store, wanted, limit, NOW_MS)]
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for another thread, long enough for a busy machine."""
+    deadline_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+# -- nothing is lost
+
+
+def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path: Path, make: Make) -> None:
+    journal = CallJournal(tmp_path, 3, False)
+    ended, open_call, refused = make(tags="team=a"), make(session="s1"), make(status=429, error="rate_limit_exceeded")
+    for call in (ended, open_call):
+        journal.begin(call.id, stockyard.intent_line(call))
+    for call in (ended, refused):
+        journal.end(call.id, stockyard.dump_json(stockyard.log_row(call)))
+    os.write(journal._file, b'["req_cut')  # what a kill may leave of a line
+    journal.close()
+    kept = (tmp_path / "calls-00000003.journal").read_bytes()
+    with opened(tmp_path) as store:
+        committed(store)
+        assert ids(store) == [refused.id, open_call.id, ended.id]
+        assert store.crashed_rows == 1
+        [row] = stockyard.find_requests(store, {"error": "crashed"}, 10, NOW_MS)
+        shown = stockyard.public_row(row)
+        assert (shown["id"], shown["status"], shown["session"], shown["cost_usd"]) == (open_call.id, 500, "s1", None)
+        assert stockyard.public_row(stockyard.find_row(store, ended.id))["tags"] == "team=a"  # type: ignore[arg-type]
+    assert not [*tmp_path.glob("*.journal")]
+    (tmp_path / "calls-00000009.journal").write_bytes(kept)  # as if the kill had come right after the commit
+    with opened(tmp_path) as store:
+        committed(store)
+        assert len(ids(store)) == 3
+        assert sum(row["requests"] for row in stockyard.find_spend(store, "model", {}, NOW_MS)) == 3
+
+
+def test_journals_turn_and_go_once_their_rows_are_committed(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CallJournal, "TURN_BYTES", 2000)
+    with opened(tmp_path) as store:
+        under_way = make()
+        store.begin(under_way)
+        for _ in range(50):
+            store.put(make())
+        committed(store)
+        until(lambda: len([*tmp_path.glob("calls-*.journal")]) == 1)
+        _, _, intents = CallJournal.leftovers(tmp_path)
+        assert [intent[0] for intent in intents] == [under_way.id]
+        assert len(ids(store)) == 50
+        store.put(under_way)
+
+
+def test_a_full_disk_keeps_rows_waiting_and_is_forgotten_when_there_is_room(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        store._connection.execute("PRAGMA max_page_count = 1")
+        calls = [make(body=os.urandom(9000)) for _ in range(20)]
+        for call in calls:
+            store.put(call)
+        until(store.trouble)
+        assert "full" in store.trouble()
+        store._connection.execute("PRAGMA max_page_count = 1000000")
+        committed(store)
+        assert (store.trouble(), sorted(ids(store)), store.lost_rows) == ("", sorted(call.id for call in calls), 0)
+
+
+def test_a_foreign_lock_is_waited_for(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        store._connection.execute("PRAGMA busy_timeout = 20")
+        foreign = sqlite3.connect(tmp_path / "stockyard.db", isolation_level=None)
+        foreign.execute("BEGIN EXCLUSIVE")
+        store.put(call := make())
+        until(store.trouble)
+        with pytest.raises(stockyard.StorageUnavailable):
+            asyncio.run(store.flush(0.05))
+        foreign.execute("ROLLBACK")
+        foreign.close()
+        committed(store)
+        assert ids(store) == [call.id]
+
+
+def test_what_a_stop_cannot_write_stays_for_the_next_start(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        store._connection.execute("PRAGMA max_page_count = 1")
+        call = make(body=os.urandom(90_000))
+        store.put(call)
+        until(store.trouble)
+    assert [*tmp_path.glob("calls-*.journal")]
+    with opened(tmp_path) as store:
+        committed(store)
+        assert ids(store) == [call.id]
+
+
+def test_a_journal_without_room_refuses_no_call_and_says_so_until_there_is(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        journal, good = store.journal, store.journal._file
+        journal._file = os.open("/dev/full", os.O_WRONLY)
+        store.begin(call := make())
+        assert "journal" in store.trouble()
+        os.close(journal._file)
+        journal._file = good
+        assert store.trouble() == ""
+        store.put(call)
+        committed(store)
+        assert ids(store) == [call.id]
+
+
+def test_one_row_that_cannot_be_written_takes_no_other_with_it(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        odd = [make(model="\ud800"), make(usage=Usage(2**70)), make(cost_nanousd=object())]
+        twin = make()
+        twin.id = twin.id[:-8] + "zzzzzzzz"  # of another process: the same millisecond, the same count
+        first = make(ts_ms=twin.ts_ms)
+        first.id = twin.id[:-8] + "00000000"
+        for call in [*odd, first, twin]:
+            store.put(call)
+        committed(store)
+        assert {first.id, twin.id, odd[0].id, odd[1].id} <= set(ids(store))
+        assert (store.trouble(), stockyard.find_row(store, twin.id)["id"]) == ("", twin.id)  # type: ignore[index]
+
+
+def test_calls_are_refused_when_too_much_waits(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockyard, "QUEUE_MAX_BYTES", 100_000)
+    with opened(tmp_path) as store:
+        store._connection.execute("PRAGMA max_page_count = 1")
+        while not store.is_full:
+            store.put(make(body=bytes(9000)))
+        store._connection.execute("PRAGMA max_page_count = 1000000")
+        committed(store)
+        assert not store.is_full
+
+
+def test_fsyncs_are_shared_and_their_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    async def run() -> None:
+        journal = CallJournal(tmp_path, 1, True)
+        monkeypatch.setattr(os, "fsync", synced.append)
+        await asyncio.gather(*(journal.synced() for _ in range(50)))
+        assert 1 <= len(synced) <= 2
+
+        def fail(_: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(stockyard.StorageUnavailable):
+            await journal.synced()
+        journal.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("durability", ["process", "full"])
+async def test_a_call_has_its_line_before_it_leaves_and_its_row_before_its_answer_ends(
+    start: Start, durability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start(durability=durability, cache="off") as proxy:
+        steps: list[str] = []
+        store, upstream = proxy.gateway.store, proxy.gateway.upstream
+        for owner, name in ((store.journal, "begin"), (store.journal, "end"), (upstream, "send")):
+            real = getattr(owner, name)
+
+            def note(*given: Any, _name: str = name, _real: Any = real) -> Any:
+                steps.append(_name)
+                return _real(*given)
+
+            monkeypatch.setattr(owner, name, note)
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+        for streams in (False, True):
+            status, _, _ = await proxy.post("/v1/chat/completions", {**body, "stream": streams})
+            assert (status, steps) == (200, ["begin", "send", "end"])
+            steps.clear()
+        assert len(await proxy.rows()) == 2
+
+
+def test_kill_dash_nine_under_load_loses_no_acknowledged_call(tmp_path: Path) -> None:
+    acknowledged: set[str] = set()
+    for round_number in range(3):
+        kill_under_load(tmp_path, 0.2 + 0.15 * round_number, acknowledged)
+        with opened(tmp_path) as store:
+            committed(store)
+            found = {row["id"] for row in store.read("SELECT id FROM calls")}
+            assert acknowledged <= found
+            assert store.read("PRAGMA integrity_check")[0][0] == "ok"
+            rows = store.read("SELECT COUNT(*) AS n FROM calls")[0]["n"]
+            assert rows == store.read("SELECT SUM(requests) AS n FROM rollups WHERE tag = ''")[0]["n"]
+    assert acknowledged
+
+
+def kill_under_load(path: Path, after_s: float, acknowledged: set[str]) -> None:
+    """Start a proxy, let four clients call it, kill it; note every call whose whole answer arrived."""
+    environment = {"PATH": os.environ["PATH"], "STOCKYARD_DATA_DIR": str(path), "STOCKYARD_PORT": "0"}
+    command = [sys.executable, stockyard.__file__, "serve"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        assert run.stdout is not None
+        host = next(word for word in run.stdout.readline().split() if "://" in word).split("//")[1].rstrip(",")
+
+        def ask(stream: bool) -> None:
+            body = json.dumps({"model": "echo", "stream": stream, "messages": [{"role": "user", "content": "a b c"}]})
+            connection = http.client.HTTPConnection(host, timeout=10)
+            with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+                while True:
+                    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+                    with connection.getresponse() as answer:
+                        answer.read()
+                    acknowledged.add(answer.headers["x-stockyard-request-id"])
+
+        clients = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(4)]
+        for client in clients:
+            client.start()
+        time.sleep(after_s)
+        run.send_signal(signal.SIGKILL)
+        for client in clients:
+            client.join()
+
+
+# -- starts
+
+
+def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path, make: Make) -> None:
+    call = make()
+    old = sqlite3.connect(tmp_path / "stockyard.db", isolation_level=None)
+    for number, script in enumerate(stockyard.MIGRATIONS[:4], 1):
+        old.executescript(f"{script} PRAGMA user_version = {number};")
+    old.execute("INSERT INTO blocks VALUES (1, 0, ?)", (b'{"q":1}{"a":2}',))
+    row = (
+        7, call.id, call.ts_ms, "key_1", "team=a", "openai", "/v1/chat/completions", "m", "p", "u", 0, 200, "", "miss", 1, 10, 5,
+        0, 0, 0, 123, "price", 1.5, None, 0.5, 0, "", "stop", "127.0.0.1", "agent", "", "", "", "", 1, 0, 7, 7,
+    )  # fmt: skip
+    marks = ", ".join("?" * len(row))
+    old.execute(f"INSERT INTO requests VALUES ({marks})", row)  # noqa: S608 - question marks only
+    old.close()
+    with opened(tmp_path) as store:
+        found = stockyard.find_request(store, call.id)
+        assert found is not None
+        assert (found["request"], found["response"], found["cost_usd"]) == ({"q": 1}, {"a": 2}, 123e-9)
+        [spent] = stockyard.find_spend(store, "key", {}, NOW_MS)
+        assert (spent["key"], spent["requests"], spent["cost_usd"]) == ("key_1", 1, 123e-9)
+
+
+def test_a_newer_schema_is_refused_by_the_proxy_and_by_readers(tmp_path: Path) -> None:
+    path = tmp_path / "stockyard.db"
+    sqlite3.connect(path).execute("PRAGMA user_version = 99")
+    with pytest.raises(stockyard.StoreError, match="newer Stockyard"):
+        LogStore(path)
+    with pytest.raises(stockyard.StoreError, match="newer one"):
+        stockyard.LogReader(path)
+
+
+@pytest.mark.parametrize("table", ["sqlite_schema", "ledger", "keys"])
+def test_a_corrupt_database_is_refused_and_left_as_it_is(tmp_path: Path, make: Make, table: str) -> None:
+    path = tmp_path / "stockyard.db"
+    with opened(tmp_path) as store:
+        store.put(make())
+        committed(store)
+        page = store.read("SELECT MAX(rootpage) AS page FROM sqlite_schema WHERE name = ?", (table,))[0]["page"] or 1
+    content = bytearray(path.read_bytes())
+    at = (page - 1) * 4096
+    content[at : at + 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    told = subprocess.run(
+        [sys.executable, stockyard.__file__, "serve", "--port", "0", "--data-dir", str(tmp_path)],
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (told.returncode, path.read_bytes()) == (2, bytes(content))
+    assert "stockyard.db" in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+# -- bounds
+
+
+def test_old_rows_go_and_their_sums_stay(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path, keep_ms=2 * DAY_MS, now_ms=lambda: NOW_MS) as store:
+        for days in (5, 3, 1, 0):
+            store.put(make(ts_ms=NOW_MS - days * DAY_MS, tags="team=a,env=b"))
+        committed(store)
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: len(ids(store)) == 2)
+        assert [row["requests"] for row in stockyard.find_spend(store, "model", {}, NOW_MS)] == [4]
+        tags = {row["tag"]: row["requests"] for row in stockyard.find_spend(store, "tag", {}, NOW_MS)}
+        assert tags == {"team=a": 4, "env=b": 4}
+
+
+def test_where_the_log_is_too_large_bodies_go_first_and_then_rows(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path, max_bytes=600_000, now_ms=lambda: NOW_MS) as store:
+        for _ in range(40):
+            for _ in range(5):
+                store.put(make(body=os.urandom(10_000)))
+            committed(store)
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: store._log_bytes() < 600_000)
+        assert len(ids(store)) == 200
+        newest, oldest = (stockyard.find_request(store, ids(store)[at]) for at in (0, -1))
+        assert newest is not None
+        assert oldest is not None
+        assert (oldest["request"], newest["request"] is None) == (None, False)
+        store._max_bytes = 200_000
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: store._log_bytes() < 200_000)
+        assert sum(row["requests"] for row in stockyard.find_spend(store, "model", {}, NOW_MS)) == 200
+
+
+def test_free_pages_go_back_to_the_disk(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        for _ in range(40):
+            store.put(make(body=os.urandom(900_000)))
+        committed(store)
+        store.put_write("DELETE FROM blocks")
+        committed(store)
+        before = store._pages("page_count")
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: store._pages("page_count") < before // 2)
+
+
+def test_sums_fold_into_hours_and_days_without_a_change_in_total(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path, now_ms=lambda: NOW_MS) as store:
+        chance = random.Random(3)
+        for _ in range(300):
+            store.put(make(ts_ms=NOW_MS - chance.randrange(200 * DAY_MS), cost_nanousd=chance.choice([None, 5])))
+        committed(store)
+        [before] = stockyard.find_spend(store, "model", {}, NOW_MS)
+        store._fold_at_s = 0.0
+        store._fold()
+        assert store.read("SELECT COUNT(*) AS n FROM rollups WHERE start_s % 60")[0]["n"] == 0
+        late = "SELECT COUNT(*) AS n FROM rollups WHERE start_s < ? AND start_s % 86400"
+        assert store.read(late, (NOW_MS // 1000 - 92 * 86_400,))[0]["n"] == 0
+        [after] = stockyard.find_spend(store, "model", {}, NOW_MS)
+        assert before == after
+
+
+# -- reading
+
+
+@pytest.fixture
+def filled(tmp_path: Path, make: Make) -> Iterator[tuple[LogStore, list[Call]]]:
+    chance = random.Random(5)
+    calls = [
+        make(
+            model=chance.choice(["a", "b"]), provider=chance.choice(["p", "q"]), key_id=chance.choice(["", "key_1"]),
+            status=chance.choice([200, 429, 500]), cache=chance.choice(["hit", "miss"]), session=chance.choice(["", "s"]),
+            tags=chance.choice(["", "team=x", "env=y,team=x"]), ts_ms=NOW_MS - number * 60_000,
+            body=json.dumps({"text": f"needle {number} \u00e4" if number % 7 == 0 else "hay"}).encode(),
+        )
+        for number in range(200)
+    ]  # fmt: skip
+    with opened(tmp_path) as store:
+        for call in calls:
+            store.put(call)
+        committed(store)
+        yield store, calls
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        ({}, lambda c: True),
+        ({"model": "a", "status": "5xx"}, lambda c: c.model == "a" and c.status == 500),
+        ({"model": "u", "provider": "q"}, lambda c: c.provider == "q"),
+        ({"model": "never"}, lambda c: False),
+        ({"key": "key_1", "cache": "hit"}, lambda c: c.key_id and c.cache == "hit"),
+        ({"session": "s", "status": "ok"}, lambda c: c.session and c.status == 200),
+        ({"tag": "team=x"}, lambda c: "team=x" in c.tags),
+        ({"tag": "team=x", "model": "b"}, lambda c: "team=x" in c.tags and c.model == "b"),
+        ({"since": "30m"}, lambda c: c.ts_ms >= NOW_MS - 1_800_000),
+        ({"until": "30m", "status": "error"}, lambda c: c.ts_ms < NOW_MS - 1_800_000 and c.status >= 400),
+        ({"q": "Needle"}, lambda c: b"needle" in c.body),
+        ({"q": "\u00c4", "model": "a"}, lambda c: b"needle" in c.body and c.model == "a"),
+    ],
+)
+def test_filters_and_pages_give_what_a_look_at_every_call_gives(
+    filled: tuple[LogStore, list[Call]], wanted: dict[str, str], fits: Callable[[Call], Any]
+) -> None:
+    store, calls = filled
+    expected = [call.id for call in sorted(calls, key=lambda call: -call.ts_ms) if fits(call)]
+    assert ids(store, **wanted) == expected
+    paged, cursor = list[str](), ""
+    while True:
+        page = stockyard.find_page(store, {**wanted, **({"before": cursor} if cursor else {})}, 7, NOW_MS)
+        paged += [row["id"] for row in page.rows]
+        if page.cursor is None:
+            break
+        cursor = str(page.cursor)
+    assert paged == expected
+    exported = [row["id"] for rows in stockyard.export_rows(store, wanted, NOW_MS) for row in rows]
+    assert exported == expected
+
+
+@pytest.mark.parametrize("by", [*stockyard.SPEND_BY, *stockyard.SPEND_BY_ROWS])
+def test_sums_equal_those_of_the_rows(filled: tuple[LogStore, list[Call]], by: str) -> None:
+    store, calls = filled
+    keys: dict[str, Callable[[Call], list[Any]]] = {
+        "model": lambda c: [c.model], "provider": lambda c: [c.provider], "key": lambda c: [c.key_id], "status": lambda c: [c.status],
+        "tag": lambda c: [tag for tag in c.tags.split(",") if tag], "endpoint": lambda c: [c.endpoint.path],
+        "day": lambda c: [stockyard.format_time(c.ts_ms)[:10]], "session": lambda c: [c.session] if c.session else [],
+    }  # fmt: skip
+    expected: dict[Any, list[int]] = {}
+    for call in calls:
+        for name in keys[by](call):
+            sums = expected.setdefault(name, [0, 0, 0])
+            for at, amount in enumerate((1, 10, call.status >= 400)):
+                sums[at] += amount
+    found = stockyard.find_spend(store, by, {}, NOW_MS)
+    assert {row[by]: [row["requests"], row["input_tokens"], row["errors"]] for row in found} == expected
+
+
+@pytest.mark.parametrize("bucket_ms", [0, 3_600_000, DAY_MS])
+def test_points_equal_the_sums_of_the_rows(filled: tuple[LogStore, list[Call]], bucket_ms: int) -> None:
+    store, calls = filled
+    points = stockyard.find_points(store, "model", bucket_ms, {}, NOW_MS)
+    expected: dict[Any, list[float]] = {}
+    for call in calls:
+        at = stockyard.format_moment(call.ts_ms // bucket_ms * bucket_ms) if bucket_ms else None
+        sums = expected.setdefault((at, call.model), [0, 0, 0])
+        for place, amount in enumerate((1, call.status >= 400, call.cache == "hit")):
+            sums[place] += amount
+    assert {(p["ts"], p["name"]): [p["requests"], p["errors"], p["cache_hits"]] for p in points} == expected
+    if not bucket_ms:
+        assert points[0]["latency_ms"]["p95"] == pytest.approx(500, rel=0.05)
+        assert points[0]["first_token_ms"] == {"p50": None, "p95": None, "p99": None}
+
+
+def test_quantiles_are_off_by_a_twentieth_at_most() -> None:
+    times = [0.3, 1.0, 2.0, 5.0, 7.0, 11.0, 90.0, 400.0, 3000.0, 61_000.0]
+    steps = [
+        (step[3], 1)
+        for ms in times
+        for step in stockyard.steps_of(stockyard.LogRow(0, ("",) * 7 + (200,), (*[0] * 9, ms, None)), 1)
+    ]
+    told = stockyard.quantiles_of(steps)
+    assert (told["p50"], told["p99"]) == (pytest.approx(7.0, rel=0.05), pytest.approx(61_000, rel=0.05))
+
+
+def test_new_tags_without_end_share_one_sum(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockyard, "TAGS_PER_HOUR", 3)
+    with opened(tmp_path) as store:
+        for number in range(10):
+            store.put(make(tags=f"user={number}"))
+        committed(store)
+        found = {row["tag"]: row["requests"] for row in stockyard.find_spend(store, "tag", {}, NOW_MS)}
+        assert (len(found), found["(others)"]) == (4, 7)
+
+
+def test_followers_see_every_row_once_also_of_calls_that_began_long_ago(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path) as store:
+        store.put(make())
+        committed(store)
+        block = stockyard.last_block(store)
+        late = [make(), make(ts_ms=NOW_MS - 900_000)]
+        for call in late:
+            store.put(call)
+        committed(store)
+        rows, block = stockyard.find_new_requests(store, block, {}, NOW_MS)
+        assert {row["id"] for row in rows} == {call.id for call in late}
+        assert stockyard.find_new_requests(store, block, {}, NOW_MS)[0] == []
+
+
+async def test_exports_and_charts_over_http(start: Start) -> None:
+    async with start() as proxy:
+        headers = {"x-stockyard-tags": "team==1+1", "user-agent": "=cmd"}
+        for _ in range(3):
+            await proxy.post("/v1/chat/completions", {"model": "echo", "messages": []}, **headers)
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+
+        async def get(path: str) -> tuple[int, bytes]:
+            async with proxy.session.get(proxy.url + path, headers=admin) as answer:
+                return answer.status, await answer.read()
+
+        status, text = await get("/api/requests.csv?model=echo")
+        rows = [*csv.DictReader(io.StringIO(text.decode()))]
+        assert (status, len(rows), [*rows[0]]) == (200, 3, [*stockyard.LOG_FIELDS])
+        assert rows[0]["user_agent"] == "'=cmd"
+        status, text = await get("/api/requests.jsonl?limit=1")
+        assert [json.loads(line)["model"] for line in text.splitlines()] == ["echo"] * 3
+        assert (await get("/api/requests.csv?nope=1"))[0] == 400
+        series = json.loads((await get("/api/timeseries?by=model"))[1])
+        assert sum(row["requests"] for row in series["data"]) == 3
+        assert json.loads((await get("/api/spend?by=provider&since=1h"))[1])["data"][0]["requests"] == 3
+        assert (await get("/api/timeseries?bucket=second"))[0] == 400
+        assert (await get("/api/requests/req_nothing"))[0] == 404
+
+
+async def test_a_backup_is_whole_while_calls_go_on(start: Start, tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "stockyard.db"
+    copy.parent.mkdir()
+    async with start() as proxy:
+
+        async def ask() -> None:
+            for _ in range(30):
+                await proxy.post("/v1/chat/completions", {"model": "echo", "messages": []})
+
+        async def save() -> None:
+            headers = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+            await proxy.post("/v1/chat/completions", {"model": "echo", "messages": []})
+            async with proxy.session.post(proxy.url + "/api/backup", headers=headers) as answer:
+                copy.write_bytes(await answer.read())
+
+        await asyncio.gather(ask(), save())
+        assert len(await proxy.rows()) == 31
+    assert not (tmp_path / "stockyard.backup").exists()
+    with opened(copy.parent) as store:
+        assert store.read("PRAGMA integrity_check")[0][0] == "ok"
+        assert 1 <= len(ids(store)) <= 31
+        assert store.read("SELECT COUNT(*) AS n FROM ledger")[0]["n"] == 1
+
+
+def test_commands_read_export_and_back_up_without_a_proxy(
+    tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(tmp_path) as store:
+        for number in range(5):
+            store.put(make(ts_ms=int(time.time() * 1000) - 5 + number))
+    options = ["--data-dir", str(tmp_path)]
+    assert stockyard.main(["logs", "--json", "--limit", "2", *options]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["ts"] for row in shown] == sorted(row["ts"] for row in shown)
+    assert stockyard.main(["logs", "--csv", "--limit", "0", *options]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert stockyard.main(["costs", "--by", "day", *options]) == 0
+    assert "5 calls" in capsys.readouterr().out
+    copy = tmp_path / "copy.db"
+    assert stockyard.main(["backup", str(copy), *options]) == 0
+    assert stockyard.main(["backup", str(copy), *options]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert len(stockyard.LogReader(copy).read("SELECT id FROM calls")) == 5
