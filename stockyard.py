@@ -36,12 +36,14 @@ The life of a call (`Gateway.answer`):
     4  route      ordered targets; a name nobody serves is a 404 that says what to set; a kept answer ends here, an equal
                   call under way is joined
     5  prepare    the client's bytes where they may pass, else encoded in the provider's dialect
-    6  attempt    send, read, retry what may pass; streams are held back until their first content
+    6  attempt    send, read, retry what may pass, go on to the next target of a route; streams are held back until
+                  their first content
     7  learn      usage, finish reason, cost by a versioned price
     8  settle     one log row, however it ended
 
 Words: client, call, attempt (one try at one target), target (provider and its model name), provider (whom), dialect
-(how its bytes look), upstream key (theirs) and virtual key (ours), usage, price, cost, flow (a stream's translation),
+(how its bytes look), upstream key (theirs) and virtual key (ours), route (a name with targets of its own), retry (same target), fallback
+(next target), breaker, hedge (two targets at once), branch (one of them), shadow, usage, price, cost, flow (a stream's translation),
 entry (a kept answer), hit, miss, coalesced, flight (one upstream call for equal calls), rider (one of those calls),
 passthrough (bytes unchanged), hold and settle (money), verdict (of a guardrail), span.
 """
@@ -58,6 +60,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -632,6 +635,8 @@ class Endpoint:
     upload: bool = False
 
 
+#: The output cap by the names that dialects give it.
+OUTPUT_CAP_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 #: Failures after which a provider may have done and billed the work.
 BILLED_PERHAPS: Final = frozenset({
     "upstream_timeout", "upstream_disconnected", "upstream_truncated", "upstream_malformed", "upstream_too_large", "upstream_stalled",
@@ -690,6 +695,8 @@ class Call:
     #: The dialect that the logged request was translated to, and the arithmetic of a limit that refused the call.
     sent_dialect: str = ""
     refusal: Json | None = None
+    #: Where it is one of several branches that run at once.
+    race: Race | None = None
     #: The route that `model` names, and the upstream key of the last attempt (it never leaves this object).
     route: Route | None = None
     upstream_key: str = ""
@@ -721,6 +728,8 @@ class Call:
     dropped: Sequence[str] = ()
     #: The request was changed before it was read (a resumed conversation), so its bytes cannot pass.
     must_translate: bool = False
+    #: The most that rules added to what the body holds.
+    added_bytes: int = 0
     #: The client hung up; and the work goes on all the same, for equal calls that wait for its answer.
     is_gone: bool = False
     is_carried: bool = False
@@ -10353,11 +10362,14 @@ class Health:
         if now_s - self._window_s > self.WINDOW_S:
             self._good, self._bad, self._window_s = 0, 0, now_s
         if outcome:
-            self._good, self._in_row, self.open_until_s, self._open_s = self._good + 1, 0, 0.0, self.OPEN_S
+            self._good, self._in_row = self._good + 1, 0
+            if is_probe:  # an answer to a call from before it opened proves nothing
+                self.open_until_s, self._open_s = 0.0, self.OPEN_S
             self._measure(latency_s, now_s)
             return
         self._bad, self._in_row = self._bad + 1, self._in_row + 1
-        if is_probe or self._in_row == self.BREAK_AFTER or self._bad >= max(2 * self.BREAK_AFTER, self._good):
+        many = self._in_row >= self.BREAK_AFTER or self._bad >= max(2 * self.BREAK_AFTER, self._good)
+        if is_probe or (many and not self.open_until_s):
             self._open_s = min(self.OPEN_MAX_S, self._open_s * 2) if is_probe else self._open_s
             self.open_until_s, self._good, self._bad = now_s + self._open_s, 0, 0
 
@@ -10421,8 +10433,14 @@ def _as_choices(value: Any) -> tuple[Json, ...]:
     return rows
 
 
+#: What no rule may set: what a call is about, how it is delivered, and the output cap, which is `max_output_tokens`.
+NOT_RULED: Final = frozenset(
+    "model messages stream stream_options input documents query max_tokens max_completion_tokens".split()
+)
+
+
 def _as_parameters(value: Any) -> Json:
-    known = OPENAI_PARAMETERS - {"model", "messages", "stream", "stream_options", "input", "documents", "query"}
+    known = OPENAI_PARAMETERS - NOT_RULED
     if not isinstance(value, dict) or not value.keys() <= known:
         raise ValueError(f"must be a table of parameters of OpenAI's chat; known are {', '.join(sorted(known))}")
     return value
@@ -10503,6 +10521,17 @@ STRATEGIES: Final[Mapping[str, Callable[[Lot], float]]] = {
 }
 
 
+def with_system_prefix(messages: list[Json], prefix: str) -> list[Json]:
+    """Canonical messages whose system text begins with `prefix`."""
+    first = messages[0]
+    if first["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": prefix}, *messages]
+    content = first.get("content")
+    if isinstance(content, list):
+        return [{**first, "content": [{"type": "text", "text": prefix}, *content]}, *messages[1:]]
+    return [{**first, "content": f"{prefix}\n\n{content or ''}"}, *messages[1:]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """A name of `[routes]`: its targets, what is tried after them, and what it changes in requests."""
@@ -10536,6 +10565,19 @@ class Route:
     def changes_body(self) -> bool:
         return bool(self.defaults or self.forced or self.system_prefix or self.max_output_tokens)
 
+    def ruled(self, asked: Json) -> Json:
+        """A canonical request under the route's rules."""
+        defaults = {name: value for name, value in (self.defaults or {}).items() if asked.get(name) is None}
+        ruled = {**asked, **defaults, **(self.forced or {})}
+        if (most := self.max_output_tokens) is not None:
+            usual = "max_completion_tokens" if "messages" in ruled else "max_tokens"
+            for name in [name for name in OUTPUT_CAP_FIELDS if ruled.get(name) is not None] or [usual]:
+                asked_for = ruled.get(name)
+                ruled[name] = min(asked_for, most) if isinstance(asked_for, int) else most
+        if self.system_prefix and "messages" in ruled:
+            ruled["messages"] = with_system_prefix(ruled["messages"], self.system_prefix)
+        return ruled
+
     @property
     def rules_text(self) -> str:
         """What its rules are, for the keys of the cache."""
@@ -10555,11 +10597,6 @@ def read_table(kind: type[T], table: Any, where: str, **given: Any) -> T:
         raise SettingsError(f"{where}: {unknown[0]!r} is not known; it is a table of {', '.join(rows)}")
     values = {name: read_setting(rows[name], _raw(value), where) for name, value in table.items()}
     return kind(**given, **values)
-
-
-ROUTES_NOT_YET: Final = frozenset(
-    "hedge_after_ms min_bytes_per_s shadow shadow_fraction defaults forced system_prefix max_output_tokens headers".split()
-)
 
 
 class RouteReader:
@@ -10583,8 +10620,6 @@ class RouteReader:
     def _route(self, name: str, table: Any) -> Route:
         where = f"[routes.{name}]"
         route = read_table(Route, table, where, name=name)
-        if not_yet := sorted(ROUTES_NOT_YET & table.keys()):
-            raise SettingsError(f"{where}: {not_yet[0]} is not built into version {__version__} yet")
         if not route.targets:
             raise SettingsError(f'{where}: say where calls go with targets = ["provider/model", …]')
         if len(route.shadow) > 1:
@@ -12809,7 +12844,6 @@ UNBOUNDED_MEMBERS: Final = frozenset({
     "prediction", "file_ids",
 })  # fmt: skip
 UNKNOWN_OUTPUT_TOKENS: Final = 4096
-OUTPUT_CAP_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
 def text_bytes(body: bytes, document: Json) -> int:
@@ -13644,7 +13678,7 @@ def call_notes(call: Call) -> str:
     if call.rate_hold is not None:
         notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
         notes["estimated_tokens"] = call.rate_hold.tokens
-    for name in ("replay_of", "sent_dialect", "refusal"):
+    for name in ("replay_of", "shadow_of", "sent_dialect", "refusal"):
         if value := getattr(call, name):
             notes[name] = value
     if len(call.targets) > 1:
@@ -15074,6 +15108,35 @@ def take_buffered(payload: Any) -> bytes:
     return data
 
 
+class Pace:
+    """Stands before a sink and counts what comes, where a route asks for a minimum rate."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._bytes, self._since_s = sink, 0, 0.0
+        self.fail, self.end = sink.fail, sink.end
+
+    def head(self, status: int, headers: Mapping[str, str]) -> None:
+        self._since_s = 0.0
+        self._sink.head(status, headers)
+
+    def data(self, data: bytes) -> None:
+        self._bytes += len(data)
+        self._sink.data(data)
+
+    def restart(self, now_s: float) -> None:
+        self._bytes, self._since_s = 0, now_s
+
+    def is_stalled(self, now_s: float, deadlines: Deadlines) -> bool:
+        """Whether less came over one idle time than the rate asks for; looked at once in such a time."""
+        if not self._since_s:
+            self.restart(now_s)
+        if now_s - self._since_s < deadlines.idle_s:
+            return False
+        few = self._bytes < deadlines.min_bytes_per_s * (now_s - self._since_s)
+        self.restart(now_s)
+        return few
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a provider. Carries one exchange at a time and returns to its origin's pool between two."""
 
@@ -15089,6 +15152,7 @@ class UpstreamConnection(asyncio.Protocol):
         "began_s",
         "deadlines",
         "idle_since_s",
+        "pace",
         "sink",
         "touched_s",
         "transport",
@@ -15105,6 +15169,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.idle_since_s = self.touched_s = self.began_s = 0.0
         self.answered = self._held = False
         self.deadlines = upstream.deadlines
+        self.pace: Pace | None = None
 
     # -- asyncio.Protocol
 
@@ -15185,6 +15250,9 @@ class UpstreamConnection(asyncio.Protocol):
     def begin(self, sink: Sink, request: bytes, now_s: float, deadlines: Deadlines) -> None:
         assert self.transport is not None
         self.sink, self._payload, self.answered, self.deadlines = sink, None, False, deadlines
+        self.pace = None
+        if deadlines.min_bytes_per_s:
+            self.sink = self.pace = Pace(sink)
         self.began_s = self.touched_s = now_s
         self._upstream.watch(self)
         self.transport.write(request)
@@ -15194,6 +15262,8 @@ class UpstreamConnection(asyncio.Protocol):
         if paused is not self._held and self.transport is not None and not self.transport.is_closing():
             self._held = paused
             self.touched_s = self._loop.time()
+            if self.pace is not None:
+                self.pace.restart(self.touched_s)
             if paused:
                 self.transport.pause_reading()
             else:
@@ -15212,10 +15282,13 @@ class UpstreamConnection(asyncio.Protocol):
             return "first byte"
         if self.answered and now_s - self.touched_s > self.deadlines.idle_s:
             return "next byte"
+        if self.pace is not None and self.answered and not self._held and self.pace.is_stalled(now_s, self.deadlines):
+            return "share of bytes"
         return "whole answer" if now_s - self.began_s > self.deadlines.total_s else ""
 
     def time_out(self, which: str) -> None:
-        self._fail(UpstreamTimeout(f"the provider took too long for its {which}"))
+        code = "upstream_stalled" if which == "share of bytes" else None
+        self._fail(UpstreamTimeout(f"the provider took too long for its {which}", code=code))
 
     def _ended_by_close(self) -> bool:
         """Whether the end of the connection is the proper end of this answer (no length, not chunked)."""
@@ -15562,6 +15635,35 @@ class Outgoing:
         return b"%b%d\r\n\r\n%b" % (self.head, len(self.body), self.body)
 
 
+class Race:
+    """Which branch of a hedged call is the one that the client gets: the first to show content, or to end well."""
+
+    def __init__(self, call: Call, loop: asyncio.AbstractEventLoop) -> None:
+        self.call = call
+        self.winner: Call | None = None
+        self.decided: asyncio.Future[None] = loop.create_future()
+
+    def branch(self) -> Call:
+        branch = copy.copy(self.call)
+        branch.race = self
+        return branch
+
+    def wins(self, branch: Call) -> bool:
+        """Whether a branch whose content comes now may show it; the first one decides."""
+        if self.winner is None:
+            self.winner, branch.status = branch, self.call.status  # a heartbeat may have sent the headers
+            self.end(branch)
+            self.call.status = 200
+            self.decided.set_result(None)
+        return self.winner is branch
+
+    def end(self, branch: Call) -> None:
+        """The call becomes what came of one branch; whether its client is there is the call's own."""
+        branch.status = branch.status or self.call.status
+        kept = ("race", "is_gone", "is_carried")
+        vars(self.call).update({name: value for name, value in vars(branch).items() if name not in kept})
+
+
 class Relay:
     """Carries one stream attempt from a provider's connection to the client, through a flow.
 
@@ -15580,6 +15682,7 @@ class Relay:
         self._held: list[bytes] = []
         self._refused: PlainAnswer | None = None
         self.sent_content = False
+        self.throttle: Callable[[bool], None] | None = None
 
     def head(self, status: int, headers: Mapping[str, str]) -> None:
         kind = headers.get("content-type", "")
@@ -15613,6 +15716,9 @@ class Relay:
             if out:
                 self._client.send(out)
         elif self.flow.content_seen:
+            if self._call.race is not None and not self._call.race.wins(self._call):
+                return  # another branch was first; this one is being cut off
+            self._client.throttle = self.throttle
             self._call.first_token_s = self._gateway.tick()
             self.sent_content = True
             self._gateway.commit(self._call, self._client)
@@ -15651,6 +15757,8 @@ class Relay:
             self._end(error)
             return
         if not self.sent_content:  # an answer may be empty, and still be whole
+            if self._call.race is not None and not self._call.race.wins(self._call):
+                return
             self.sent_content = True
             self._gateway.commit(self._call, self._client)
             last = b"".join([*self._held, last])
@@ -15681,16 +15789,36 @@ def read_refusal(dialect: Dialect, answer: PlainAnswer) -> UpstreamError:
 
 
 def read_retry_after(headers: Mapping[str, str], now_s: float | None = None) -> float | None:
-    """Seconds to wait: `retry-after-ms`, or `retry-after` in seconds or as an HTTP date; at most an hour."""
-    with contextlib.suppress(ValueError, TypeError):
-        if "retry-after-ms" in headers:
-            return min(3600.0, max(0.0, float(headers["retry-after-ms"]) / 1000))
-        if "retry-after" in headers:
-            text = headers["retry-after"]
-            if text.replace(".", "", 1).isdigit():
-                return min(3600.0, float(text))
-            moment = email.utils.parsedate_to_datetime(text).timestamp()
-            return min(3600.0, max(0.0, moment - (time.time() if now_s is None else now_s)))
+    """Seconds to wait, at most an hour: `retry-after-ms`, else `retry-after` in seconds or as an HTTP date, else the
+    longest reset among the limits of which nothing remains (`x-ratelimit-reset-tokens: 6m0s`, Anthropic's dates)."""
+    now_s = time.time() if now_s is None else now_s
+    waits: list[float | None] = []
+    if headers.get("retry-after-ms", "").replace(".", "", 1).isdigit():
+        waits = [float(headers["retry-after-ms"]) / 1000]
+    elif "retry-after" in headers:
+        waits = [read_wait_s(headers["retry-after"], now_s)]
+    else:
+        waits = [
+            read_wait_s(text, now_s) for name, text in headers.items()
+            if "ratelimit" in name.lower() and "reset" in name.lower()
+            and headers.get(name.lower().replace("reset", "remaining")) == "0"
+        ]  # fmt: skip
+    found = [wait_s for wait_s in waits if wait_s is not None]
+    return min(3600.0, max(0.0, *found, 0.0)) if found else None
+
+
+WAIT_UNITS_S: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
+
+
+def read_wait_s(text: str, now_s: float) -> float | None:
+    """A time to wait as providers write it: `20`, `1.5`, `6m0s`, `120ms`, an HTTP date, an ISO time, Unix seconds."""
+    parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|h|m|s|)", text)
+    if parts and "".join(number + unit for number, unit in parts) == text.strip():
+        wait_s = sum(float(number) * WAIT_UNITS_S[unit] for number, unit in parts)
+        return wait_s - now_s if wait_s > 1e9 else wait_s
+    for read in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return read(text.strip()).timestamp() - now_s
     return None
 
 
@@ -16036,6 +16164,8 @@ class Watcher:
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
+    MAX_SHADOWS: ClassVar[int] = 64
+
     def __init__(
         self, settings: Settings, router: Router, prices: PriceBook, store: LogStore, upstream: Upstream, admin_key: str,
         clock: Callable[[], float] = time.time, randomness: random.Random | None = None,
@@ -16051,6 +16181,7 @@ class Gateway:
         self.cache = Cache(settings, store, lambda: int(clock() * 1000))
         self.draining = False
         self.in_flight = 0
+        self.shadows: set[asyncio.Task[None]] = set()
         self.internal_errors = 0
         self.keys = KeyRing(b"")
         self.sessions = Sessions(self.random.randbytes)
@@ -16214,8 +16345,23 @@ class Gateway:
             call.canonical = dialect.parse(request, call.path_parameters)
         elif call.endpoint.kind == "embeddings":
             call.canonical = dialect.parse_embeddings(request, call.path_parameters)
+        if call.route is not None and call.route.changes_body and call.endpoint.kind in ("chat", "completions"):
+            self.apply_rules(call, call.route)
         if "$alt" in call.path_parameters:
             call.request = {**request, "$alt": call.path_parameters["$alt"]}
+
+    @staticmethod
+    def apply_rules(call: Call, route: Route) -> None:
+        """Change what is asked as the route's rules say; where they change nothing, the client's bytes may still pass."""
+        asked = call.request if call.canonical is None else call.canonical
+        ruled = route.ruled(asked)
+        if ruled == asked:
+            return
+        if asked is call.request:
+            call.request, call.body = ruled, dump_json(ruled)
+            call.canonical = ruled if call.canonical is not None else None
+        else:
+            call.canonical, call.must_translate, call.added_bytes = ruled, True, len(route.rules_text.encode())
 
     async def recall(self, call: Call) -> None:
         """Put what a stateful request refers to in its place: earlier turns and items that Stockyard keeps."""
@@ -16500,10 +16646,15 @@ class Gateway:
         self.router.retries.calls += 1
         if call.route is None:
             return await self.tried(call, targets[0], attempt, may_retry, self.settings.retries)
-        return await self.in_turn(call, call.route, iter(targets), attempt, may_retry)
+        if call.route.shadow:
+            self.shadow(call, call.route)
+        work = functools.partial(self.in_turn, route=call.route, attempt=attempt, may_retry=may_retry)
+        if call.route.hedge_after_ms:
+            return await self.hedged(call, targets, work, call.route.hedge_after_ms / 1000)
+        return await work(call, iter(targets))
 
     async def in_turn(
-        self, call: Call, route: Route, pending: Iterator[Target], attempt: Callable[[Call, Target], Awaitable[T]],
+        self, call: Call, pending: Iterator[Target], route: Route, attempt: Callable[[Call, Target], Awaitable[T]],
         may_retry: Callable[[], bool],
     ) -> T:  # fmt: skip
         """Try a route's targets in order, passing over those whose breaker is open or whose keys rest."""
@@ -16522,6 +16673,82 @@ class Gateway:
                 if last is None:
                     raise
         raise self.exhausted(call, route) from last
+
+    async def hedged(
+        self, call: Call, targets: Sequence[Target], work: Callable[[Call, Iterator[Target]], Coroutine[Any, Any, T]], after_s: float
+    ) -> T:  # fmt: skip
+        """Ask the next target as well when none has answered in time. The first answer, or first content, wins; the
+        other is cut off and its hold settled. Each runs on a branch of the call, so that they cannot mix."""
+        race, pending, timeout_s = Race(call, self.loop), collections.deque(targets), cast(float | None, after_s)
+        running: dict[asyncio.Future[Any], Call] = {}
+
+        def turns() -> Iterator[Target]:
+            while pending:
+                yield pending.popleft()
+
+        def run() -> None:
+            branch = race.branch()
+            running[self.loop.create_task(work(branch, turns() if pending else iter(targets[:1])))] = branch
+
+        run()
+        try:
+            while True:
+                wanted = [*running] if race.winner is not None else [*running, race.decided]
+                done, _ = await asyncio.wait(wanted, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                timeout_s = None
+                for task in done - {race.decided}:
+                    branch = running.pop(task)
+                    if not running or branch is race.winner or (race.winner is None and task.exception() is None):
+                        race.winner = branch
+                        return cast(T, task.result())
+                if race.winner is not None:
+                    await self.cut_off([task for task, branch in running.items() if branch is not race.winner])
+                    running = {task: branch for task, branch in running.items() if branch is race.winner}
+                elif not done and self.router.retries.take(self.tick()):
+                    run()
+        finally:
+            await self.cut_off(running)
+            if race.winner is not None:
+                race.end(race.winner)
+
+    @staticmethod
+    async def cut_off(tasks: Iterable[asyncio.Future[Any]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def shadow(self, call: Call, route: Route) -> None:
+        """Send a copy of some calls to the route's shadow target as well. It has a row and a hold of its own, and its
+        answer goes nowhere; where many are under way, or money is short, there is none."""
+        if self.random.random() >= route.shadow_fraction or len(self.shadows) >= self.MAX_SHADOWS:
+            return
+        copied = copy.copy(call)
+        copied.id, copied.shadow_of, copied.attempts = self.new_id("req_"), call.id, []
+        copied.cache, copied.cost_nanousd, copied.rate_hold, copied.rated = "bypass", None, None, False
+        copied.status, copied.is_carried = 0, False
+        copied.targets = [route.shadow[0].target]
+        self.in_flight += 1
+        task = self.loop.create_task(self.run_shadow(copied))
+        self.shadows.add(task)
+        task.add_done_callback(self.shadows.discard)
+
+    async def run_shadow(self, call: Call) -> None:
+        [target] = call.targets
+        try:
+            if call.stream:
+                streamed = StreamedCall(self, call, Nobody())
+                try:
+                    await self.attempted(call, target, streamed.attempt)
+                finally:
+                    streamed.close()
+            else:
+                await self.attempted(call, target, self.attempt_plain)
+        except GatewayError as error:
+            call.status, call.error = error.status, error.code
+        except Exception as error:
+            call.status, call.error = 500, self.internal_error(error).code
+        finally:
+            self.finish(call)
 
     def exhausted(self, call: Call, route: Route) -> UpstreamExhausted:
         """Every target failed or rests: which, how, and when another try may help."""
@@ -16641,7 +16868,9 @@ class Gateway:
         if price is None or call.endpoint.kind not in BOUNDED_KINDS:
             return None, None
         family = DIALECTS[target.provider.row.dialect].family
-        tokens_in = input_token_bound(request, text_bytes(call.body, call.request), family, price.context_tokens)
+        tokens_in = input_token_bound(
+            request, text_bytes(call.body, call.request) + call.added_bytes, family, price.context_tokens
+        )
         if tokens_in is None:
             return None, None
         if call.endpoint.kind == "embeddings":
@@ -17027,6 +17256,8 @@ class Gateway:
         )
         if more := dialect.headers_for(call.stream):
             passed += tuple(more.items())
+        if call.route is not None:
+            passed += call.route.headers
         memo = (provider.id, path, key, dialect.name, passed)
         found = self._heads.get(memo)
         if found is None:
@@ -17202,6 +17433,16 @@ class Gateway:
         return {**public, "provider": provider_id, "price": price.per_million_usd() if price is not None else None}
 
 
+class Nobody:
+    """A client that is not there: what shadows stream to."""
+
+    throttle: Callable[[bool], None] | None = None
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None: ...
+    def send(self, data: bytes) -> None: ...
+    def end_stream(self, broken: bool) -> None: ...
+
+
 class StreamedCall:
     """The attempts of one streamed call, and what they share: the client, its heartbeat, what was sent."""
 
@@ -17233,6 +17474,8 @@ class StreamedCall:
         return getattr(self.renderer, "response", None)
 
     async def attempt(self, call: Call, target: Target) -> None:
+        if call is not self._call:
+            return await self._attempt_branch(call, target)
         gateway = self._gateway
         outgoing = gateway.prepare(call, target)
         if outgoing.dialect.follows:
@@ -17242,14 +17485,26 @@ class StreamedCall:
         flow_of = functools.partial(self._taped_flow, call, target, outgoing)
         relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)
         exchange = await gateway.exchange(target, outgoing, relay)
-        self._client.throttle = exchange.hold
+        relay.throttle = exchange.hold
         try:
             await relay.done
         finally:
-            self._client.throttle = None
+            if relay.sent_content:
+                self._client.throttle = None
             if not relay.done.done() or relay.done.cancelled() or relay.done.exception():
                 exchange.abort()
             self._learn(call, target, relay.flow)
+
+    async def _attempt_branch(self, call: Call, target: Target) -> None:
+        """An attempt of a hedged call: with a state of its own, which is kept where its content was the first."""
+        mine = copy.copy(self)
+        mine._call, mine._relay = call, None
+        try:
+            await mine.attempt(call, target)
+        finally:
+            if mine.sent_content:
+                kept = ("_call", "_beat")
+                vars(self).update({name: value for name, value in vars(mine).items() if name not in kept})
 
     def _taped_flow(self, call: Call, target: Target, outgoing: Outgoing, spoken: Dialect | None = None) -> Flow:
         flow = self._flow(call, target, outgoing, spoken)
@@ -19172,6 +19427,7 @@ async def drain(gateway: Gateway, timeout_s: float) -> None:
     deadline_s = gateway.tick() + timeout_s
     while gateway.in_flight and gateway.tick() < deadline_s:
         await asyncio.sleep(0.02)
+    await gateway.cut_off(gateway.shadows)
 
 
 # ===== Process ========================================================================================================
@@ -19547,6 +19803,9 @@ EXAMPLE_TOML: Final = """\
 # targets = ["openai/gpt-4o-mini", {to = "groq/llama-3.3-70b-versatile", weight = 0.5, max_prompt_tokens = 100000}]
 # fallbacks = ["anthropic/claude-haiku-4-5"]    # where calls go when the targets fail; nowhere else, ever
 # first_byte_timeout = 20             # also connect_, idle_ and total_timeout, retries
+# hedge_after_ms = 3000               # ask the next target as well; min_bytes_per_s = 20 ends streams that crawl
+# shadow = ["openai/gpt-4.1-mini"]    # gets a copy of shadow_fraction of the calls; its answers are thrown away
+# defaults = {temperature = 0.2}      # also forced, system_prefix, max_output_tokens, headers
 
 # [[prices]]                          # your own price of a model, USD per million tokens
 # model = "my-model"

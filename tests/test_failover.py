@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Start
-from upstreams import COMPLETION, Answer, fake_upstream, plain
+from upstreams import COMPLETION, DONE, STREAM, Answer, chunk, fake_upstream, plain, stream
 
 import stockyard
 
@@ -106,3 +107,267 @@ async def test_with_no_fallback_configured_no_other_target_is_ever_tried(start: 
             assert told["error"]["code"] != "upstream_exhausted"
             assert headers["x-stockyard-attempts"] == "1"
     assert second.seen == []
+
+
+async def test_a_400_goes_nowhere_else(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [plain({"error": {"message": "no", "code": "context_length_exceeded"}}, 400)]
+        status, _, told = await proxy.post(PATH, CHAT)
+    assert (status, told["error"]["code"], second.seen) == (400, "context_length_exceeded", [])
+
+
+async def test_a_stream_that_dies_before_content_moves_on_and_after_it_does_not(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [stream(STREAM[:1], cut=True)]
+        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        assert (status, headers["x-stockyard-provider"]) == (200, "groq")
+        assert answered(told).startswith("Hello")
+        assert told.count(b'"role":"assistant"') == 1
+        proxy.upstream.answers = [stream(STREAM[:2], cut=True)]
+        status, _, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        rows = await proxy.rows()
+    assert len(second.seen) == 1
+    assert DONE not in told
+    assert [(row["attempts"], row["error"]) for row in rows] == [(2, ""), (1, "upstream_truncated")]
+
+
+async def test_when_all_fail_the_client_learns_of_each_and_when_to_come_back(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [plain({"error": {"message": "boom"}}, 500)]
+        second.answers = [plain({"error": {"message": "slow"}}, 429, **{"retry-after": "20"})]
+        status, headers, told = await proxy.post(PATH, CHAT)
+        error = told["error"]
+        assert (status, error["code"], headers["x-should-retry"]) == (503, "upstream_exhausted", "false")
+        assert [(row["provider"], row["status"], row["code"]) for row in error["attempts"]] == [
+            ("openai", 500, "upstream_500"), ("groq", 429, "upstream_429"),
+        ]  # fmt: skip
+        assert all(row["ms"] >= 0 for row in error["attempts"])
+        assert 15 <= int(headers["retry-after"]) <= 20
+        assert "canary" not in json.dumps(told)
+        proxy.upstream.answers = [plain({"error": {"message": "slow"}}, 429, **{"retry-after": "9"})]
+        status, headers, _ = await proxy.post(PATH, CHAT)  # the second rests, the first is throttled as well
+        assert (status, headers["x-stockyard-attempts"]) == (429, "1")
+        assert 5 <= int(headers["retry-after"]) <= 9
+        status, headers, told = await proxy.post(PATH, CHAT)  # now both rest: nobody is asked
+        assert (status, told["error"]["code"], headers["x-stockyard-attempts"]) == (503, "upstream_exhausted", "0")
+    assert (len(proxy.upstream.seen), len(second.seen)) == (2, 1)
+
+
+async def test_the_header_keeps_a_call_at_its_first_target(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, retries=0, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [plain({"error": {"message": "boom"}}, 500)]
+        status, _, told = await proxy.post(PATH, CHAT, **{"x-stockyard-no-fallback": "true"})
+    assert (status, told["error"]["code"], second.seen) == (500, "upstream_500", [])
+    assert "x-stockyard-no-fallback" not in proxy.upstream.seen[0].headers
+
+
+async def test_a_breaker_spares_a_target_that_fails_and_lets_one_probe_back(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        offset_s = 0.0
+        proxy.gateway.tick = lambda: time.monotonic() + offset_s
+        proxy.upstream.answers = [plain({"error": {"message": "boom"}}, 500)]
+        for _ in range(8):
+            assert (await proxy.post(PATH, CHAT))[0] == 200
+        assert len(proxy.upstream.seen) == stockyard.Health.BREAK_AFTER
+        proxy.upstream.answers = []
+        offset_s = stockyard.Health.OPEN_S
+        for _ in range(2):
+            status, headers, _ = await proxy.post(PATH, CHAT)
+            assert (status, headers["x-stockyard-provider"]) == (200, "openai")
+
+
+async def test_several_keys_of_a_provider_are_tried_and_rest_one_by_one(start: Start) -> None:
+    async with start(retries=0, OPENAI_API_KEY="sk-a,sk-b,sk-c") as proxy:
+        proxy.upstream.answers = [
+            plain({"error": {"message": "bad"}}, 401),
+            plain({"error": {"message": "slow"}}, 429, **{"retry-after": "60"}),
+            plain(COMPLETION),
+        ]
+        for _ in range(4):
+            assert (await proxy.post(PATH, {**CHAT, "model": "gpt-4o-mini"}))[0] == 200
+    used = [seen.headers["authorization"].removeprefix("Bearer ") for seen in proxy.upstream.seen]
+    assert sorted(used[:3]) == ["sk-a", "sk-b", "sk-c"]
+    assert used[3:] == [used[2]] * 3
+
+
+HEDGED = FALLBACK.replace("0.4", "5").replace("0.5", "5") + "hedge_after_ms = 100\n"
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+async def test_a_slow_target_is_hedged_and_cut_off(start: Start, streamed: bool) -> None:
+    async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [Answer(hang_s=20)]
+        began_s = time.monotonic()
+        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
+        took_s = time.monotonic() - began_s
+        [row] = await proxy.rows()
+        found = stockyard.find_request(proxy.gateway.store, row["id"])
+        for _ in range(100):
+            if proxy.upstream.hung_up:
+                break
+            await asyncio.sleep(0.02)
+    assert (status, headers["x-stockyard-provider"], headers["x-stockyard-attempts"]) == (200, "groq", "2")
+    assert answered(told).startswith("Hello")
+    assert took_s < 4
+    assert proxy.upstream.hung_up == 1
+    assert (row["provider"], row["status"], row["error"], row["attempts"]) == ("groq", 200, "", 2)
+    assert row["output_tokens"] == 5
+    assert found is not None
+    assert [line["error"] for line in found["attempt_log"]] == ["cancelled", ""]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+async def test_a_quick_target_is_not_hedged_and_a_slower_hedge_loses(start: Start, streamed: bool) -> None:
+    toml = HEDGED.replace("= 100", "= 300")
+    async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        await proxy.post(PATH, {**CHAT, "stream": streamed})
+        assert second.seen == []
+        second.answers = [Answer(hang_s=20)]
+        whole = stream(STREAM, hang_s=0.7) if streamed else plain(COMPLETION)
+        whole.hang_s = 0.7
+        proxy.upstream.answers = [whole]
+        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
+        rows = await proxy.rows()
+    assert (status, headers["x-stockyard-provider"], len(second.seen)) == (200, "openai", 1)
+    assert answered(told).startswith("Hello")
+    assert (rows[1]["provider"], rows[1]["attempts"], rows[1]["output_tokens"]) == ("openai", 2, 5)
+
+
+async def test_a_hedged_stream_that_breaks_after_content_ends_in_an_error_event(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [Answer(hang_s=20)]
+        second.answers = [stream(STREAM[:2], cut=True)]
+        status, _, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+    assert (status, row["error"], DONE in told) == (200, "upstream_truncated", False)
+    assert told.count(b'"error"') == 1
+    assert len(second.seen) == 1
+
+
+@pytest.mark.parametrize("hedged", [False, True], ids=["in turn", "hedged"])
+async def test_a_hard_budget_holds_over_all_attempts(start: Start, hedged: bool) -> None:
+    """Every attempt may have been billed, as the provider that never answers makes likely: each keeps its whole hold."""
+    toml = (
+        '[routes.chat]\nfirst_byte_timeout = 0.2\ntargets = ["openai/gpt-4o-mini"]\n'
+        'fallbacks = ["groq/llama-3.3-70b-versatile", "openai/gpt-4o", "openai/gpt-4.1-nano"]\n'
+    ) + ("hedge_after_ms = 50\n" if hedged else "")
+    body = {**CHAT, "max_tokens": 500}
+    async with fake_upstream() as second, start(toml=toml, budget="0.002/day", **SECOND, GROQ_BASE_URL=second.url) as proxy:  # fmt: skip
+        proxy.upstream.answers = second.answers = [Answer(hang_s=20)]
+        ledger = proxy.gateway.ledger
+        most = 0
+        statuses = set()
+        for _ in range(4):
+            calls = [asyncio.create_task(proxy.post(PATH, body)) for _ in range(3)]
+            while not all(call.done() for call in calls):
+                [account] = ledger.snapshot(int(time.time() * 1000))
+                most = max(most, account["settled_nanousd"] + account["held_nanousd"])
+                await asyncio.sleep(0.01)
+            statuses |= {call.result()[0] for call in calls}
+        [account] = ledger.snapshot(int(time.time() * 1000))
+    assert account["held_nanousd"] == 0
+    assert 0 < account["settled_nanousd"] <= account["limit_nanousd"]
+    assert most <= account["limit_nanousd"]
+    assert 429 in statuses
+
+
+async def test_a_stream_below_its_rate_is_stalled(start: Start) -> None:
+    toml = FALLBACK + "min_bytes_per_s = 5000\n"
+    async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        slow = [chunk({"role": "assistant", "content": ""}), *(chunk({}) for _ in range(100))]
+        proxy.upstream.answers = [stream(slow, gap_s=0.1)]
+        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        assert (status, headers["x-stockyard-provider"]) == (200, "groq")
+        proxy.upstream.answers = [stream([STREAM[1], *slow], gap_s=0.1)]
+        status, _, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        rows = await proxy.rows()
+    assert status == 200
+    assert DONE not in told
+    assert rows[1]["error"] == "upstream_stalled"
+    assert len(second.seen) == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+async def test_a_shadow_gets_a_copy_and_delays_nobody(start: Start, streamed: bool) -> None:
+    toml = ROUTE + 'shadow = ["groq/llama-3.3-70b-versatile"]\n'
+    async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        second.answers = [stream(STREAM, hang_s=0.3) if streamed else plain(COMPLETION)]
+        second.answers[0].hang_s = 0.3
+        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
+        assert (status, headers["x-stockyard-provider"]) == (200, "openai")
+        assert answered(told).startswith("Hello")
+        while proxy.gateway.shadows:
+            await asyncio.sleep(0.01)
+        first, shadow = await proxy.rows()
+    assert second.seen[0].json["messages"] == CHAT["messages"]
+    assert (first["provider"], first["attempts"]) == ("openai", 1)
+    assert (shadow["provider"], shadow["status"], shadow["output_tokens"]) == ("groq", 200, 5)
+    assert first["id"] != shadow["id"]
+
+
+async def test_a_shadow_that_fails_or_finds_no_money_is_its_own_affair(start: Start) -> None:
+    toml = ROUTE + 'shadow = ["groq/no-price-for-this"]\n'
+    async with fake_upstream() as second, start(toml=toml, budget="1/day", **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        status, _, _ = await proxy.post(PATH, CHAT)
+        while proxy.gateway.shadows:
+            await asyncio.sleep(0.01)
+        rows = await proxy.rows()
+    assert (status, second.seen) == (200, [])
+    assert sorted(row["error"] for row in rows) == ["", "insufficient_quota"]
+
+
+RULES = """
+[routes.chat]
+targets = ["openai/gpt-4o-mini"]
+fallbacks = ["anthropic/claude-haiku-4-5"]
+defaults = {temperature = 0.25}
+forced = {user = "team-a"}
+system_prefix = "Be brief."
+max_output_tokens = 50
+headers = {openai-organization = "org-1"}
+"""
+DIALECT_BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "openai": (PATH, {**CHAT, "max_tokens": 5000}),
+    "responses": ("/v1/responses", {"model": "chat", "input": "Hi", "store": False}),
+    "anthropic": ("/v1/messages", {"model": "chat", "max_tokens": 5000, "messages": CHAT["messages"]}),
+    "gemini": ("/v1beta/models/chat:generateContent", {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECT_BODIES)
+async def test_the_rules_of_a_route_hold_in_every_dialect(start: Start, dialect: str) -> None:
+    path, body = DIALECT_BODIES[dialect]
+    async with start(toml=RULES, ANTHROPIC_API_KEY="ak", ANTHROPIC_BASE_URL="UPSTREAM") as proxy:
+        status, _, told = await proxy.post(path, body)
+        [seen] = proxy.upstream.seen
+    sent = json.dumps(seen.json)
+    assert status == 200, told
+    assert seen.json["model"] == "gpt-4o-mini"
+    assert (seen.json["temperature"], seen.json["user"]) == (0.25, "team-a")
+    assert "Be brief." in sent
+    assert 50 in [seen.json.get(name) for name in ("max_tokens", "max_completion_tokens", "max_output_tokens")]
+    assert "5000" not in sent
+    assert seen.headers["openai-organization"] == "org-1"
+
+
+async def test_bytes_pass_where_no_rule_applies(start: Start) -> None:
+    async with start(toml=ROUTE + "max_output_tokens = 500\n") as proxy:
+        body = b'{"model": "chat",  "max_completion_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}'
+        await proxy.post(PATH, body)
+    assert proxy.upstream.seen[0].body == body.replace(b"chat", b"gpt-4o-mini")
+
+
+async def test_the_api_tells_the_route_without_sending_anything(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        async with proxy.session.get(proxy.url + "/api/route?model=chat&tokens=10", headers=admin) as answer:
+            rows = (await answer.json())["targets"]
+        async with proxy.session.get(proxy.url + "/api/route?model=chat&tokens=x", headers=admin) as answer:
+            assert answer.status == 400
+        async with proxy.session.get(proxy.url + "/v1/models") as answer:
+            assert "chat" in [row["id"] for row in (await answer.json())["data"]]
+        assert [(row["provider"], row["fallback"], row["breaker"]) for row in rows] == [
+            ("openai", False, "closed"), ("groq", True, "closed"),
+        ]  # fmt: skip
+        assert not [seen for seen in (*proxy.upstream.seen, *second.seen) if seen.method == "POST"]
+        assert "canary" not in json.dumps(rows)
