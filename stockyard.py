@@ -14695,10 +14695,11 @@ def explain_request(found: Json, prices: PriceBook) -> Json:
     )
     price = prices.find(found["provider"], found["upstream_model"], parse_time(found["ts"], 0) / 1000)
     same_price = price if price is not None and price.id == found["price_id"] else None
+    kept = found["cache"] in ("hit", "coalesced") and not found["attempt_log"]
     cost: Json = {
         "price_id": found["price_id"] or None, "priced": found["priced"], "cost_usd": found["cost_usd"], "saved_usd": found["saved_usd"],
         "estimated": bool(found["usage"].get("estimated")), "price": same_price.per_million_usd() if same_price else None,
-        "lines": same_price.lines(usage) if same_price and usage else [],
+        "paid_before": kept, "lines": same_price.lines(usage) if same_price and usage and not kept else [],
     }  # fmt: skip
     budgets = [line["budget"] for line in found["attempt_log"] if "budget" in line]
     told: Json = {
@@ -14755,7 +14756,7 @@ def explain_lines(found: Json, told: Json) -> list[str]:
         f"End: {found['status']} {found['error'] or found['finish_reason']}".rstrip()
         + f" after {found['latency_ms']:.1f} ms."
     )
-    return lines  # fmt: skip
+    return lines
 
 
 def shown_usd(usd: float) -> str:
@@ -14766,8 +14767,8 @@ def explain_cost(cost: Json) -> str:
     if not cost["priced"]:
         return "Cost: not known; no price is known for this model, or no usage was told."
     total = shown_usd(cost["cost_usd"])
-    if cost["saved_usd"]:
-        return f"Cost: ${total}; the answer was paid for before, at price {cost['price_id']}."
+    if cost["paid_before"]:
+        return f"Cost: ${total}; the answer was paid for before, at price {cost['price_id'] or 'unknown'}."
     if not cost["lines"]:
         why = "which charges nothing for it" if cost["price"] is not None else "which the table does not hold any more"
         return f"Cost: ${total} by price {cost['price_id']}, {why}."
@@ -18691,7 +18692,7 @@ def answer_text(document: Any, new_id: Callable[[str], str]) -> str:
             return "\n".join(said for choice in completion["choices"] for said in message_texts(choice["message"]))
     except (GatewayError, ValueError, LookupError, TypeError, AttributeError):
         pass  # not the shape it looked like: shown as it is
-    return document if isinstance(document, str) else dump_json(document).decode()
+    return document if isinstance(document, str) else dump_json(document).decode() if document is not None else ""
 
 
 def message_texts(message: Json) -> Iterator[str]:

@@ -236,6 +236,7 @@ async def test_an_explanation_tells_route_attempts_and_the_arithmetic_of_the_cos
         told["summary"]
     )
     assert (hit["cache"]["result"], hit["cache"]["saved_usd"], hit["cost"]["cost_usd"]) == ("hit", 0.0000042, 0)
+    assert hit["cost"]["lines"] == [] and "paid for before" in str(hit["summary"])
     assert (lost["route"]["targets"], lost["attempts"]) == ([], [])
     assert "was not routed" in lost["summary"][0] and lost["summary"][-1].startswith("End: 404 model_not_found")
     assert not unpriced["cost"]["priced"] and "no price is known" in str(unpriced["summary"])
