@@ -13884,7 +13884,7 @@ class LogStore:
         transcript = None if call.answer else call.transcript
         row, answered = log_row(call), call.answer[:LOGGED_BODY_MAX_BYTES]
         journal = self.journal
-        journal.end(call.id, dump_json(row))
+        journal.end(call.id, dump_json(tuple(row)))  # orjson takes no named tuples
         self._queued_bytes += len(asked) + len(answered)
         self._queue.append(Logged(row, asked, answered, transcript, call.usage))
         if journal.is_long:

@@ -85,7 +85,7 @@ def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path
     for call in (ended, open_call):
         journal.begin(call.id, stockyard.intent_line(call))
     for call in (ended, refused):
-        journal.end(call.id, stockyard.dump_json(stockyard.log_row(call)))
+        journal.end(call.id, stockyard.dump_json(tuple(stockyard.log_row(call))))
     os.write(journal._file, b'["req_cut')  # what a kill may leave of a line
     journal.close()
     kept = (tmp_path / "calls-00000003.journal").read_bytes()
