@@ -14128,6 +14128,7 @@ class LogStore:
         dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS, 16)).rowcount
         dropped += delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
         dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
+        dropped += delete(PRUNE_FEEDBACK, (cutoff_ms,)).rowcount
         if not dropped and self._log_bytes() > self._max_bytes:
             dropped = delete(PRUNE_BLOCKS, (2**62, 16)).rowcount or delete(PRUNE_CALLS, (2**62, 1000)).rowcount
         return dropped > 0
@@ -14262,6 +14263,10 @@ PRUNE_BLOCKS: Final = (
     "DELETE FROM blocks WHERE block IN (SELECT block FROM blocks WHERE block < ? ORDER BY block LIMIT ?)"
 )
 PRUNE_CALLS: Final = "DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE seq < ? ORDER BY seq LIMIT ?)"
+PRUNE_FEEDBACK: Final = (  # in the order in which it was said, so the oldest are looked at first
+    "DELETE FROM feedback WHERE rowid IN "
+    "(SELECT place FROM (SELECT rowid AS place, ts_ms FROM feedback ORDER BY rowid LIMIT 20) WHERE ts_ms < ?)"
+)
 PRUNE_RESPONSES: Final = (
     "DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE ts_ms < ? ORDER BY ts_ms LIMIT 20)"
 )

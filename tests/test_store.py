@@ -347,10 +347,12 @@ def test_old_rows_go_and_their_sums_stay(tmp_path: Path, make: Make) -> None:
     with opened(tmp_path, keep_ms=2 * DAY_MS, now_ms=lambda: NOW_MS) as store:
         for days in (5, 3, 1, 0):
             store.put(make(ts_ms=NOW_MS - days * DAY_MS, tags="team=a,env=b"))
+            store.put_write("INSERT INTO feedback VALUES (?, ?, '', 1, '', '')", str(days), NOW_MS - days * DAY_MS)
         committed(store)
         store._upkeep_at_s = 0.0
         store._wake.set()
         until(lambda: len(ids(store)) == 2)
+        until(lambda: [row["request_id"] for row in store.read("SELECT request_id FROM feedback")] == ["1", "0"])
         assert [row["requests"] for row in stockyard.find_spend(store, "model", {}, NOW_MS)] == [4]
         tags = {row["tag"]: row["requests"] for row in stockyard.find_spend(store, "tag", {}, NOW_MS)}
         assert tags == {"team=a": 4, "env=b": 4}
