@@ -352,7 +352,7 @@ def test_old_rows_go_and_their_sums_stay(tmp_path: Path, make: Make) -> None:
         store._upkeep_at_s = 0.0
         store._wake.set()
         until(lambda: len(ids(store)) == 2)
-        until(lambda: [row["request_id"] for row in store.read("SELECT request_id FROM feedback")] == ["1", "0"])
+        until(lambda: {row["request_id"] for row in store.read("SELECT request_id FROM feedback")} == {"1", "0"})
         assert [row["requests"] for row in stockyard.find_spend(store, "model", {}, NOW_MS)] == [4]
         tags = {row["tag"]: row["requests"] for row in stockyard.find_spend(store, "tag", {}, NOW_MS)}
         assert tags == {"team=a": 4, "env=b": 4}
