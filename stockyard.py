@@ -42,10 +42,10 @@ The life of a call (`Gateway.answer`):
     8  settle     one log row, however it ended
 
 Words: client, call, attempt (one try at one target), target (provider and its model name), provider (whom), dialect
-(how its bytes look), upstream key (theirs) and virtual key (ours), route (a name with targets of its own), retry (same target), fallback
-(next target), breaker, hedge (two targets at once), branch (one of them), shadow, usage, price, cost, flow (a stream's translation),
-entry (a kept answer), hit, miss, coalesced, flight (one upstream call for equal calls), rider (one of those calls),
-passthrough (bytes unchanged), hold and settle (money), verdict (of a guardrail), span.
+(how its bytes look), upstream key (theirs) and virtual key (ours), route (a name with targets of its own), retry (same
+target), fallback (next target), breaker, hedge (two targets at once), branch (one of them), shadow, usage, price, cost,
+flow (a stream's translation), entry (a kept answer), hit, miss, coalesced, flight (one upstream call for equal calls),
+rider (one of those calls), passthrough (bytes unchanged), hold and settle (money), verdict (of a guardrail), span.
 """
 
 # ===== Imports and constants ==========================================================================================
@@ -12365,18 +12365,25 @@ class Ledger:
         known += [balance for hold in self.open.values() for balance in hold.balances]
         return next((b for b in known if b.budget.id == budget_id and b.window == window), None)
 
-    def _match(self, key_id: str, tags: Mapping[str, str], model: str, provider: str) -> list[Account]:
+    def _match(
+        self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
+    ) -> list[Account]:
+        """The budgets of a call; those of models by the name it was asked for and by the one it goes to."""
         exact = self._exact
         found = [*exact["global"].get("", ()), *exact["key"].get(key_id, ())]
         if tags and exact["tag"]:
             for name, value in tags.items():
                 found += exact["tag"].get(f"{name}={value}", ())
         if exact["model"]:
-            found += exact["model"].get(model, ())
+            for name in {model, upstream_model}:
+                found += exact["model"].get(name, ())
         if exact["provider"]:
             found += exact["provider"].get(provider, ())
         if self._patterns:
-            found += [account for account in self._patterns if matches_pattern(account.budget.value, model)]
+            found += [
+                account for account in self._patterns
+                if matches_pattern(account.budget.value, model) or matches_pattern(account.budget.value, upstream_model)
+            ]  # fmt: skip
         return found
 
     def _now(self, now_ms: int) -> int:
@@ -12396,6 +12403,7 @@ class Ledger:
         provider: str,
         price_upper_bound: int | None,
         now_ms: int,
+        upstream_model: str = "",
     ) -> Hold:
         """Hold `price_upper_bound` nano-dollars in every matching budget, or raise BudgetExceeded and take nothing.
 
@@ -12406,7 +12414,7 @@ class Ledger:
         if nanousd < 0:
             raise ValueError("a price bound is never negative")
         balances = []
-        for account in self._match(key.id if key else "", tags, model, provider):
+        for account in self._match(key.id if key else "", tags, model, provider, upstream_model):
             balance = account.balance
             if balance.end_ms <= now_ms:
                 balance = account.at(now_ms)
@@ -12425,7 +12433,14 @@ class Ledger:
         return hold
 
     def headroom(
-        self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, needed: int, now_ms: int
+        self,
+        key: VirtualKey | None,
+        tags: Mapping[str, str],
+        model: str,
+        provider: str,
+        needed: int,
+        now_ms: int,
+        upstream_model: str = "",
     ) -> int:
         """The most of `needed` that could be held now: all of it, what clamping budgets leave, or 0.
 
@@ -12433,14 +12448,18 @@ class Ledger:
         """
         now_ms = self._now(now_ms)
         most = needed
-        for account in self._match(key.id if key else "", tags, model, provider):
+        for account in self._match(key.id if key else "", tags, model, provider, upstream_model):
             if account.is_hard and (room := account.room(now_ms)) < needed:
                 most = min(most, room) if account.budget.clamp else 0
         return most
 
-    def is_hard_limited(self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str) -> bool:
+    def is_hard_limited(
+        self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
+    ) -> bool:
         """Whether a hard budget matches, so that the output cap must be real and every part of the input bounded."""
-        return any(account.is_hard for account in self._match(key.id if key else "", tags, model, provider))
+        return any(
+            account.is_hard for account in self._match(key.id if key else "", tags, model, provider, upstream_model)
+        )
 
     def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
         """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
@@ -16840,10 +16859,10 @@ class Gateway:
         if not self.has_budgets and most is None:
             return None
         now_ms, provider, tags = int(self.clock() * 1000), target.provider.id, call.tag_map
-        hard = self.ledger.is_hard_limited(call.key, tags, call.model, provider)
+        hard = self.ledger.is_hard_limited(call.key, tags, call.model, provider, target.model)
         cap, needed = self.cost_bound(call, target) if bounded else (None, None)
         if hard and needed and cap is not None:
-            room = self.ledger.headroom(call.key, tags, call.model, provider, needed, now_ms)
+            room = self.ledger.headroom(call.key, tags, call.model, provider, needed, now_ms, target.model)
             if 0 < room < needed:
                 cap, needed = self.cost_bound(call, target, room)
                 call.clamped = True
@@ -16852,7 +16871,7 @@ class Gateway:
             raise BudgetExceeded(
                 f"the cost of this call {shown}, more than x-stockyard-max-cost-usd allows ({clean_header(most, 20)})"
             )
-        hold = self.ledger.admit(call.key, tags, call.model, provider, needed, now_ms)
+        hold = self.ledger.admit(call.key, tags, call.model, provider, needed, now_ms, target.model)
         call.output_cap = cap.tokens if cap is not None and cap.injected and (hard or most is not None) else None
         if hold.record is not None and self.journal is not None:
             try:

@@ -193,12 +193,14 @@ async def test_several_keys_of_a_provider_are_tried_and_rest_one_by_one(start: S
 HEDGED = FALLBACK.replace("0.4", "5").replace("0.5", "5") + "hedge_after_ms = 100\n"
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cacheable"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
-async def test_a_slow_target_is_hedged_and_cut_off(start: Start, streamed: bool) -> None:
+async def test_a_slow_target_is_hedged_and_cut_off(start: Start, streamed: bool, cached: bool) -> None:
     async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
         proxy.upstream.answers = [Answer(hang_s=20)]
         began_s = time.monotonic()
-        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
+        body = {**CHAT, "stream": streamed, **({"temperature": 0} if cached else {})}
+        status, headers, told = await proxy.post(PATH, body)
         took_s = time.monotonic() - began_s
         [row] = await proxy.rows()
         found = stockyard.find_request(proxy.gateway.store, row["id"])
@@ -371,3 +373,46 @@ async def test_the_api_tells_the_route_without_sending_anything(start: Start) ->
         ]  # fmt: skip
         assert not [seen for seen in (*proxy.upstream.seen, *second.seen) if seen.method == "POST"]
         assert "canary" not in json.dumps(rows)
+
+
+async def test_a_heartbeat_before_a_hedge_wins_opens_the_stream_once(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "HEARTBEAT_S", 0.05)
+    async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = [Answer(hang_s=20)]
+        second.answers = [stream(STREAM, hang_s=0.3)]
+        status, _, told = await proxy.post(PATH, {**CHAT, "stream": True})
+        [row] = await proxy.rows()
+    assert (status, row["provider"], row["status"]) == (200, "groq", 200)
+    assert told.startswith(b": heartbeat")
+    events = told.replace(b": heartbeat\n\n", b"")
+    assert events.endswith(DONE)
+    assert answered(events).startswith("Hello")
+
+
+async def test_a_client_that_leaves_a_hedged_call_ends_both_attempts(start: Start) -> None:
+    async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
+        proxy.upstream.answers = second.answers = [Answer(hang_s=20)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await proxy.post(PATH, CHAT)
+        for _ in range(200):
+            if proxy.upstream.hung_up and second.hung_up and not proxy.gateway.in_flight:
+                break
+            await asyncio.sleep(0.02)
+        [row] = await proxy.rows()
+    assert (proxy.upstream.hung_up, second.hung_up) == (1, 1)
+    assert (row["status"], row["attempts"]) == (499, 2)
+
+
+async def test_a_budget_of_a_model_holds_for_a_route_that_leads_there(start: Start) -> None:
+    toml = (
+        ROUTE
+        + '[aliases]\nfast = "openai/gpt-4o-mini"\n'
+        + ('[[budgets]]\nscope = "model"\nvalue = "gpt-4o*"\nusd = 0.000001\nperiod = "day"\n')
+    )
+    async with start(toml=toml) as proxy:
+        told = [await proxy.post(PATH, {**CHAT, "model": model}) for model in ("chat", "fast", "openai/gpt-4o-mini")]
+    assert [(status, body["error"]["code"]) for status, _, body in told] == [(429, "insufficient_quota")] * 3
+    assert proxy.upstream.seen == []
