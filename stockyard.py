@@ -13469,7 +13469,7 @@ class TranslatingFlow(Flow):
 # before the end of its answer does. So a kill loses no row; a start takes over what SQLite lacks. Commits are grouped:
 # the writer takes what has gathered, and rests a moment after each. What it cannot commit it keeps and tries again.
 # A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
-# serves every filter; the sums by minute and label (`rollups`) are written with the rows and answer every chart. Bodies
+# serves every filter; the sums by hour and day and label (`rollups`) are written with the rows and answer every chart. Bodies
 # of one group lie together in one compressed block. Old blocks go first, then rows; the sums stay.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
 
@@ -13537,15 +13537,15 @@ MIGRATIONS: Final = (
         block INTEGER PRIMARY KEY, seqs BLOB NOT NULL, compressed INTEGER NOT NULL, bodies BLOB NOT NULL
     );
     CREATE TABLE rollups (
-        tag TEXT NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, requests INTEGER NOT NULL,
+        span_s INTEGER NOT NULL, tag TEXT NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, requests INTEGER NOT NULL,
         unpriced INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
         cache_write_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL, cost_nanousd INTEGER, latency_ms REAL NOT NULL,
         first_token_ms REAL NOT NULL, first_tokens INTEGER NOT NULL, overhead_ms REAL NOT NULL, redactions INTEGER NOT NULL,
-        saved_nanousd INTEGER NOT NULL, PRIMARY KEY (tag, start_s, label)
+        saved_nanousd INTEGER NOT NULL, PRIMARY KEY (span_s, tag, start_s, label)
     ) WITHOUT ROWID;
     CREATE TABLE spreads (
-        start_s INTEGER NOT NULL, label INTEGER NOT NULL, what INTEGER NOT NULL, step INTEGER NOT NULL, calls INTEGER NOT NULL,
-        PRIMARY KEY (start_s, label, what, step)
+        span_s INTEGER NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, what INTEGER NOT NULL, step INTEGER NOT NULL,
+        calls INTEGER NOT NULL, PRIMARY KEY (span_s, start_s, label, what, step)
     ) WITHOUT ROWID;
 
     INSERT INTO labels SELECT DISTINCT NULL, key_id, client_dialect, endpoint, model, provider, upstream_model, stream,
@@ -13558,11 +13558,11 @@ MIGRATIONS: Final = (
         (MAX(ts_ms) OVER (PARTITION BY block) << 10) + (block & 1023), request_at, request_bytes, answer_bytes
         FROM requests JOIN labels USING (model, provider, key_id, status, upstream_model, client_dialect, endpoint, stream,
         error, cache, finish_reason, price_id);
-    INSERT INTO rollups SELECT '', (seq >> 21) / 60000 * 60, label, COUNT(*), SUM(cost_nanousd IS NULL AND status < 400),
+    INSERT INTO rollups SELECT span_s, '', (seq >> 21) / 1000 / span_s * span_s, label, COUNT(*), SUM(cost_nanousd IS NULL AND status < 400),
         TOTAL(input_tokens), TOTAL(output_tokens), TOTAL(cached_tokens), TOTAL(cache_write_tokens), TOTAL(reasoning_tokens),
         SUM(cost_nanousd), TOTAL(latency_ms), TOTAL(first_token_ms), COUNT(first_token_ms), TOTAL(overhead_ms),
         TOTAL(redactions), TOTAL(saved_nanousd)
-        FROM calls JOIN labels USING (label) GROUP BY 2, 3;
+        FROM calls JOIN labels USING (label) JOIN (SELECT 3600 AS span_s UNION ALL SELECT 86400) GROUP BY 1, 3, 4;
     DROP TABLE requests;
     DROP TABLE blocks;
     ALTER TABLE blocks_of_calls RENAME TO blocks;
@@ -13855,7 +13855,7 @@ class LogStore:
         self._queued_bytes = self._written_bytes = 0
         self._wake, self._hurry = threading.Event(), threading.Event()
         self._closing = False
-        self._upkeep_at_s = self._folded_s = self._fold_at_s = 0.0
+        self._upkeep_at_s = self._forget_at_s = 0.0
         self._reader: sqlite3.Connection | None = None
         self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
         self.journal = self._replay()
@@ -14058,9 +14058,12 @@ class LogStore:
         ])  # fmt: skip
         self._roll_up(rows)
         spreads = collections.Counter(
-            step for row, label in zip(rows, labels, strict=True) for step in steps_of(row, label)
+            (label, what, step) for row, label in zip(rows, labels, strict=True) for what, step in steps_of(row)
         )
-        self._connection.executemany(ADD_SPREAD, [(*step, calls) for step, calls in spreads.items()])
+        now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0  # a group is of one moment, near enough for quantiles
+        for span_s in SPANS_S:
+            start_s = now_s // span_s * span_s
+            self._connection.executemany(ADD_SPREAD, [(span_s, start_s, *at, count) for at, count in spreads.items()])
 
     def _label(self, values: tuple[Any, ...]) -> int:
         label = self._labels.get(values)
@@ -14100,13 +14103,15 @@ class LogStore:
         return dump_json(completion)[:LOGGED_BODY_MAX_BYTES]
 
     def _roll_up(self, rows: list[LogRow]) -> None:
-        """Add the rows to the sums of their minutes; to those of their tags as well, where they have any."""
+        """Add the rows to the sums of their hours and days; to those of their tags as well, where they have any."""
         tagged: dict[str, list[int]] = {"": [row.seq for row in rows]}
         for row in rows:
             for tag in row.own[1].split(",") if row.own[1] else ():
                 tagged.setdefault(self._known_tag(tag), []).append(row.seq)
         for tag, seqs in tagged.items():
-            self._connection.execute(ROLL_UP, (tag, dump_json(seqs).decode()))
+            wanted = dump_json(seqs).decode()
+            for span_s in SPANS_S:
+                self._connection.execute(ROLL_UP, {"span": span_s, "tag": tag, "seqs": wanted})
 
     def _known_tag(self, tag: str) -> str:
         """The tag; one word for the rest where a client makes up new tags without end."""
@@ -14127,7 +14132,7 @@ class LogStore:
             return
         more = False
         with contextlib.suppress(sqlite3.Error):  # a disk that is full or locked is told by the rows
-            more = self._prune() or self._shrink() or self._fold()
+            more = self._prune() or self._shrink() or self._forget()
         self._upkeep_at_s = time.monotonic() + (0.0 if more else UPKEEP_REST_S)
 
     def _pages(self, what: str) -> int:
@@ -14160,23 +14165,13 @@ class LogStore:
         self._connection.executescript("PRAGMA incremental_vacuum(512)")  # `execute` would stop after one page
         return True
 
-    def _fold(self) -> bool:
-        """Old sums of minutes become sums of hours, and those become sums of days."""
+    def _forget(self) -> bool:
+        """Once an hour, drop sums by hour that are too old to be asked for; those by day stay."""
         now_s = self._now_ms() // 1000
-        if now_s < self._fold_at_s:
-            return False
-        self._fold_at_s = now_s + 3600
-        for table, fold, span_s, kept_s in FOLDS:
-            bounds = {"span": span_s, "before": (now_s - kept_s) // 86_400 * 86_400}
-            connection = self._connection
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.execute(fold, bounds)
-                connection.execute(f"DELETE FROM {table} WHERE start_s < :before AND start_s % :span", bounds)  # noqa: S608 - rows of FOLDS
-                connection.execute("COMMIT")
-            except sqlite3.Error:
-                connection.execute("ROLLBACK")
-                raise
+        if now_s >= self._forget_at_s:
+            self._forget_at_s = now_s + 3600
+            for sql in FORGET_HOURS:
+                self._connection.execute(sql, (now_s - HOURS_KEPT_S,))
         return False
 
     # -- readers (any thread)
@@ -14225,44 +14220,35 @@ SUMS: Final[Mapping[str, str]] = {
 }  # fmt: skip
 #: A sum that is null (the cost of calls that have none) stays so until there is something to add.
 _ADD: Final = ", ".join(f"{name} = COALESCE({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)
-_UPSERT: Final = f"ON CONFLICT (tag, start_s, label) DO UPDATE SET {_ADD}"
+_UPSERT: Final = f"ON CONFLICT DO UPDATE SET {_ADD}"
 ROLL_UP: Final = (
-    f"INSERT INTO rollups SELECT ?, (seq >> {SEQ_BITS}) / 60000 * 60, label, {', '.join(SUMS.values())} "  # noqa: S608 - our names
-    "FROM json_each(?) AS wanted CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) "
-    f"WHERE 1 GROUP BY 2, 3 {_UPSERT}"
+    f"INSERT INTO rollups SELECT :span, :tag, (seq >> {SEQ_BITS}) / 1000 / :span * :span, label, {', '.join(SUMS.values())} "  # noqa: S608 - our names
+    "FROM json_each(:seqs) AS wanted CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) "
+    f"WHERE 1 GROUP BY 3, 4 {_UPSERT}"
 )
-FOLD_ROLLUPS: Final = (
-    f"INSERT INTO rollups SELECT tag, start_s - start_s % :span, label, {', '.join(f'SUM({name})' for name in SUMS)} "  # noqa: S608 - our names
-    f"FROM rollups WHERE start_s < :before AND start_s % :span GROUP BY 1, 2, 3 {_UPSERT}"
-)
-#: How many calls took about how long, for quantiles: by hour and label, of the whole call (0) and of the first token (1).
-#: A step is an eighth of a doubling, so that a quantile read from it is off by 5 % at the most.
-STEPS_PER_DOUBLING: Final = 8
+HOUR_S: Final = 3600
+DAY_S: Final = 86_400
+#: Sums are kept by hour, for so long, and by day.
+SPANS_S: Final = (HOUR_S, DAY_S)
+HOURS_KEPT_S: Final = 35 * DAY_S
+FORGET_HOURS: Final = (
+    f"DELETE FROM rollups WHERE span_s = {HOUR_S} AND start_s < ?", f"DELETE FROM spreads WHERE span_s = {HOUR_S} AND start_s < ?",  # noqa: S608 - our numbers
+)  # fmt: skip
+#: How many calls took about how long, for quantiles: of the whole call (0) and of the first token (1). A step is a quarter
+#: of a doubling, so that a quantile read from it is off by 9 % at the most.
+STEPS_PER_DOUBLING: Final = 4
 ADD_SPREAD: Final = (
-    "INSERT INTO spreads VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
-)
-FOLD_SPREADS: Final = (
-    "INSERT INTO spreads SELECT start_s - start_s % :span, label, what, step, SUM(calls) FROM spreads "
-    "WHERE start_s < :before AND start_s % :span GROUP BY 1, 2, 3, 4 ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
+    "INSERT INTO spreads VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
 )
 
 
-#: What is folded into buckets of how many seconds, once it is so old.
-FOLDS: Final = (
-    ("rollups", FOLD_ROLLUPS, 3600, 2 * 86_400),
-    ("rollups", FOLD_ROLLUPS, 86_400, 90 * 86_400),
-    ("spreads", FOLD_SPREADS, 86_400, 8 * 86_400),
-)
-
-
-def steps_of(row: LogRow, label: int) -> Iterator[tuple[int, int, int, int]]:
-    """The rows of `spreads` that a call counts in: its whole time if it was answered, and its first token's."""
-    hour_s = (row.seq >> SEQ_BITS) // 3_600_000 * 3600
-    _, _, _, _, _, _, _, _, _, latency_ms, first_token_ms, *_ = row.own
+def steps_of(row: LogRow) -> Iterator[tuple[int, int]]:
+    """Where a call counts in `spreads`: with its whole time if it was answered, and with its first token's."""
+    latency_ms, first_token_ms = row.own[9:11]
     if row.label[7] < 400:
-        yield hour_s, label, 0, round(math.log2(max(latency_ms, 0.001)) * STEPS_PER_DOUBLING)
+        yield 0, round(math.log2(max(latency_ms, 0.001)) * STEPS_PER_DOUBLING)
     if first_token_ms is not None:
-        yield hour_s, label, 1, round(math.log2(max(first_token_ms, 0.001)) * STEPS_PER_DOUBLING)
+        yield 1, round(math.log2(max(first_token_ms, 0.001)) * STEPS_PER_DOUBLING)
 
 
 def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
@@ -14386,9 +14372,10 @@ def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
 
 def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> Page:
     """One page of the log. With a text or a tag it may hold fewer rows than `limit` and still have a next one."""
-    asked = log_filter(wanted, now_ms)
+    tag = wanted.get("tag")  # looked for here, not in SQL, which would not stop after a while
+    asked = log_filter({name: text for name, text in wanted.items() if name != "tag"}, now_ms)
     labels = wanted_labels(store, asked) if asked.labels else None
-    if not asked.text and "tag" not in asked.parameters:
+    if not asked.text and tag is None:
         rows = newest_rows(store, asked, labels, asked.high, limit + 1)
         return Page(rows[:limit], rows[limit - 1]["seq"] if len(rows) > limit else None)
     found: list[sqlite3.Row] = []
@@ -14397,7 +14384,7 @@ def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: in
     while time.monotonic() < give_up_s:
         rows = newest_rows(store, asked, labels, cursor, PAGE_STEP_ROWS)
         for row in rows:
-            if needles is None or says(store, row, needles, blocks):
+            if tag in (None, *row["tags"].split(",")) and (needles is None or says(store, row, needles, blocks)):
                 found.append(row)
                 if len(found) == limit:
                     return Page(found, row["seq"])
@@ -14638,14 +14625,33 @@ _SUM_COLUMNS: Final = ", ".join(f"SUM({name}) AS {name}" for name in SUMS) + (
 )
 
 
-def sums_where(asked: LogFilter, now_ms: int, by: str = "", width_s: int = 60) -> tuple[str, Json]:
-    """The condition on sums: of all calls, or of those with tags; in whole minutes or hours, as they are kept."""
-    tags = "tag > ''" if by == "tag" else "tag = ''"
-    low_s, high_s = ((edge >> SEQ_BITS) // 1000 // width_s * width_s for edge in (asked.low, asked.high))
-    if high_s >= now_ms // 1000 // width_s * width_s:
-        high_s = 2**62  # the minute under way belongs to a span that ends in it
-    clauses = [*([tags] if width_s == 60 else []), "start_s >= :low_s", "start_s < :high_s", *asked.labels]
-    return " AND ".join(clauses), {**asked.parameters, "low_s": low_s, "high_s": high_s}
+def sum_ranges(low_s: int, high_s: int, now_s: int) -> list[tuple[int, int, int]]:
+    """The (span, from, to) of the sums that make up a time: whole days as such, what is left by hours."""
+    if low_s < now_s - HOURS_KEPT_S:
+        low_s = low_s // DAY_S * DAY_S
+    first_s, last_s = -(-low_s // DAY_S) * DAY_S, high_s // DAY_S * DAY_S
+    if first_s >= last_s:
+        return [(HOUR_S, low_s, high_s)]
+    return [(DAY_S, first_s, last_s), (HOUR_S, low_s, first_s), (HOUR_S, last_s, high_s)]
+
+
+def read_sums(
+    store: LogStore, table: str, columns: str, asked: LogFilter, now_ms: int, tags: str = "", by_hour: bool = False
+) -> list[sqlite3.Row]:
+    """A query on `rollups` or `spreads` over the time and the labels that are asked for, in whole hours."""
+    now_s = now_ms // 1000
+    low_s, high_s = ((edge >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S for edge in (asked.low, asked.high))
+    if high_s >= now_s // HOUR_S * HOUR_S:  # the hour under way belongs to a time that ends in it
+        high_s = (now_s // DAY_S + 2) * DAY_S
+    ranges = [(HOUR_S, low_s, high_s)] if by_hour else sum_ranges(low_s, high_s, now_s)
+    spans = ", ".join(f"({span_s}, {start_s}, {end_s})" for span_s, start_s, end_s in ranges)
+    where = " AND ".join(["1", *asked.labels])
+    return store.read(
+        f"WITH spans(span_s, low_s, high_s) AS (VALUES {spans}) SELECT {columns.partition(' GROUP BY ')[0]} FROM spans "  # noqa: S608 - numbers, and rows of our tables
+        f"CROSS JOIN {table} ON {table}.span_s = spans.span_s {tags} AND start_s >= low_s AND start_s < high_s "
+        f"CROSS JOIN labels USING (label) WHERE {where} GROUP BY {columns.partition(' GROUP BY ')[2]}",
+        asked.parameters,
+    )
 
 
 def as_usd(nanousd: int | None) -> float | None:
@@ -14655,20 +14661,20 @@ def as_usd(nanousd: int | None) -> float | None:
 def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
     """Calls, tokens and cost by one dimension, dearest first; unpriced calls are counted beside, never as zero.
 
-    Read from sums of minutes (of hours after two days, of days after ninety), so `since` is as exact as those.
+    Read from sums by hour (by day after 35 days), so `since` is as exact as those.
     """
     asked = log_filter(wanted, now_ms, SPEND_FILTERS)
     if by in SPEND_BY_ROWS:
         where, parameters = rows_where(asked)
         columns = ", ".join(f"{what} AS {name}" for name, what in SUMS.items()) + ", SUM(status >= 400) AS errors"
-        source = f"calls CROSS JOIN labels USING (label) WHERE {by} != '' AND {where}"
+        rows = store.read(
+            f"SELECT {by} AS name, {columns} FROM calls CROSS JOIN labels USING (label) WHERE {by} != '' AND {where} "  # noqa: S608 - rows of our tables
+            "GROUP BY name ORDER BY cost_nanousd DESC, name",
+            parameters,
+        )
     else:
-        where, parameters = sums_where(asked, now_ms, by)
-        columns, source = _SUM_COLUMNS, f"rollups CROSS JOIN labels USING (label) WHERE {where}"
-    rows = store.read(
-        f"SELECT {SPEND_BY.get(by, by)} AS name, {columns} FROM {source} GROUP BY name ORDER BY cost_nanousd DESC, name",  # noqa: S608 - rows of our tables
-        parameters,
-    )
+        columns = f"{SPEND_BY[by]} AS name, {_SUM_COLUMNS} GROUP BY name ORDER BY cost_nanousd DESC, name"
+        rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag > ''" if by == "tag" else "AND tag = ''")
     return [
         {by: row["name"], **{name: row[name] or 0 for name in TOLD_SUMS}, "cost_usd": as_usd(row["cost_nanousd"])}
         for row in rows
@@ -14814,27 +14820,19 @@ POINT_COUNTS: Final = (
 def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
     """What was called, bucket by bucket (the whole span where `bucket_ms` is 0), oldest first, by one of POINTS_BY.
 
-        A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
+    A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
     "first_token_ms": the same}`. `ts` is the bucket's start (null for the whole span), `name` empty for the total.
-    Quantiles are of answered calls and null where there are none, kept by hour, within 5 %; `cost_usd` is null where none
-    was priced. Buckets without calls are left out. All of it is read from sums, so a span is as exact as those: a minute,
-    later an hour, then a day.
+    Quantiles are of answered calls and null where there are none, within 9 %; `cost_usd` is null where none was priced.
+    Buckets without calls are left out. All of it is read from sums by hour (35 days back) and by day.
     """
     asked = log_filter(wanted, now_ms, SPEND_FILTERS)
     at, name = (f"start_s / {bucket_ms // 1000} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
-    where, parameters = sums_where(asked, now_ms)
-    rows = store.read(
-        f"SELECT {at} AS at, {name} AS name, {_SUM_COLUMNS} FROM rollups CROSS JOIN labels USING (label) WHERE {where} "  # noqa: S608 - rows of our tables
-        "GROUP BY at, name ORDER BY at, requests DESC",
-        parameters,
-    )
-    where, parameters = sums_where(asked, now_ms, width_s=3600)
+    by_hour = bucket_ms == HOUR_S * 1000
+    columns = f"{at} AS at, {name} AS name, {_SUM_COLUMNS} GROUP BY at, name ORDER BY at, requests DESC"
+    rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag = ''", by_hour)
+    columns = f"{at} AS at, {name} AS name, what, step, SUM(calls) AS calls GROUP BY at, name, what, step ORDER BY step"
     steps: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
-    for row in store.read(
-        f"SELECT {at} AS at, {name} AS name, what, step, SUM(calls) AS calls FROM spreads CROSS JOIN labels USING (label) "  # noqa: S608 - rows of our tables
-        f"WHERE {where} GROUP BY at, name, what, step ORDER BY step",
-        parameters,
-    ):
+    for row in read_sums(store, "spreads", columns, asked, now_ms, by_hour=by_hour):
         steps.setdefault((row["at"], row["name"], row["what"]), []).append((row["step"], row["calls"]))
     return [
         {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},

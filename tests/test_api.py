@@ -187,9 +187,9 @@ async def test_charts_count_by_bucket_and_name_with_quantiles_and_savings(start:
         assert mini["cost_usd"] == pytest.approx(0.0000042 + 0.0000045)
         assert mini["saved_usd"] == 0.0000042
         good = sorted(row["latency_ms"] for row in rows if row["model"] == "gpt-4o-mini" and row["status"] == 200)
-        assert mini["latency_ms"] == pytest.approx({"p50": good[1], "p95": good[2], "p99": good[2]}, rel=0.05)
+        assert mini["latency_ms"] == pytest.approx({"p50": good[1], "p95": good[2], "p99": good[2]}, rel=0.1)
         first_ms = next(row["first_token_ms"] for row in rows if row["stream"])
-        assert mini["first_token_ms"]["p50"] == pytest.approx(first_ms, rel=0.05)
+        assert mini["first_token_ms"]["p50"] == pytest.approx(first_ms, rel=0.1)
         assert (named["gpt-unknown-9"]["unpriced"], named["gpt-unknown-9"]["cost_usd"]) == (1, None)
         [day] = (await admin.get("/api/timeseries?bucket=day&model=gpt-4o-mini"))["data"]
         assert (day["requests"], day["name"]) == (4, "")

@@ -254,7 +254,7 @@ def test_kill_dash_nine_under_load_loses_no_acknowledged_call(tmp_path: Path) ->
             assert acknowledged <= found
             assert store.read("PRAGMA integrity_check")[0][0] == "ok"
             rows = store.read("SELECT COUNT(*) AS n FROM calls")[0]["n"]
-            assert rows == store.read("SELECT SUM(requests) AS n FROM rollups WHERE tag = ''")[0]["n"]
+            assert rows == store.read("SELECT SUM(requests) AS n FROM rollups WHERE tag = '' AND span_s = 3600")[0]["n"]
     assert acknowledged
 
 
@@ -392,20 +392,24 @@ def test_free_pages_go_back_to_the_disk(tmp_path: Path, make: Make) -> None:
         until(lambda: store._pages("page_count") < before // 2)
 
 
-def test_sums_fold_into_hours_and_days_without_a_change_in_total(tmp_path: Path, make: Make) -> None:
+def test_sums_by_hour_go_and_those_by_day_tell_the_same(tmp_path: Path, make: Make) -> None:
     with opened(tmp_path, now_ms=lambda: NOW_MS) as store:
         chance = random.Random(3)
         for _ in range(300):
             store.put(make(ts_ms=NOW_MS - chance.randrange(200 * DAY_MS), cost_nanousd=chance.choice([None, 5])))
         committed(store)
-        [before] = stockyard.find_spend(store, "model", {}, NOW_MS)
-        store._fold_at_s = 0.0
-        store._fold()
-        assert store.read("SELECT COUNT(*) AS n FROM rollups WHERE start_s % 60")[0]["n"] == 0
-        late = "SELECT COUNT(*) AS n FROM rollups WHERE start_s < ? AND start_s % 86400"
-        assert store.read(late, (NOW_MS // 1000 - 92 * 86_400,))[0]["n"] == 0
-        [after] = stockyard.find_spend(store, "model", {}, NOW_MS)
-        assert before == after
+        before = [
+            stockyard.find_spend(store, "model", {"since": since}, NOW_MS) for since in ("300d", "50d", "30h", "2h")
+        ]
+        store._forget_at_s = 0.0
+        store._forget()
+        [row] = store.read("SELECT MIN(start_s) AS s FROM rollups WHERE span_s = 3600")
+        assert row["s"] >= NOW_MS // 1000 - 35 * 86_400
+        after = [
+            stockyard.find_spend(store, "model", {"since": since}, NOW_MS) for since in ("300d", "50d", "30h", "2h")
+        ]
+        assert after == before
+        assert before[0][0]["requests"] == 300
 
 
 # -- reading
@@ -495,19 +499,16 @@ def test_points_equal_the_sums_of_the_rows(filled: tuple[LogStore, list[Call]], 
             sums[place] += amount
     assert {(p["ts"], p["name"]): [p["requests"], p["errors"], p["cache_hits"]] for p in points} == expected
     if not bucket_ms:
-        assert points[0]["latency_ms"]["p95"] == pytest.approx(500, rel=0.05)
+        assert points[0]["latency_ms"]["p95"] == pytest.approx(500, rel=0.1)
         assert points[0]["first_token_ms"] == {"p50": None, "p95": None, "p99": None}
 
 
-def test_quantiles_are_off_by_a_twentieth_at_most() -> None:
+def test_quantiles_are_off_by_a_tenth_at_most() -> None:
     times = [0.3, 1.0, 2.0, 5.0, 7.0, 11.0, 90.0, 400.0, 3000.0, 61_000.0]
-    steps = [
-        (step[3], 1)
-        for ms in times
-        for step in stockyard.steps_of(stockyard.LogRow(0, ("",) * 7 + (200,), (*[0] * 9, ms, None)), 1)
-    ]
+    rows = [stockyard.LogRow(0, ("",) * 7 + (200,), (*[0] * 9, ms, None)) for ms in times]
+    steps = [(step, 1) for row in rows for _, step in stockyard.steps_of(row)]
     told = stockyard.quantiles_of(steps)
-    assert (told["p50"], told["p99"]) == (pytest.approx(7.0, rel=0.05), pytest.approx(61_000, rel=0.05))
+    assert (told["p50"], told["p99"]) == (pytest.approx(7.0, rel=0.1), pytest.approx(61_000, rel=0.1))
 
 
 def test_new_tags_without_end_share_one_sum(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
