@@ -700,8 +700,9 @@ class Call:
     #: The route that `model` names, and the upstream key of the last attempt (it never leaves this object).
     route: Route | None = None
     upstream_key: str = ""
-    #: The id of the call that this one shadows.
+    #: The id of the call that this one shadows; targets that were not asked since they rested.
     shadow_of: str = ""
+    passed_over: tuple[str, ...] = ()
     #: The id of the logged call that this one repeats.
     replay_of: str = ""
     provider: str = ""
@@ -13697,7 +13698,7 @@ def call_notes(call: Call) -> str:
     if call.rate_hold is not None:
         notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
         notes["estimated_tokens"] = call.rate_hold.tokens
-    for name in ("replay_of", "shadow_of", "sent_dialect", "refusal"):
+    for name in ("replay_of", "shadow_of", "passed_over", "sent_dialect", "refusal"):
         if value := getattr(call, name):
             notes[name] = value
     if len(call.targets) > 1:
@@ -14757,12 +14758,18 @@ def explain_lines(found: Json, told: Json) -> list[str]:
     """The sentences of an explanation, in the order in which things happened."""
     targets = [f"{row['provider']} as {row['upstream_model']} (by {row['via']})" for row in told["route"]["targets"]]
     lines = [f"Route: `{found['model']}` " + (f"goes to {', else '.join(targets)}." if targets else "was not routed.")]
+    if found["notes"].get("shadow_of"):
+        lines.append(f"Shadow: a copy of {found['notes']['shadow_of']}; its answer went to nobody.")
+    if found["notes"].get("passed_over"):
+        over = ", ".join(found["notes"]["passed_over"])
+        lines.append(f"Passed over: {over}; the breaker was open or every key rested.")
     lines.append(CACHE_WORDS[found["cache"]].replace("{saved}", shown_usd(found["saved_usd"])))
     for number, line in enumerate(told["attempts"], 1):
         ended = f"{line['status']} {line['error']}".strip()
         took_ms = line["ended_ms"] - line["started_ms"]
         lines.append(
-            f"Attempt {number}: {line['provider']} at {line['started_ms']:.1f} ms, {ended} after {took_ms:.1f} ms."
+            f"Attempt {number}: {line['provider']} at {line['started_ms']:.1f} ms, {ended} after {took_ms:.1f} ms"
+            + (f", billed: {line['billed']}." if "billed" in line else ".")
         )
         if "budget" in line:
             names = ", ".join(f"{name} ({window})" for name, window in line["budget"]["budgets"])
@@ -16685,6 +16692,7 @@ class Gateway:
         retries = route.retries if route.retries is not None else 0 if several else self.settings.retries
         for target in pending:
             if several and self.router.rests(target, self.tick()):
+                call.passed_over += (f"{target.provider.id}/{target.model}",)
                 continue
             try:
                 return await self.tried(call, target, attempt, may_retry, retries)

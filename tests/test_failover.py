@@ -169,6 +169,10 @@ async def test_a_breaker_spares_a_target_that_fails_and_lets_one_probe_back(star
         for _ in range(8):
             assert (await proxy.post(PATH, CHAT))[0] == 200
         assert len(proxy.upstream.seen) == stockyard.Health.BREAK_AFTER
+        found = stockyard.find_request(proxy.gateway.store, (await proxy.rows())[-1]["id"])
+        assert found is not None
+        told = " ".join(stockyard.explain_request(found, proxy.gateway.prices)["summary"])
+        assert "Passed over: openai/gpt-4o-mini" in told
         proxy.upstream.answers = []
         offset_s = stockyard.Health.OPEN_S
         for _ in range(2):
