@@ -13471,7 +13471,7 @@ class TranslatingFlow(Flow):
 # the writer takes what has gathered, and rests a moment after each. What it cannot commit it keeps and tries again.
 # A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
 # serves every filter; the sums by hour and day and label (`rollups`) are written with the rows and answer every chart. Bodies
-# of one group lie together in one compressed block. Old blocks go first, then rows; the sums stay.
+# of one group lie together in one compressed block; long requests in parts, each kept once. Old blocks go first, then rows; the sums stay.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
 
 MIGRATIONS: Final = (
@@ -13573,6 +13573,17 @@ MIGRATIONS: Final = (
     DROP INDEX cache_by_expiry;
     CREATE INDEX cache_by_expiry ON cache (expires_ms, size_bytes);
     """,
+    """
+    CREATE TABLE parts (
+        part INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, used_block INTEGER NOT NULL, body BLOB NOT NULL
+    );
+    CREATE INDEX parts_by_use ON parts (used_block);
+    DROP TABLE spreads;
+    CREATE TABLE spreads (
+        span_s INTEGER NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, steps BLOB NOT NULL,
+        PRIMARY KEY (span_s, start_s, label)
+    ) WITHOUT ROWID;
+    """,
 )
 
 #: The fields of a log row as users see them, in this order; also the CSV header.
@@ -13605,6 +13616,12 @@ OWN_FIELDS: Final = tuple(
     "saved_nanousd".split()
 )
 CRASHED: Final = "crashed"
+#: Requests from this size on are kept in parts, each of them once: every turn of a conversation repeats all before it.
+SPLIT_MIN_BYTES: Final = 8192
+PART_MIN_BYTES: Final = 512
+PART_MARKS: Final = (b'{"role"', b'"tools":', b'"system":', b'"input":', b'"instructions":', b'"contents":')
+#: The use of a part is noted once a minute only.
+PART_STALE: Final = 60_000 << BLOCK_BITS
 
 
 class LogRow(NamedTuple):
@@ -13675,6 +13692,27 @@ def crashed_row(intent: Sequence[Any]) -> LogRow:
     label = (key_id, dialect, path, model, provider, upstream_model, stream, 500, CRASHED, cache, "", "")
     own = (call_id, tags, 1, *(None,) * 6, 0.0, None, 0.0, 0, "", client_ip, "", session, "", "", "", "", 0)
     return LogRow(seq_of(call_id, ts_ms), label, own)
+
+
+def parts_of(body: bytes) -> list[bytes]:
+    """A long request in pieces that the next one of its conversation has as well: messages, tools, instructions.
+
+    Where to cut is a guess from the bytes, so that any body will do; the pieces joined are the body.
+    """
+    least = max(PART_MIN_BYTES, 1 << max(0, len(body).bit_length() - 8))
+    cuts, pieces, begin, last = {len(body)}, cast(list[bytes], []), 0, 0
+    for mark in PART_MARKS:
+        at = body.find(mark, 1)
+        while at > 0:
+            cuts.add(at)
+            at = body.find(mark, at + 1)
+    for cut in sorted(cuts):
+        for end, is_long in ((last, cut - last >= least), (cut, cut - begin >= least or cut == len(body))):
+            if is_long and end > begin:  # what is long stands alone, so that small neighbours do not change it
+                pieces.append(body[begin:end])
+                begin = end
+        last = cut
+    return pieces
 
 
 @functools.lru_cache(maxsize=512)
@@ -13849,6 +13887,7 @@ class LogStore:
         self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
         self._connection = open_writer(path, full_sync)
         self._labels: dict[tuple[Any, ...], int] = {}
+        self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
         self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
         self._queue: collections.deque[Logged | Write | Callable[[], object]] = collections.deque()
@@ -14045,6 +14084,7 @@ class LogStore:
             connection.execute("COMMIT")
         except Exception:
             self._labels.clear()
+            self._parts.clear()
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
@@ -14058,13 +14098,26 @@ class LogStore:
             (row.seq, label, *row.own, block, *place) for row, label, place in zip(rows, labels, places, strict=True)
         ])  # fmt: skip
         self._roll_up(rows)
-        spreads = collections.Counter(
-            (label, what, step) for row, label in zip(rows, labels, strict=True) for what, step in steps_of(row)
-        )
-        now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0  # a group is of one moment, near enough for quantiles
+        self._spread(rows, labels)
+
+    def _spread(self, rows: list[LogRow], labels: list[int]) -> None:
+        """Count the times of the rows, for quantiles; a group is of one moment, near enough for them."""
+        fresh: dict[int, collections.Counter[int]] = {}
+        for row, label in zip(rows, labels, strict=True):
+            fresh.setdefault(label, collections.Counter()).update(steps_of(row))
+        now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0
+        execute = self._connection.execute
         for span_s in SPANS_S:
-            start_s = now_s // span_s * span_s
-            self._connection.executemany(ADD_SPREAD, [(span_s, start_s, *at, count) for at, count in spreads.items()])
+            for label, steps in fresh.items():
+                at = (span_s, now_s // span_s * span_s, label)
+                known = execute(
+                    "SELECT steps FROM spreads WHERE span_s = ? AND start_s = ? AND label = ?", at
+                ).fetchone()
+                total = steps + collections.Counter(dict(STEP.iter_unpack(known[0]))) if known else steps
+                execute(
+                    "INSERT OR REPLACE INTO spreads VALUES (?, ?, ?, ?)",
+                    (*at, b"".join(map(STEP.pack, total, total.values()))),
+                )
 
     def _label(self, values: tuple[Any, ...]) -> int:
         label = self._labels.get(values)
@@ -14079,21 +14132,44 @@ class LogStore:
         return cast(int, label)
 
     def _keep_bodies(self, calls: list[Logged]) -> tuple[int, list[tuple[int, int, int]]]:
-        """Write the bodies of a group as one block, which also tells its rows; its number, and each call's place in it."""
+        """Write the bodies of a group as one block, which also tells its rows; its number, and each call's place in it.
+
+        Of a long request the block has the numbers of its parts; its size is negative then.
+        """
+        block = self._last_block = max(self._last_block + 1, self._now_ms() << BLOCK_BITS)
         places: list[tuple[int, int, int]] = []
         bodies: list[bytes] = []
         at = 0
         for call in calls if self._bodies else ():
             answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
-            places.append((at, len(call.asked), len(answered)))
-            bodies += (call.asked, answered)
-            at += len(call.asked) + len(answered)
+            asked, is_split = call.asked, len(call.asked) >= SPLIT_MIN_BYTES
+            if is_split:
+                numbers = [self._part(piece, block) for piece in parts_of(asked)]
+                asked = struct.pack(f"<{len(numbers)}q", *numbers)
+            places.append((at, -len(asked) if is_split else len(asked), len(answered)))
+            bodies += (asked, answered)
+            at += len(asked) + len(answered)
         raw = b"".join(bodies)
         stored = zlib.compress(raw, 1) if at > 512 else raw
-        block = self._last_block = max(self._last_block + 1, self._now_ms() << BLOCK_BITS)
         seqs = struct.pack(f"<{len(calls)}q", *[call.row.seq for call in calls])
         self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (block, seqs, at > 512, stored))
         return block, places or [(0, 0, 0)] * len(calls)
+
+    def _part(self, piece: bytes, block: int) -> int:
+        """The number of a part, which is written if it is new; its use is noted, so that it goes no sooner than its block."""
+        execute, digest = self._connection.execute, hashlib.blake2b(piece, digest_size=16).digest()
+        part, used_block = self._parts.get(digest) or (
+            execute("SELECT part, used_block FROM parts WHERE digest = ?", (digest,)).fetchone() or (0, 0)
+        )
+        if not part or block - used_block > PART_STALE:
+            used_block = block
+            if not part or not execute("UPDATE parts SET used_block = ? WHERE part = ?", (block, part)).rowcount:
+                values = (digest, block, zlib.compress(piece, 1))
+                part = cast(int, execute("INSERT INTO parts VALUES (NULL, ?, ?, ?)", values).lastrowid)
+        if len(self._parts) > 50_000:
+            self._parts.clear()
+        self._parts[digest] = part, used_block
+        return int(part)
 
     @staticmethod
     def _assembled(transcript: Transcript, usage: Usage | None) -> bytes:
@@ -14152,6 +14228,8 @@ class LogStore:
         cutoff_ms = int(self._now_ms() - self._keep_ms) if self._keep_ms < math.inf else 0
         dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS, 16)).rowcount
         dropped += delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
+        oldest = delete("SELECT MIN(block) FROM blocks").fetchone()[0] or self._now_ms() << BLOCK_BITS
+        dropped += delete(PRUNE_PARTS, (oldest - PART_STALE,)).rowcount
         dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
         dropped += delete(PRUNE_FEEDBACK, (cutoff_ms,)).rowcount
         if not dropped and self._log_bytes() > self._max_bytes:
@@ -14235,21 +14313,25 @@ HOURS_KEPT_S: Final = 35 * DAY_S
 FORGET_HOURS: Final = (
     f"DELETE FROM rollups WHERE span_s = {HOUR_S} AND start_s < ?", f"DELETE FROM spreads WHERE span_s = {HOUR_S} AND start_s < ?",  # noqa: S608 - our numbers
 )  # fmt: skip
-#: How many calls took about how long, for quantiles: of the whole call (0) and of the first token (1). A step is a quarter
-#: of a doubling, so that a quantile read from it is off by 9 % at the most.
+#: How many calls took about how long, for quantiles: pairs of a step and a count. A step is a quarter of a doubling, so
+#: that a quantile read from it is off by 9 % at the most; those of the first token's time begin at FIRST_TOKEN_STEPS.
+STEP: Final = struct.Struct("<HI")
 STEPS_PER_DOUBLING: Final = 4
-ADD_SPREAD: Final = (
-    "INSERT INTO spreads VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET calls = calls + excluded.calls"
-)
+STEP_ZERO: Final = 40  # that of a millisecond
+FIRST_TOKEN_STEPS: Final = 1000
 
 
-def steps_of(row: LogRow) -> Iterator[tuple[int, int]]:
+def steps_of(row: LogRow) -> Iterator[int]:
     """Where a call counts in `spreads`: with its whole time if it was answered, and with its first token's."""
     latency_ms, first_token_ms = row.own[9:11]
     if row.label[7] < 400:
-        yield 0, round(math.log2(max(latency_ms, 0.001)) * STEPS_PER_DOUBLING)
+        yield step_of(latency_ms)
     if first_token_ms is not None:
-        yield 1, round(math.log2(max(first_token_ms, 0.001)) * STEPS_PER_DOUBLING)
+        yield FIRST_TOKEN_STEPS + step_of(first_token_ms)
+
+
+def step_of(ms: float) -> int:
+    return STEP_ZERO + round(math.log2(max(ms, 0.001)) * STEPS_PER_DOUBLING)
 
 
 def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
@@ -14260,13 +14342,16 @@ def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
         for step, calls in steps:
             below += calls
             if below >= share * total:
-                told[name] = round(2 ** (step / STEPS_PER_DOUBLING), 3)
+                told[name] = round(2 ** ((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3)
                 break
     return told
 
 
 PRUNE_BLOCKS: Final = (
     "DELETE FROM blocks WHERE block IN (SELECT block FROM blocks WHERE block < ? ORDER BY block LIMIT ?)"
+)
+PRUNE_PARTS: Final = (
+    "DELETE FROM parts WHERE part IN (SELECT part FROM parts WHERE used_block < ? ORDER BY used_block LIMIT 200)"
 )
 PRUNE_CALLS: Final = "DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE seq < ? ORDER BY seq LIMIT ?)"
 PRUNE_FEEDBACK: Final = (  # in the order in which it was said, so the oldest are looked at first
@@ -14441,9 +14526,9 @@ def says(store: LogStore, row: sqlite3.Row, needles: tuple[bytes, ...], blocks: 
     if block not in blocks:
         while len(blocks) > 3:
             del blocks[next(iter(blocks))]
-        blocks[block] = read_block(store, block).lower()
-    end = row["request_at"] + row["request_bytes"] + row["answer_bytes"]
-    return any(blocks[block].find(needle, row["request_at"], end) >= 0 for needle in needles)
+        blocks[block] = read_block(store, block)
+    bodies = [body.lower() for body in bodies_in(store, row, blocks[block])]
+    return any(needle in body for needle in needles for body in bodies)
 
 
 def export_rows(store: LogStore, wanted: Mapping[str, str], now_ms: int) -> Iterator[list[Json]]:
@@ -14554,9 +14639,22 @@ def find_feedback(store: LogStore, request_id: str) -> list[Json]:
 
 
 def read_bodies(store: LogStore, row: sqlite3.Row) -> tuple[bytes, bytes]:
-    raw, at = read_block(store, row["block"]), row["request_at"]
-    middle = at + row["request_bytes"]
-    return raw[at:middle], raw[middle : middle + row["answer_bytes"]]
+    return bodies_in(store, row, read_block(store, row["block"]))
+
+
+def bodies_in(store: LogStore, row: sqlite3.Row, raw: bytes) -> tuple[bytes, bytes]:
+    """What was asked and what was answered, from the block they lie in and the parts it names."""
+    at, size = row["request_at"], row["request_bytes"]
+    asked, answered = raw[at : at + abs(size)], raw[at + abs(size) :][: row["answer_bytes"]]
+    if size < 0:
+        numbers = struct.unpack(f"<{len(asked) // 8}q", asked)
+        found = store.read(
+            "SELECT part, body FROM parts WHERE part IN (SELECT value FROM json_each(?))",
+            (dump_json(numbers).decode(),),
+        )
+        parts = {part: zlib.decompress(body) for part, body in found}
+        asked = b"".join([parts.get(number, b"") for number in numbers])
+    return asked, answered
 
 
 def body_json(body: bytes) -> Any:
@@ -14637,7 +14735,14 @@ def sum_ranges(low_s: int, high_s: int, now_s: int) -> list[tuple[int, int, int]
 
 
 def read_sums(
-    store: LogStore, table: str, columns: str, asked: LogFilter, now_ms: int, tags: str = "", by_hour: bool = False
+    store: LogStore,
+    table: str,
+    columns: str,
+    asked: LogFilter,
+    now_ms: int,
+    tags: str = "",
+    grouped: str = "",
+    by_hour: bool = False,
 ) -> list[sqlite3.Row]:
     """A query on `rollups` or `spreads` over the time and the labels that are asked for, in whole hours."""
     now_s = now_ms // 1000
@@ -14645,12 +14750,14 @@ def read_sums(
     if high_s >= now_s // HOUR_S * HOUR_S:  # the hour under way belongs to a time that ends in it
         high_s = (now_s // DAY_S + 2) * DAY_S
     ranges = [(HOUR_S, low_s, high_s)] if by_hour else sum_ranges(low_s, high_s, now_s)
-    spans = ", ".join(f"({span_s}, {start_s}, {end_s})" for span_s, start_s, end_s in ranges)
+    spans = ", ".join(f"({span_s}, {start_s}, {end_s})" for span_s, start_s, end_s in ranges if start_s < end_s)
+    if not spans:
+        return []
     where = " AND ".join(["1", *asked.labels])
     return store.read(
-        f"WITH spans(span_s, low_s, high_s) AS (VALUES {spans}) SELECT {columns.partition(' GROUP BY ')[0]} FROM spans "  # noqa: S608 - numbers, and rows of our tables
+        f"WITH spans(span_s, low_s, high_s) AS (VALUES {spans}) SELECT {columns} FROM spans "  # noqa: S608 - numbers, and rows of our tables
         f"CROSS JOIN {table} ON {table}.span_s = spans.span_s {tags} AND start_s >= low_s AND start_s < high_s "
-        f"CROSS JOIN labels USING (label) WHERE {where} GROUP BY {columns.partition(' GROUP BY ')[2]}",
+        f"CROSS JOIN labels USING (label) WHERE {where} {grouped}",
         asked.parameters,
     )
 
@@ -14674,8 +14781,11 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
             parameters,
         )
     else:
-        columns = f"{SPEND_BY[by]} AS name, {_SUM_COLUMNS} GROUP BY name ORDER BY cost_nanousd DESC, name"
-        rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag > ''" if by == "tag" else "AND tag = ''")
+        tags, grouped = (
+            "AND tag > ''" if by == "tag" else "AND tag = ''",
+            "GROUP BY name ORDER BY cost_nanousd DESC, name",
+        )
+        rows = read_sums(store, "rollups", f"{SPEND_BY[by]} AS name, {_SUM_COLUMNS}", asked, now_ms, tags, grouped)
     return [
         {by: row["name"], **{name: row[name] or 0 for name in TOLD_SUMS}, "cost_usd": as_usd(row["cost_nanousd"])}
         for row in rows
@@ -14835,17 +14945,19 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
     asked = log_filter(wanted, now_ms, SPEND_FILTERS)
     at, name = (f"start_s / {bucket_ms // 1000} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
     by_hour = bucket_ms == HOUR_S * 1000
-    columns = f"{at} AS at, {name} AS name, {_SUM_COLUMNS} GROUP BY at, name ORDER BY at, requests DESC"
-    rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag = ''", by_hour)
-    columns = f"{at} AS at, {name} AS name, what, step, SUM(calls) AS calls GROUP BY at, name, what, step ORDER BY step"
-    steps: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
-    for row in read_sums(store, "spreads", columns, asked, now_ms, by_hour=by_hour):
-        steps.setdefault((row["at"], row["name"], row["what"]), []).append((row["step"], row["calls"]))
+    columns, grouped = f"{at} AS at, {name} AS name, {_SUM_COLUMNS}", "GROUP BY at, name ORDER BY at, requests DESC"
+    rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag = ''", grouped, by_hour)
+    steps: dict[tuple[int, str], collections.Counter[int]] = {}
+    for row in read_sums(store, "spreads", f"{at} AS at, {name} AS name, steps", asked, now_ms, by_hour=by_hour):
+        counts = steps.setdefault((row["at"], row["name"]), collections.Counter())
+        for step, calls in STEP.iter_unpack(row["steps"]):
+            counts[step] += calls
     return [
         {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
          "cost_usd": as_usd(row["cost_nanousd"]), "saved_usd": as_usd(row["saved_nanousd"]),
-         **{told: quantiles_of(steps.get((row["at"], row["name"], what), ()))
-            for what, told in enumerate(("latency_ms", "first_token_ms"))}}
+         **{told: quantiles_of(sorted((step - first, calls) for step, calls in steps.get((row["at"], row["name"]), {}).items()
+                                      if 0 <= step - first < FIRST_TOKEN_STEPS))
+            for told, first in (("latency_ms", 0), ("first_token_ms", FIRST_TOKEN_STEPS))}}
         for row in rows
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import csv
 import http.client
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -22,6 +23,8 @@ from typing import Any
 
 import pytest
 from conftest import Start
+from hypothesis import given
+from hypothesis import strategies as st
 
 import stockyard
 from stockyard import Call, CallJournal, Endpoint, LogStore, Usage
@@ -362,7 +365,7 @@ def test_where_the_log_is_too_large_bodies_go_first_and_then_rows(tmp_path: Path
     with opened(tmp_path, max_bytes=600_000, now_ms=lambda: NOW_MS) as store:
         for _ in range(40):
             for _ in range(5):
-                store.put(make(body=os.urandom(10_000)))
+                store.put(make(body=os.urandom(8000)))
             committed(store)
         store._upkeep_at_s = 0.0
         store._wake.set()
@@ -384,7 +387,7 @@ def test_free_pages_go_back_to_the_disk(tmp_path: Path, make: Make) -> None:
         for _ in range(40):
             store.put(make(body=os.urandom(900_000)))
         committed(store)
-        store.put_write("DELETE FROM blocks")
+        store.put_write("DELETE FROM parts")
         committed(store)
         before = store._pages("page_count")
         store._upkeep_at_s = 0.0
@@ -410,6 +413,73 @@ def test_sums_by_hour_go_and_those_by_day_tell_the_same(tmp_path: Path, make: Ma
         ]
         assert after == before
         assert before[0][0]["requests"] == 300
+
+
+def conversation(turns: int) -> list[bytes]:
+    """Requests that each repeat the one before, with their tools last."""
+    chance = random.Random(9)
+    messages: list[Any] = [{"role": "system", "content": chance.randbytes(6000).hex()}]
+    bodies = []
+    for _ in range(turns):
+        messages.append({"role": "user", "content": chance.randbytes(chance.choice([20, 900])).hex()})
+        tools = [{"type": "function", "function": {"name": "look", "description": "ab" * 3000}}]
+        bodies.append(json.dumps({"model": "m", "messages": messages, "tools": tools}).encode())
+    return bodies
+
+
+def test_a_long_conversation_is_kept_once_and_read_as_it_was(tmp_path: Path, make: Make) -> None:
+    calls = [make(body=body) for body in conversation(30)]
+    with opened(tmp_path, now_ms=lambda: NOW_MS) as store:
+        for call in calls:
+            store.put(call)
+            committed(store)
+        for call in calls:
+            row = stockyard.find_row(store, call.id)
+            assert row is not None
+            assert stockyard.read_bodies(store, row) == (call.body, call.answer)
+        kept = store.read("SELECT (SELECT SUM(LENGTH(body)) FROM parts) + SUM(LENGTH(bodies)) AS n FROM blocks")[0]["n"]
+        assert kept < len(calls[-1].body)
+        assert ids(store, q=json.loads(calls[20].body)["messages"][-1]["content"][:24]) == [
+            call.id for call in reversed(calls[20:])
+        ]
+
+
+def test_parts_go_with_the_last_block_that_names_them_and_come_back_when_asked_again(
+    tmp_path: Path, make: Make
+) -> None:
+    now_ms, bodies = [NOW_MS], conversation(3)
+    with opened(tmp_path, keep_ms=DAY_MS, now_ms=lambda: now_ms[0]) as store:
+
+        def upkeep() -> int:
+            while store._prune():
+                pass
+            return int(store.read("SELECT COUNT(*) AS n FROM parts")[0]["n"])
+
+        store.put(make(ts_ms=now_ms[0], body=bodies[0]))
+        committed(store)
+        store._upkeep_at_s = math.inf
+        count = upkeep()
+        now_ms[0] += DAY_MS // 2
+        store.put(again := make(ts_ms=now_ms[0], body=bodies[0]))
+        committed(store)
+        now_ms[0] += DAY_MS // 2 + 120_000
+        assert upkeep() == count > 1
+        row = stockyard.find_row(store, again.id)
+        assert row is not None
+        assert stockyard.read_bodies(store, row)[0] == bodies[0]
+        now_ms[0] += DAY_MS
+        assert upkeep() == 0
+        store.put(last := make(ts_ms=now_ms[0], body=bodies[0]))
+        committed(store)
+        row = stockyard.find_row(store, last.id)
+        assert row is not None
+        assert stockyard.read_bodies(store, row)[0] == bodies[0]
+
+
+@given(st.lists(st.sampled_from([*stockyard.PART_MARKS, b"x", b"y" * 600, b"{", b"z" * 20_000]), max_size=60))
+def test_the_parts_of_a_body_are_the_body(pieces: list[bytes]) -> None:
+    body = b"".join(pieces)
+    assert b"".join(stockyard.parts_of(body)) == body
 
 
 # -- reading
@@ -506,7 +576,7 @@ def test_points_equal_the_sums_of_the_rows(filled: tuple[LogStore, list[Call]], 
 def test_quantiles_are_off_by_a_tenth_at_most() -> None:
     times = [0.3, 1.0, 2.0, 5.0, 7.0, 11.0, 90.0, 400.0, 3000.0, 61_000.0]
     rows = [stockyard.LogRow(0, ("",) * 7 + (200,), (*[0] * 9, ms, None)) for ms in times]
-    steps = [(step, 1) for row in rows for _, step in stockyard.steps_of(row)]
+    steps = [(step, 1) for row in rows for step in stockyard.steps_of(row)]
     told = stockyard.quantiles_of(steps)
     assert (told["p50"], told["p99"]) == (pytest.approx(7.0, rel=0.1), pytest.approx(61_000, rel=0.1))
 
