@@ -13583,6 +13583,7 @@ MIGRATIONS: Final = (
         span_s INTEGER NOT NULL, start_s INTEGER NOT NULL, label INTEGER NOT NULL, steps BLOB NOT NULL,
         PRIMARY KEY (span_s, start_s, label)
     ) WITHOUT ROWID;
+    INSERT INTO labels VALUES (0, '', '', '', '', '', '', 0, 0, '', '', '', '');
     """,
 )
 
@@ -14105,6 +14106,8 @@ class LogStore:
         fresh: dict[int, collections.Counter[int]] = {}
         for row, label in zip(rows, labels, strict=True):
             fresh.setdefault(label, collections.Counter()).update(steps_of(row))
+        if fresh:
+            fresh[ALL_LABELS] = sum(fresh.values(), collections.Counter())
         now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0
         execute = self._connection.execute
         for span_s in SPANS_S:
@@ -14319,6 +14322,7 @@ STEP: Final = struct.Struct("<HI")
 STEPS_PER_DOUBLING: Final = 4
 STEP_ZERO: Final = 40  # that of a millisecond
 FIRST_TOKEN_STEPS: Final = 1000
+ALL_LABELS: Final = 0  # a label of no call, under which the times of all are counted as well
 
 
 def steps_of(row: LogRow) -> Iterator[int]:
@@ -14948,7 +14952,10 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
     columns, grouped = f"{at} AS at, {name} AS name, {_SUM_COLUMNS}", "GROUP BY at, name ORDER BY at, requests DESC"
     rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag = ''", grouped, by_hour)
     steps: dict[tuple[int, str], collections.Counter[int]] = {}
-    for row in read_sums(store, "spreads", f"{at} AS at, {name} AS name, steps", asked, now_ms, by_hour=by_hour):
+    labels = f"AND label {'=' if by == 'total' and not asked.labels else '!='} {ALL_LABELS}"
+    for row in read_sums(
+        store, "spreads", f"{at} AS at, {name} AS name, steps", asked, now_ms, labels, by_hour=by_hour
+    ):
         counts = steps.setdefault((row["at"], row["name"]), collections.Counter())
         for step, calls in STEP.iter_unpack(row["steps"]):
             counts[step] += calls
