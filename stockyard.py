@@ -14103,11 +14103,15 @@ class LogStore:
 
     def _spread(self, rows: list[LogRow], labels: list[int]) -> None:
         """Count the times of the rows, for quantiles; a group is of one moment, near enough for them."""
-        fresh: dict[int, collections.Counter[int]] = {}
+        fresh: dict[int, dict[int, int]] = {}
+        everything = fresh[ALL_LABELS] = {}
         for row, label in zip(rows, labels, strict=True):
-            fresh.setdefault(label, collections.Counter()).update(steps_of(row))
-        if fresh:
-            fresh[ALL_LABELS] = sum(fresh.values(), collections.Counter())
+            steps = fresh.get(label)
+            if steps is None:
+                steps = fresh[label] = {}
+            for step in steps_of(row):
+                steps[step] = steps.get(step, 0) + 1
+                everything[step] = everything.get(step, 0) + 1
         now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0
         execute = self._connection.execute
         for span_s in SPANS_S:
@@ -14116,7 +14120,9 @@ class LogStore:
                 known = execute(
                     "SELECT steps FROM spreads WHERE span_s = ? AND start_s = ? AND label = ?", at
                 ).fetchone()
-                total = steps + collections.Counter(dict(STEP.iter_unpack(known[0]))) if known else steps
+                total = dict(STEP.iter_unpack(known[0])) if known else {}
+                for step, count in steps.items():
+                    total[step] = total.get(step, 0) + count
                 execute(
                     "INSERT OR REPLACE INTO spreads VALUES (?, ?, ?, ?)",
                     (*at, b"".join(map(STEP.pack, total, total.values()))),
@@ -14189,9 +14195,7 @@ class LogStore:
             for tag in row.own[1].split(",") if row.own[1] else ():
                 tagged.setdefault(self._known_tag(tag), []).append(row.seq)
         for tag, seqs in tagged.items():
-            wanted = dump_json(seqs).decode()
-            for span_s in SPANS_S:
-                self._connection.execute(ROLL_UP, {"span": span_s, "tag": tag, "seqs": wanted})
+            self._connection.execute(ROLL_UP, {"tag": tag, "seqs": dump_json(seqs).decode()})
 
     def _known_tag(self, tag: str) -> str:
         """The tag; one word for the rest where a client makes up new tags without end."""
@@ -14303,16 +14307,18 @@ SUMS: Final[Mapping[str, str]] = {
 #: A sum that is null (the cost of calls that have none) stays so until there is something to add.
 _ADD: Final = ", ".join(f"{name} = COALESCE({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)
 _UPSERT: Final = f"ON CONFLICT DO UPDATE SET {_ADD}"
-ROLL_UP: Final = (
-    f"INSERT INTO rollups SELECT :span, :tag, (seq >> {SEQ_BITS}) / 1000 / :span * :span, label, {', '.join(SUMS.values())} "  # noqa: S608 - our names
-    "FROM json_each(:seqs) AS wanted CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) "
-    f"WHERE 1 GROUP BY 3, 4 {_UPSERT}"
-)
 HOUR_S: Final = 3600
 DAY_S: Final = 86_400
 #: Sums are kept by hour, for so long, and by day.
 SPANS_S: Final = (HOUR_S, DAY_S)
 HOURS_KEPT_S: Final = 35 * DAY_S
+ROLL_UP: Final = (  # first by hour, then those few sums by hour and by day
+    f"INSERT INTO rollups SELECT span_s, :tag, hour_s / span_s * span_s, label, {', '.join(f'SUM({name})' for name in SUMS)} "  # noqa: S608 - our names
+    f"FROM (SELECT (seq >> {SEQ_BITS}) / 1000 / {HOUR_S} * {HOUR_S} AS hour_s, label, "
+    f"{', '.join(f'{what} AS {name}' for name, what in SUMS.items())} FROM json_each(:seqs) AS wanted "
+    "CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) GROUP BY 1, 2) "
+    f"CROSS JOIN (SELECT {HOUR_S} AS span_s UNION ALL SELECT {DAY_S}) WHERE 1 GROUP BY 1, 3, 4 {_UPSERT}"
+)
 FORGET_HOURS: Final = (
     f"DELETE FROM rollups WHERE span_s = {HOUR_S} AND start_s < ?", f"DELETE FROM spreads WHERE span_s = {HOUR_S} AND start_s < ?",  # noqa: S608 - our numbers
 )  # fmt: skip
@@ -14325,13 +14331,11 @@ FIRST_TOKEN_STEPS: Final = 1000
 ALL_LABELS: Final = 0  # a label of no call, under which the times of all are counted as well
 
 
-def steps_of(row: LogRow) -> Iterator[int]:
+def steps_of(row: LogRow) -> tuple[int, ...]:
     """Where a call counts in `spreads`: with its whole time if it was answered, and with its first token's."""
     latency_ms, first_token_ms = row.own[9:11]
-    if row.label[7] < 400:
-        yield step_of(latency_ms)
-    if first_token_ms is not None:
-        yield FIRST_TOKEN_STEPS + step_of(first_token_ms)
+    whole = (step_of(latency_ms),) if row.label[7] < 400 else ()
+    return whole if first_token_ms is None else (*whole, FIRST_TOKEN_STEPS + step_of(first_token_ms))
 
 
 def step_of(ms: float) -> int:
