@@ -971,6 +971,8 @@ class Dialect:
     follows: ClassVar[bool] = False
     #: Whether a request without `store` is kept by the provider; whether a stream tells its usage only when asked.
     stores_unasked: ClassVar[bool] = False
+    #: What a request holds that gives back opaque state of another provider: its bytes must not pass through.
+    foreign_marks: ClassVar[tuple[bytes, ...]] = ()
     usage_on_request: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
 
@@ -2806,6 +2808,7 @@ class OpenAiResponses(Dialect):
 
     name = "responses"
     stores_unasked = True
+    foreign_marks = (STATE_MARK.encode(),)
     forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
     #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
     custom_tools: ClassVar[bool] = True
@@ -5072,6 +5075,7 @@ class GeminiGenerate(Dialect):
     """Google's generateContent on the Developer API."""
 
     name = "gemini"
+    foreign_marks = (PACKED_PREFIX.encode(),)
     #: Google's own SDK takes a comment line for broken JSON; an empty line says nothing in both of its stream formats.
     heartbeat = b"\r\n"
     #: Dotted members and native tools that this door answers with 400, or that would split calls into pieces.
@@ -6426,6 +6430,8 @@ class AnthropicMessages(Dialect):
     """Both sides of Anthropic's Messages API."""
 
     name = "anthropic"
+    #: Thinking that nobody signed, so another provider's: Anthropic refuses it.
+    foreign_marks = (b'"signature":""', b'"signature": ""')
     forwarded_headers = ("anthropic-version", "anthropic-beta")
     fixed_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
 
@@ -16494,6 +16500,8 @@ class Gateway:
         """The canonical request, which translation, routing and guardrails read."""
         request, dialect = call.request, DIALECTS[call.endpoint.dialect]
         call.stream = call.endpoint.streams and dialect.wants_stream(request, call.path_parameters)
+        if dialect.foreign_marks and any(mark in call.body for mark in dialect.foreign_marks):
+            call.must_translate = True
         if call.endpoint.kind in ("chat", "count_tokens"):
             call.canonical = dialect.parse(request, call.path_parameters)
         elif call.endpoint.kind == "embeddings":
@@ -16520,7 +16528,6 @@ class Gateway:
         """Put what a stateful request refers to in its place: earlier turns and items that Stockyard keeps."""
         request, store = call.request, self.store
         previous, ids = request.get("previous_response_id"), referenced_ids(request)
-        call.must_translate = STATE_MARK.encode() in call.body
         request.pop(ITEMS_KEY, None)
         if not isinstance(previous, str) and not ids:
             return

@@ -283,6 +283,30 @@ async def test_what_cannot_be_carried_is_named_or_refused(start: Start) -> None:
     assert (status, told["type"], told["error"]["type"]) == (400, "error", "invalid_request_error")
 
 
+@pytest.mark.parametrize("spaced", [False, True])
+async def test_thinking_of_another_provider_is_not_given_to_anthropic(start: Start, spaced: bool) -> None:
+    """A conversation that began elsewhere holds thinking that nobody signed, which Anthropic would refuse."""
+    said = [{"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "yes"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "b"},
+    ]
+    body = {"model": "claude-sonnet-4-5", "max_tokens": 50, "messages": messages}
+    text = json.dumps(body, separators=None if spaced else (",", ":")).encode()
+    answer = {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5", "stop_reason": "end_turn",
+        "content": [{"type": "text", "text": "ok"}], "usage": {"input_tokens": 1, "output_tokens": 1},
+    }  # fmt: skip
+    async with start(ANTHROPIC_API_KEY="sk-ant-x", ANTHROPIC_BASE_URL="UPSTREAM") as proxy:
+        proxy.upstream.answers = [plain(answer)]
+        status, headers, told = await proxy.post("/v1/messages", text)
+        sent = proxy.upstream.seen[0].json["messages"][1]["content"]
+    assert (status, told["content"]) == (200, [{"type": "text", "text": "ok"}])
+    assert [block["type"] for block in ([{"type": "text"}] if isinstance(sent, str) else sent)] == ["text"]
+    assert headers["x-stockyard-dropped"] == "thinking_blocks"
+
+
 async def test_secrets_reach_no_sink(start: Start, tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     async with start(retries=0) as proxy:
         proxy.upstream.answers = [
