@@ -13477,7 +13477,8 @@ class TranslatingFlow(Flow):
 # the writer takes what has gathered, and rests a moment after each. What it cannot commit it keeps and tries again.
 # A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
 # serves every filter; the sums by hour and day and label (`rollups`) are written with the rows and answer every chart. Bodies
-# of one group lie together in one compressed block; long requests in parts, each kept once. Old blocks go first, then rows; the sums stay.
+# of one group lie together in one compressed block; long requests in parts, each kept once. Old blocks go first, then
+# rows; the sums stay.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
 
 MIGRATIONS: Final = (
