@@ -12017,9 +12017,9 @@ def _read_moment(value: Any, param: str) -> int:
 
 
 def _read_provider_keys(value: Any, param: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise _invalid(param, "an object of provider ids and their keys")
-    return {name: _read_text(secret, f"{param}.{name}", most=4096) for name, secret in value.items()}
+    if value != {}:
+        raise InvalidRequest("keys with provider keys of their own are not built into this version yet", param=param)
+    return {}
 
 
 # Members of the create and patch bodies: the field each becomes, how it is read, and what null resets it to.
@@ -17439,10 +17439,6 @@ class Gateway:
 
     def create_key(self, body: Json) -> tuple[VirtualKey, str]:
         """A new virtual key and its secret, which is shown this once."""
-        if body.get("provider_keys"):
-            raise InvalidRequest(
-                "keys with provider keys of their own are not built into this version yet", param="provider_keys"
-            )
         secret = mint_secret(self.random.randbytes(SECRET_BYTES))
         digest = digest_secret(secret, self.keys.pepper)
         return self.keep_key(create_key(body, self.new_id("key_"), digest, int(self.clock() * 1000))), secret

@@ -257,18 +257,16 @@ def test_no_view_of_a_key_tells_a_secret() -> None:
         rate_limit={"rpm": 5, "tpm": None},
         models=["*"],
         tags={"a": "b"},
-        provider_keys={"openai": "sk-canary"},
         expires_at="2026-12-31T00:00:00Z",
     ).rotated("e" * 64, NOW_MS, 10)
     shown = json.dumps(key.as_json(NOW_MS)) + repr(key)
-    assert "canary" not in shown
     assert "d" * 64 not in shown
     assert "e" * 64 not in shown
     view = key.as_json(NOW_MS)
     assert view["budget"] == {"usd": 2.5, "period": "week", "mode": "soft", "clamp": True}
     assert view["rate_limit"] == {"rpm": 5, "tpm": None, "parallel": None}
     assert (view["expires_at"], view["created_at"]) == ("2026-12-31T00:00:00Z", "2026-11-22T12:00:00Z")
-    assert (view["provider_keys"], view["status"]) == (["openai"], "active")
+    assert (view["provider_keys"], view["status"]) == ([], "active")
     again = VirtualKey.from_record(json.loads(json.dumps(key.as_record())))
     assert again == key
     writable = {name: value for name, value in view.items() if name in KEY_MEMBERS and name != "provider_keys"}
@@ -285,6 +283,8 @@ def test_patch_changes_what_it_names_and_null_clears() -> None:
     key = make_key(budget={"usd": 1, "period": "day"}, tags={"a": "b"}, models=["x"], expires_at=1_900_000_000)
     changed = patch_key(key, {"models": ["y"], "budget": None})
     assert (changed.models, changed.budget, changed.tags) == (("y",), None, {"a": "b"})
+    with pytest.raises(InvalidRequest, match="provider keys"):
+        patch_key(key, {"provider_keys": {"openai": "sk-literal"}})
     cleared = patch_key(changed, {"models": None, "tags": None, "expires_at": None, "name": None, "role": None})
     assert (cleared.models, cleared.tags, cleared.expires_at_ms) == ((), {}, None)
     assert (cleared.name, cleared.role) == ("test", "client")
@@ -331,7 +331,7 @@ def test_patch_changes_what_it_names_and_null_clears() -> None:
         ({"expires_at": "0001-01-01T00:00:00+23:00"}, "expires_at"),
         ({"expires_at": "9999-12-31T23:59:59-23:00"}, "expires_at"),
         ({"provider_keys": []}, "provider_keys"),
-        ({"provider_keys": {"openai": ""}}, "provider_keys.openai"),
+        ({"provider_keys": {"openai": "sk-literal"}}, "provider_keys"),
     ],
 )
 def test_bad_key_bodies_name_the_field(body: object, param: str) -> None:
