@@ -12018,7 +12018,7 @@ def _read_moment(value: Any, param: str) -> int:
 
 def _read_provider_keys(value: Any, param: str) -> dict[str, str]:
     if value != {}:
-        raise InvalidRequest("keys with provider keys of their own are not built into this version yet", param=param)
+        raise InvalidRequest(f"`{param}` are not built into this version yet", param=param)
     return {}
 
 
@@ -12375,18 +12375,23 @@ class Ledger:
     def _match(
         self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
     ) -> list[Account]:
-        """The budgets of a call; those of models by the name it was asked for and by the one it goes to."""
+        """The budgets of a call; those of models by the name it was asked for and by the one it goes to.
+
+        A call whose model nobody knows (`/proxy`, files) may use any, so it touches the budgets of all.
+        """
         exact = self._exact
         found = [*exact["global"].get("", ()), *exact["key"].get(key_id, ())]
         if tags and exact["tag"]:
             for name, value in tags.items():
                 found += exact["tag"].get(f"{name}={value}", ())
         if exact["model"]:
-            for name in {model, upstream_model}:
+            for name in {model, upstream_model} if model or upstream_model else exact["model"]:
                 found += exact["model"].get(name, ())
         if exact["provider"]:
             found += exact["provider"].get(provider, ())
-        if self._patterns:
+        if self._patterns and not (model or upstream_model):
+            found += self._patterns
+        elif self._patterns:
             found += [
                 account for account in self._patterns
                 if matches_pattern(account.budget.value, model) or matches_pattern(account.budget.value, upstream_model)
@@ -12793,7 +12798,7 @@ class RateLimiter:
             meter.limit = key.rate_limit
             meters.append(meter)
         if self._models:
-            meters += [meter for pattern, meter in self._models if matches_pattern(pattern, model)]
+            meters += [meter for pattern, meter in self._models if not model or matches_pattern(pattern, model)]
         return meters
 
     def _new_meter(self, key: VirtualKey, now_s: int) -> Meter:
@@ -16473,14 +16478,13 @@ class Gateway:
             mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback)
         )
 
-    def limit(self, call: Call) -> None:
-        """Take the call's place in its rate limits; LimitExceeded where there is none."""
+    def limit(self, call: Call, body_bytes: int | None = None) -> None:
+        """Take the call's place in its rate limits; LimitExceeded where there is none. Its body may be yet to come."""
         if self.has_rates or (call.key is not None and call.key.rate_limit is not None):
             asked = call.canonical or call.request
             cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
-            call.rate_hold = self.rates.admit(
-                call.key, call.model, token_estimate(len(call.body), cap), int(time.monotonic() * 1000)
-            )
+            tokens = token_estimate(len(call.body) if body_bytes is None else body_bytes, cap)
+            call.rate_hold = self.rates.admit(call.key, call.model, tokens, int(time.monotonic() * 1000))
             call.rated = True
 
     def read(self, call: Call) -> None:
@@ -17025,6 +17029,8 @@ class Gateway:
 
         With `room_nanousd` the cap is lowered until the cost fits.
         """
+        if call.endpoint.kind == "count_tokens":  # free at every provider that counts
+            return None, 0
         price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000)
         request = call.canonical or call.request
         if price is None or call.endpoint.kind not in BOUNDED_KINDS:
@@ -18493,6 +18499,8 @@ async def forward(
     )
     if call.key is not None:
         call.key.check(provider.id, call.model or "*")
+    # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
+    gateway.limit(call, request.content_length or 0 if request.content_type == "application/json" else 0)
     hold = gateway.hold(call, target, bounded=False)
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)

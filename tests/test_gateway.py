@@ -6,10 +6,11 @@ import asyncio
 import json
 from typing import Any
 
+import aiohttp
 import pytest
 import yarl
 from conftest import Start
-from upstreams import DONE, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
+from upstreams import COMPLETION, DONE, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
 
 import stockyard
 
@@ -421,31 +422,74 @@ async def test_virtual_keys_are_required_once_one_exists_and_limit_what_they_say
     assert rows[-1]["key_id"] == key.id
 
 
+SAMPLE_BODY: dict[str, Any] = {
+    "model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "input": "x", "prompt": "x",
+    "query": "x", "documents": ["x"], "contents": [{"parts": [{"text": "Hi"}]}], "content": {"parts": [{"text": "Hi"}]},
+    "requests": [{"model": "models/gemini-2.5-flash", "content": {"parts": [{"text": "Hi"}]}}],
+}  # fmt: skip
+SAMPLE_MODELS = {"/v1/messages/count_tokens": "claude-haiku-4-5", "/v1/rerank": "cohere/rerank-v3.5"}
+
+
+def sample_paths(row: stockyard.RouteRow, request_id: str) -> list[str]:
+    """Paths that a route takes, whatever its handler makes of them."""
+    path = row.path.replace("{provider}/{path:.*}", "openai/chat/completions").replace("{name}", "openai")
+    path = path.replace("{rest:(/.*)?}", "").replace("{id:.+}", "gpt-4o-mini")
+    path = path.replace("{id}", "resp_x" if "responses" in path else request_id if "requests" in path else "key_x")
+    if "{target:.+}" in path:
+        return [path.replace("{target:.+}", f"gemini-2.5-flash:{method}") for method in stockyard.GEMINI_ENDPOINTS]
+    return [path]
+
+
+async def reach(proxy: Any, row: stockyard.RouteRow, method: str, path: str) -> tuple[int, list[str]]:
+    """Ask one route once: the status, and the paths that the provider was asked for (lists of models cost nothing)."""
+    proxy.upstream.seen.clear()
+    given: dict[str, Any] = {"json": {**SAMPLE_BODY, "model": SAMPLE_MODELS.get(path, "gpt-4o-mini")}}
+    if row.endpoint is not None and row.endpoint.upload:
+        given = {"data": aiohttp.FormData({"model": "gpt-4o-mini"}, default_to_multipart=True)}
+    headers = {"authorization": f"Bearer {proxy.gateway.admin_key}", "x-stockyard-cache": "off"}
+    if "/files" in path or "/batches" in path:
+        headers["x-stockyard-provider"] = "openai"
+    sent = {} if method == "GET" else given
+    async with proxy.session.request(method, proxy.url + path, headers=headers, **sent) as answer:
+        return answer.status, [
+            seen.path for seen in proxy.upstream.seen if seen.path.partition("?")[0][-7:] != "/models"
+        ]
+
+
 async def test_every_route_that_spends_is_admitted(start: Start) -> None:
-    """Walk the router: under a hard budget no path reaches a provider with a cost that nothing bounds."""
-    async with start(budget="0.000000001/day") as proxy:
-        for row in stockyard.ROUTES:
-            if not row.spends:
-                continue
-            path = (
-                row.path.replace("{rest:(/.*)?}", "")
-                .replace("{provider}", "openai")
-                .replace("{path:.*}", "chat/completions")
-            )
-            path = path.replace("{target:.+}", "gpt-4o-mini:generateContent").replace("{id}", "resp_x")
-            for method in row.methods.split():
-                body: Any = {
-                    **CHAT,
-                    "input": "x",
-                    "prompt": "x",
-                    "max_tokens": 5,
-                    "contents": [{"parts": [{"text": "Hi"}]}],
-                }
-                async with proxy.session.request(
-                    method, proxy.url + path, json=body if method != "GET" else None
-                ) as answer:
-                    assert answer.status >= 400 or "count_tokens" in path, (method, path)
-    assert [seen.path for seen in proxy.upstream.seen if not seen.path.endswith("/models")] == []
+    """Walk the router: what reaches a provider at all is refused under a spent budget, and under a full rate limit."""
+    given = {f"{name}_BASE_URL": "UPSTREAM" for name in ("ANTHROPIC", "GEMINI", "COHERE")}
+    given |= {"ANTHROPIC_API_KEY": "k", "GOOGLE_API_KEY": "k", "CO_API_KEY": "k"}
+    reached = set()
+    async with start(**given) as proxy:
+        proxy.upstream.answers = [plain(COMPLETION)]
+        _, headers, _ = await proxy.post(CHAT_PATH, CHAT)
+        request_id = headers["x-stockyard-request-id"]
+        call = proxy.gateway.begin(stockyard.RESPONSES_ENDPOINT, {}, b"", "")
+        call.provider = "openai"
+        stockyard.keep_response(proxy.gateway.store, call, "resp_x", None, None)
+        ways = [
+            (row, method, path)
+            for row in stockyard.ROUTES for method in row.methods.split() for path in sample_paths(row, request_id)
+        ]  # fmt: skip
+        for row, method, path in ways:
+            if (await reach(proxy, row, method, path))[1]:
+                reached.add((row.path, method, path))
+    spending = {(row.path, method, path) for row, method, path in ways if row.spends}
+    assert reached == spending
+    for limit, code in (({"budget": "0.000000001/day"}, "insufficient_quota"), ({"rate_limit": "1rpm"}, "rate_limit_exceeded")):  # fmt: skip
+        async with start(**given, **limit) as proxy:
+            proxy.upstream.answers = [plain(COMPLETION)]
+            await proxy.post(CHAT_PATH, CHAT)
+            for row, method, path in ways:
+                if (row.path, method, path) in reached:
+                    status, paths = await reach(proxy, row, method, path)
+                    if "budget" in limit and path.endswith(("count_tokens", ":countTokens")):  # costs nothing
+                        assert status != 429, path
+                    else:
+                        told = 200 if path.endswith("/replay") else 429  # a replay tells of its refusal
+                        assert (status, paths) == (told, []), (limit, method, path)
+                        assert (await proxy.rows())[-1]["error"] == code, (method, path)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -283,7 +283,7 @@ def test_patch_changes_what_it_names_and_null_clears() -> None:
     key = make_key(budget={"usd": 1, "period": "day"}, tags={"a": "b"}, models=["x"], expires_at=1_900_000_000)
     changed = patch_key(key, {"models": ["y"], "budget": None})
     assert (changed.models, changed.budget, changed.tags) == (("y",), None, {"a": "b"})
-    with pytest.raises(InvalidRequest, match="provider keys"):
+    with pytest.raises(InvalidRequest, match="provider_keys"):
         patch_key(key, {"provider_keys": {"openai": "sk-literal"}})
     cleared = patch_key(changed, {"models": None, "tags": None, "expires_at": None, "name": None, "role": None})
     assert (cleared.models, cleared.tags, cleared.expires_at_ms) == ((), {}, None)
@@ -459,6 +459,14 @@ def test_all_matching_budgets_or_none() -> None:
     assert touched == {"g", "key:key_1:day", "t", "m", "exact", "p"}
     assert ledger.release(hold, NOW_MS).record
     assert ledger.snapshot(NOW_MS) == before
+
+
+def test_a_call_of_an_unknown_model_touches_the_budgets_of_all_models() -> None:
+    ledger = make_ledger(Budget("m", 10, "day", "model", "gpt-4o"), Budget("p", 10, "day", "model", "claude-*"))
+    assert [b.budget.id for b in admit(ledger, 4, model="").balances] == ["m", "p"]
+    assert balance_of(ledger, "p") == (0, 4)
+    with pytest.raises(BudgetExceeded):
+        admit(ledger, None, model="")
 
 
 def test_a_refusal_tells_the_arithmetic() -> None:
