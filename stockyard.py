@@ -11243,7 +11243,7 @@ CONTEXT_CHARS: Final = 48
 CONTEXT_AFTER_CHARS: Final = 24
 SHORTEST_CHARS: Final = 6
 #: Matches in one spot that may fail their check before the search goes on behind them, not one character further.
-FAILED_CHECKS_MAX: Final = 500
+FAILED_CHECKS_MAX: Final = 100
 SHAPE: Final = bytes(
     0x30 if chr(byte) in "0123456789" else 0x61 if chr(byte).isascii() and chr(byte).isalpha() else byte
     for byte in range(256)
@@ -11264,7 +11264,7 @@ class Spot(NamedTuple):
 
 SPOTS: Final[Mapping[str, Spot]] = {
     "digits": Spot(re.compile(rb"0(?:[ .()/\-]{0,3}+0){6,}+"), 6, 8),
-    "dotted": Spot(re.compile(rb"0{1,3}+\.0{1,3}+\.0{1,3}+\.0{1,3}"), 1, 4),
+    "dotted": Spot(re.compile(rb"0\.0{1,3}+\.0{1,3}+\.0"), 4, 4),
     "colons": Spot(re.compile(rb":[0a]{0,4}+:"), 5, 40),
     "dashes": Spot(re.compile(rb"-[0a][0a]-"), 3, 16),
     "iban": Spot(re.compile(rb"aa00"), 1, 80),
@@ -11354,9 +11354,10 @@ NOT_DIGITS: Final = re.compile("[^0-9]+")
 #: Issuer ranges as (first, last, lengths): the identification numbers of ISO/IEC 7812 that schemes publish.
 CARD_RANGES: Final = (
     ("34", "34", {15}), ("37", "37", {15}), ("300", "305", {14, 16, 19}), ("3095", "3095", {14, 16, 19}), ("36", "36", {14, 16, 19}),
-    ("38", "39", {14, 16, 19}), ("3528", "3589", {16, 17, 18, 19}), ("4", "4", {13, 16, 19}), ("51", "55", {16}),
-    ("2221", "2720", {16}), ("50", "50", set(range(12, 20))), ("56", "58", set(range(12, 20))), ("6", "6", set(range(12, 20))),
-    ("2200", "2205", {16, 17, 18, 19}), ("9792", "9792", {16}), ("1", "1", {15}),
+    ("38", "39", {14, 16, 19}), ("35", "35", {16}), ("3528", "3589", {16, 17, 18, 19}), ("4", "4", {13, 16, 19}), ("51", "55", {16}),
+    ("2200", "2205", {16, 17, 18, 19}), ("2221", "2720", {16}), ("6", "6", {16, 17, 18, 19}), ("9792", "9792", {16}),
+    ("1800", "1800", {15}), ("81", "81", {16, 17, 18, 19}), ("2131", "2131", {15}),
+    *((prefix, prefix, set(range(12, 20))) for prefix in "5018 5020 5038 5893 6304 6390 6759 6761 6762 6763 0604 56 57 58".split()),
 )  # fmt: skip
 
 
@@ -11404,6 +11405,11 @@ def is_ssn(match: re.Match[str]) -> bool:
     )
 
 
+def is_itin(match: re.Match[str]) -> bool:
+    group = int(digits_of(match)[3:5])
+    return 50 <= group <= 65 or 70 <= group <= 88 or 90 <= group <= 92 or 94 <= group <= 99
+
+
 def is_ip(match: re.Match[str]) -> bool:
     try:
         address = ipaddress.ip_address(match[0])
@@ -11412,9 +11418,168 @@ def is_ip(match: re.Match[str]) -> bool:
     return not (address.is_loopback or address.is_unspecified or match[0].startswith("255.255."))
 
 
-def looks_random(text: str) -> bool:
-    """Whether a key's tail could have been drawn, not typed: enough different characters, no `xxxx`, no `abcdef`."""
-    return len(set(text)) >= min(8, len(text) // 2)
+def is_ipv6(match: re.Match[str]) -> bool:
+    return len(match[0]) > 5 and any(map(str.isdigit, match[0])) and is_ip(match)  # `a::b` is C++
+
+
+def is_ipv4(match: re.Match[str]) -> bool:
+    return not VERSION_BEFORE.search(match.string[max(match.start() - 24, 0) : match.start()]) and is_ip(match)
+
+
+VERSION_BEFORE: Final = re.compile(
+    r"(?i)(?:\b(?:v|ver|version|release|build|section|chapter|clause|rev|firmware)[.: ]{0,2}|[=~^<>]=|[~^])$"
+)
+
+
+def weighted(*weights: int, modulus: int = 11, wants: int = 0) -> Callable[[re.Match[str]], bool]:
+    """A check of ids whose digits, each by its weight, sum to `wants` modulo `modulus`; all digits equal are no id."""
+
+    def check(match: re.Match[str]) -> bool:
+        digits = digits_of(match)
+        return (
+            len(digits) == len(weights)
+            and len(set(digits)) > 1
+            and sum(weight * int(digit) for weight, digit in zip(weights, digits, strict=True)) % modulus == wants
+        )
+
+    return check
+
+
+def is_luhn(match: re.Match[str]) -> bool:
+    digits = digits_of(match)
+    return len(set(digits)) > 1 and luhn(digits)
+
+
+def is_aadhaar(match: re.Match[str]) -> bool:
+    """Verhoeff's check digit, by the dihedral group of the pentagon."""
+    check = 0
+    for place, digit in enumerate(reversed(digits_of(match))):
+        check = _dihedral(check, int(VERHOEFF_TURNS[place % 8][int(digit)]))
+    return check == 0
+
+
+VERHOEFF_TURNS: Final = (
+    "0123456789", "1576283094", "5803796142", "8916043527", "9453126870", "4286573901", "2793806415", "7046913258",
+)  # fmt: skip
+
+
+def _dihedral(left: int, right: int) -> int:
+    turned = (left + right if left < 5 else left - right) % 5
+    return turned if (left < 5) == (right < 5) else turned + 5
+
+
+def is_brazilian(match: re.Match[str]) -> bool:
+    """CPF (11 digits) and CNPJ (14): two check digits modulo 11, the weights of a CNPJ starting again at 9."""
+    digits = [int(digit) for digit in digits_of(match)]
+    for size in (len(digits) - 2, len(digits) - 1):
+        top = size + 1 if len(digits) == 11 else 9
+        rest = sum(digit * ((place % (top - 1)) + 2) for place, digit in enumerate(reversed(digits[:size]))) % 11
+        if digits[size] != (0 if rest < 2 else 11 - rest):
+            return False
+    return len(set(digits)) > 1
+
+
+def is_insee(match: re.Match[str]) -> bool:
+    text = re.sub(r"[ .-]", "", match[0].upper())
+    body = text[:13].replace("2A", "19", 1) if "2A" in text else text[:13].replace("2B", "18", 1)
+    return int(text[3:5]) in (*range(1, 13), *range(20, 43), *range(50, 100)) and int(body) % 97 == 97 - int(text[13:])
+
+
+def is_dni(match: re.Match[str]) -> bool:
+    text = re.sub(r"[ .-]", "", match[0].upper())
+    return "TRWAGMYFPDXBNJZSQVHLCKE"[int(text[:-1].translate(str.maketrans("XYZ", "012"))) % 23] == text[-1]
+
+
+def is_codice_fiscale(match: re.Match[str]) -> bool:
+    text = match[0].upper()
+    odd = (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23)
+    values = [int(letter, 36) - 10 if letter.isalpha() else int(letter) for letter in text[:15]]
+    return chr(65 + sum(value if place % 2 else odd[value] for place, value in enumerate(values)) % 26) == text[15]
+
+
+def is_pesel(match: re.Match[str]) -> bool:
+    digits = digits_of(match)
+    return 1 <= int(digits[2:4]) % 20 <= 12 and 1 <= int(digits[4:6]) <= 31 and PESEL_SUM(match)
+
+
+PESEL_SUM: Final = weighted(1, 3, 7, 9, 1, 3, 7, 9, 1, 3, 1, modulus=10)
+BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def is_base58_address(match: re.Match[str]) -> bool:
+    number = functools.reduce(lambda total, letter: total * 58 + BASE58.index(letter), match[0], 0)
+    if number.bit_length() > 200:
+        return False
+    raw = number.to_bytes(25, "big")
+    return hashlib.sha256(hashlib.sha256(raw[:21]).digest()).digest()[:4] == raw[21:]
+
+
+def is_bech32(match: re.Match[str]) -> bool:
+    """BIP 173 and BIP 350: the checksum's remainder is 1 (Bech32) or 0x2BC830A3 (Bech32m)."""
+    prefix, _, rest = match[0].lower().rpartition("1")
+    remainder = 1
+    values = [ord(letter) >> 5 for letter in prefix] + [0] + [ord(letter) & 31 for letter in prefix]
+    for value in values + ["qpzry9x8gf2tvdw0s3jn54khce6mua7l".index(letter) for letter in rest]:
+        top, remainder = remainder >> 25, (remainder & 0x1FFFFFF) << 5 ^ value
+        for bit, mask in enumerate((0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)):
+            remainder ^= mask if top >> bit & 1 else 0
+    return remainder in (1, 0x2BC830A3)
+
+
+def is_phone_abroad(match: re.Match[str]) -> bool:
+    digits = digits_of(match)
+    return 8 <= len(digits) <= 15 and len(set(digits)) > 2
+
+
+def is_jwt(match: re.Match[str]) -> bool:
+    try:
+        head = json.loads(base64.urlsafe_b64decode(match[0].partition(".")[0] + "=="))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and bool(head.keys() & {"alg", "typ", "enc"})
+
+
+def is_github_token(match: re.Match[str]) -> bool:
+    """The last six digits are the CRC-32 of the others in base 62 (github.blog, 2021).
+
+    A tail that fails still counts where the rest looks drawn: hiding a mistyped token costs nothing.
+    """
+    body, tail, crc = match[0][4:-6], match[0][-6:], 0
+    for letter in tail:
+        crc = crc * 62 + BASE62.index(letter)
+    return crc == zlib.crc32(body.encode()) or looks_random(match)
+
+
+BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def looks_random(match: re.Match[str]) -> bool:
+    """Whether a key could have been drawn: enough different characters, no long run of one, no filler words."""
+    text = match["value"] if "value" in match.re.groupindex else match[0]
+    return len(set(text[-24:])) >= min(8, len(text[-24:]) // 2) and not FILLER_WORDS.search(text)
+
+
+FILLER_WORDS: Final = re.compile(
+    r"(?i)x{5}|\*{3}|\.{3}|(.)\1{6}|your[_-]|placeholder|redacted|changeme|abcdefghij|1234567890ab"
+)
+
+
+def is_password(match: re.Match[str]) -> bool:
+    """A value given to a secret's name: not a word, a variable, a call, a template or a type."""
+    value = match["value"]
+    kinds = sum(bool(kind.search(value)) for kind in CHARACTER_KINDS)
+    return (
+        kinds >= 2
+        and (kinds > 2 or bool(CHARACTER_KINDS[0].search(value)))
+        and looks_random(match)
+        and not NO_VALUE.search(value)
+    )
+
+
+CHARACTER_KINDS: Final = (re.compile("[0-9]"), re.compile("[a-z]"), re.compile("[A-Z]"), re.compile(r"[!#%^*+?~&@]"))
+NO_VALUE: Final = re.compile(
+    r"(?i)^(?:\$|%\w+%|process\.|os\.|env\.|self\.|config|settings|request|<|\{)|[(\[{]|://|^\w+\.\w+$|^\w{1,24}-?(?:token|key|secret|password)s?\d?$"
+)
 
 
 def _row_of(entity: str, pattern: str, **fields: Any) -> Recogniser:
@@ -11426,20 +11591,201 @@ def _row_of(entity: str, pattern: str, **fields: Any) -> Recogniser:
 
 LEFT: Final = r"(?<![\w-])(?<!\d[.,])"
 RIGHT: Final = r"(?!\w|-\w|[.,]\d)"
-EMAIL: Final = r"(?<![\w.%+'-])[\w](?:[\w.+%'-]{0,62}[\w+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])"
+EMAIL: Final = r"(?<![\w.%+'-])\w(?:[\w.+%'-]{0,62}[\w+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])"
+PHONE_WORDS: Final = (
+    "phone|tel|telephone|mobile|cell|call|fax|sms|whatsapp|dial|ring|hotline|text me|handy|telefon|rufnummer|mobil|teléfono|"
+    "telefono|móvil|celular|llámame|téléphone|portable|telefone|cellulare|telefoon|puhelin|tlf|tél"
+)
+#: National forms that need no word beside them, by region. The others are taken near a word such as "phone".
+PHONE_FORMS: Final[Mapping[str, str]] = {
+    "US": r"(?:\+?1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}(?: ?(?:x|ext\.?) ?\d{1,6})?",
+    "GB": r"\(?0(?:[127]\d{3}\)? ?\d{3} ?\d{3}|2\d\)? ?\d{4} ?\d{4}|1\d\d\)? \d{3} \d{4}|7\d{3} \d{6})",
+    "DE": r"(?:\(0[1-9]\d{1,4}\) ?\d{3,4}[ -]?\d{2,5}|01[567]\d[ /-]\d{7,8})",
+    "FR": r"0[1-9](?:[ .]\d\d){4}",
+}
+CARD_DIGITS: Final = r"\d(?:[ -]?\d){11,18}"
 PERSONAL: Final[tuple[Recogniser, ...]] = (
-    _row_of("email", EMAIL, keywords=("@",), reach=255),
     _row_of("iban", IBAN, validator=is_iban, spot="iban"),
-    _row_of("card", LEFT + r"\d(?:[ -]?\d){11,18}" + RIGHT, validator=is_card, spot="digits"),
+    _row_of("email", EMAIL, keywords=("@",), reach=255),
+    _row_of("card", LEFT + CARD_DIGITS + RIGHT, validator=is_card, spot="digits"),
     _row_of("ssn", LEFT + r"\d{3}([- ])\d{2}\1\d{4}" + RIGHT, validator=is_ssn, spot="digits"),
-    _row_of("ip", r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)", validator=is_ip, spot="dotted"),
+    _row_of("ssn", LEFT + r"\d{9}" + RIGHT, validator=is_ssn, spot="digits", context="ssn|social security|soc sec"),
+    _row_of("itin", LEFT + r"9\d\d([- ])\d{2}\1\d{4}" + RIGHT, validator=is_itin, spot="digits"),
+    _row_of("itin", LEFT + r"9\d{8}" + RIGHT, validator=is_itin, spot="digits", context="itin|taxpayer"),
+    _row_of("ip", r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)", validator=is_ipv4, spot="dotted"),
+    _row_of("ip", r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?:\.\d{1,3}){0,3}(?![\w:])(?<![.:])", validator=is_ipv6, spot="colons"),
+    _row_of("mac", r"(?<![\w:])[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?![\w:])", spot="colons"),
+    _row_of("mac", r"(?<![\w-])[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?![\w-])", spot="dashes"),
+    _row_of("insee", LEFT + r"[12][ .]?\d\d[ .]?\d\d[ .]?(?:\d\d|2[ABab])[ .]?\d{3}[ .]?\d{3}[ .-]?\d\d" + RIGHT, validator=is_insee, spot="digits"),
+    _row_of("cpf", LEFT + r"\d{3}\.\d{3}\.\d{3}-\d\d" + RIGHT, keywords=("-",), validator=is_brazilian, spot="digits"),
+    _row_of("cpf", LEFT + r"\d{11}" + RIGHT, validator=is_brazilian, spot="digits", context="cpf"),
+    _row_of("cnpj", LEFT + r"\d\d\.\d{3}\.\d{3}/\d{4}-\d\d" + RIGHT, keywords=("/",), validator=is_brazilian, spot="digits"),
+    _row_of("cnpj", LEFT + r"\d{14}" + RIGHT, validator=is_brazilian, spot="digits", context="cnpj"),
+    _row_of("codice_fiscale", r"(?i)(?<!\w)[A-Z]{6}\d\d[A-EHLMPRST]\d\d[A-Z]\d{3}[A-Z](?!\w)", validator=is_codice_fiscale, spot="tax"),
+    _row_of("dni", LEFT + r"\d{8}[- ]?[A-HJ-NP-TV-Z]" + RIGHT, validator=is_dni, spot="digits"),
+    _row_of("nie", LEFT + r"[XYZ][- ]?\d{7}[- ]?[A-HJ-NP-TV-Z]" + RIGHT, validator=is_dni, spot="digits"),
+    _row_of("nhs", LEFT + r"\d{3}[ -]?\d{3}[ -]?\d{4}" + RIGHT, validator=weighted(10, 9, 8, 7, 6, 5, 4, 3, 2, 1), spot="digits", context="nhs|health service"),
+    _row_of("sin", LEFT + r"\d{3}[ -]?\d{3}[ -]?\d{3}" + RIGHT, validator=is_luhn, spot="digits", context="sin|social insurance|assurance sociale|nas"),
+    _row_of("aadhaar", LEFT + r"[2-9]\d{3}[ -]?\d{4}[ -]?\d{4}" + RIGHT, validator=is_aadhaar, spot="digits", context="aadhaar|aadhar|uidai|uid"),
+    _row_of("pesel", LEFT + r"\d{11}" + RIGHT, validator=is_pesel, spot="digits", context="pesel"),
+    _row_of("bsn", LEFT + r"\d{9}|\d{4}[. ]\d\d[. ]\d{3}" + RIGHT,
+            validator=weighted(9, 8, 7, 6, 5, 4, 3, 2, -1), spot="digits", context="bsn|burgerservicenummer|sofinummer"),
+    _row_of("tfn", LEFT + r"\d{3}[ -]?\d{3}[ -]?\d{3}" + RIGHT, validator=weighted(1, 4, 3, 7, 5, 8, 6, 9, 10), spot="digits", context="tfn|tax file"),
+    _row_of("phone", r"(?<![\w+.-])(?<!\d )(?:\+|00)[1-9]\d{0,2}(?:[ .-]?\(0\))?(?:[ ./-]?\(?\d{1,5}\)?){2,7}(?: ?(?:x|ext\.?) ?\d{1,6})?(?!\w|-\w|[.,]\d)",
+            keywords=("+", "00"), validator=is_phone_abroad, spot="digits"),
+    _row_of("phone", r"(?<![\w.-])\(?\d(?:[ ./()-]{0,2}\d){6,14}(?:x\d{1,6})?" + RIGHT, validator=is_phone_abroad, spot="digits", context=PHONE_WORDS),
+    _row_of("crypto_address", r"(?<![A-Za-z0-9+/])[13LMDTm2n][1-9A-HJ-NP-Za-km-z]{25,34}(?![A-Za-z0-9+/=])", validator=is_base58_address, spot="token"),
+    _row_of("crypto_address", r"(?i)(?<!\w)(?:bc|tb|ltc)1[02-9ac-hj-np-z]{11,71}(?!\w)", keywords=("bc1", "tb1", "ltc1"), validator=is_bech32, spot="token"),
+    _row_of("crypto_address", r"(?<!\w)0x[0-9A-Fa-f]{40}(?!\w)", keywords=("0x",), validator=looks_random, spot="token"),
 )  # fmt: skip
+
+#: Keys by what their makers print: entity, keywords (lower case), pattern. Each stands between characters that no key
+#: holds, and must look drawn. Order is certainty: the first row wins among equals.
+KEY_FORMS: Final = r"""
+anthropic_key      sk-ant-               sk-ant-[a-z]{2,8}\d\d-[\w-]{20,130}
+openai_key         t3blbkfj              sk-(?:proj-|svcacct-|admin-)?[\w-]{20,90}T3BlbkFJ[\w-]{20,90}
+openai_key         sk-proj-,sk-svcacct-,sk-admin-,sk-none-  sk-(?:proj|svcacct|admin|None)-[\w-]{20,200}
+openrouter_key     sk-or-                sk-or-(?:v\d-)?[0-9a-f]{48,64}
+deepinfra_key      sk-lf-                [sp]k-lf-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}
+api_key            sk-                   sk-[A-Za-z0-9_]{20,100}
+google_api_key     aiza                  AIza[\w-]{35}
+google_oauth_secret gocspx-              GOCSPX-[\w-]{28}
+google_access_token ya29.                ya29\.[\w-]{30,400}
+groq_key           gsk_                  gsk_[A-Za-z0-9]{40,60}
+xai_key            xai-                  xai-[A-Za-z0-9]{60,100}
+perplexity_key     pplx-                 pplx-[A-Za-z0-9]{32,64}
+replicate_key      r8_                   r8_[A-Za-z0-9]{37,40}
+huggingface_key    hf_,api_org_          (?:hf_|api_org_)[A-Za-z0-9]{30,40}
+fireworks_key      fw_                   fw_[A-Za-z0-9]{22,40}
+cerebras_key       csk-                  csk-[a-z0-9]{40,60}
+nvidia_key         nvapi-                nvapi-[\w-]{60,80}
+together_key       tgp_v1_               tgp_v1_[\w-]{40,60}
+voyage_key         pa-                   pa-[\w-]{43}
+jina_key           jina_                 jina_[\w-]{40,80}
+tavily_key         tvly-                 tvly-(?:dev-|prod-)?[A-Za-z0-9-]{20,50}
+pinecone_key       pcsk_                 pcsk_[A-Za-z0-9_]{50,80}
+langsmith_key      lsv2_                 lsv2_(?:pt|sk)_[0-9a-f]{32}_[0-9a-f]{10}
+firecrawl_key      fc-                   fc-[0-9a-f]{32}
+assemblyai_key     bb_live_              bb_live_[\w-]{20,60}
+stockyard_key      sy-                   sy-[\w-]{24,80}
+aws_access_key     akia,asia,abia,acca   (?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}
+aws_bedrock_key    absk,bedrock-api-key- (?:ABSK[A-Za-z0-9+/]{80,260}={0,2}|bedrock-api-key-[A-Za-z0-9+/]{80,400}={0,2})
+azure_entra_secret 8q~,7q~               [A-Za-z0-9_~.]{3}[78]Q~[\w~.-]{31,34}
+azure_storage_key  accountkey=           AccountKey=(?P<value>[A-Za-z0-9+/]{86}==)
+azure_devops_token azdo                  [A-Za-z0-9]{76}AZDO[A-Za-z0-9]{4}
+azure_sas          sig=                  sig=(?P<value>[A-Za-z0-9%+/]{43,60}(?:%3D|=)?)
+digitalocean_token dop_v1_,doo_v1_,dor_v1_  do[opr]_v1_[0-9a-f]{64}
+alibaba_key        ltai                  LTAI[A-Za-z0-9]{17,21}
+tencent_key        akid                  AKID[A-Za-z0-9]{32}
+cloudflare_ca_key  v1.0-                 v1\.0-[0-9a-f]{24}-[0-9a-f]{146}
+flyio_token        fm2_,fm1r_,fo1_       (?:fm2_[A-Za-z0-9+/=_-]{40,800}|fm1r_[A-Za-z0-9+/=_-]{40,800}|fo1_[\w-]{43})
+heroku_key         hrku-                 HRKU-[\w-]{36,64}
+render_key         rnd_                  rnd_[A-Za-z0-9]{28,40}
+scaleway_key       scw                   SCW[A-Z0-9]{17}
+yandex_key         aqvn,t1.9eu           (?:AQVN[\w-]{35,38}|t1\.9eu[\w-]{80,300}={0,2})
+github_token       ghp_,gho_,ghu_,ghs_,ghr_  gh[pousr]_[A-Za-z0-9]{36}
+github_pat         github_pat_           github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}
+gitlab_token       glpat-,gldt-,glft-,glrt-,glptt-,glcbt-,glsoat-,glagent-,glimt-  gl(?:pat|dt|ft|rt|ptt|cbt|soat|agent|imt)-[\w.-]{20,100}
+bitbucket_token    atbb,atctt3x          (?:ATBB[A-Za-z0-9]{28,36}|ATCTT3x[\w=-]{100,240})
+atlassian_token    atatt3x               ATATT3x[\w=-]{100,240}
+sourcegraph_token  sgp_                  sgp_(?:[0-9a-f]{16}_|local_)?[0-9a-f]{40}
+slack_token        xoxb-,xoxp-,xoxa-,xoxr-,xoxs-,xoxe  xox(?:[baprs]-[\w-]{20,200}|e(?:\.xox[bp])?-\d-[\w-]{20,200})
+slack_app_token    xapp-                 xapp-\d-[A-Z0-9]{8,14}-\d{8,16}-[0-9a-f]{60,70}
+slack_webhook      hooks.slack.com       https://hooks\.slack\.com/(?:services|workflows|triggers)/[\w/+-]{30,80}
+discord_webhook    /api/webhooks/        https://(?:\w{3,6}\.)?discord(?:app)?\.com/api/webhooks/\d{17,20}/[\w-]{60,80}
+discord_token      .                     [MNO][A-Za-z\d]{23,27}\.[\w-]{6}\.[\w-]{27,40}
+telegram_token     :aa                   \d{8,10}:AA[\w-]{33}
+teams_webhook      webhook.office.com    https://[a-z0-9-]{1,40}\.webhook\.office\.com/webhookb2/[\w@/-]{80,220}
+stripe_key         sk_live_,rk_live_,sk_test_,rk_test_  [sr]k_(?:live|test)_[A-Za-z0-9]{16,120}
+stripe_webhook     whsec_                whsec_[A-Za-z0-9+/=]{24,64}
+square_token       sq0atp-,sq0csp-,eaaa  (?:sq0atp-[\w-]{22}|sq0csp-[\w-]{43}|EAAA[\w-]{60})
+paypal_token       access_token$         access_token\$production\$[a-z0-9]{16}\$[0-9a-f]{32}
+shopify_token      shpat_,shpca_,shppa_,shpss_  shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}
+razorpay_key       rzp_                  rzp_(?:live|test)_[A-Za-z0-9]{14}
+flutterwave_key    flwseck               FLWSECK(?:_TEST)?-[0-9a-zA-Z]{12,40}(?:-X)?
+adyen_key          aqe                   AQE[a-z][A-Za-z0-9+/=]{60,300}
+plaid_token        access-sandbox-,access-production-  access-(?:sandbox|development|production)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
+easypost_key       ezak,eztk             EZ[AT]K[A-Za-z0-9]{54}
+twilio_key         sk                    SK[0-9a-f]{32}
+sendgrid_key       sg.                   SG\.[\w-]{16,32}\.[\w-]{36,64}
+mailgun_key        key-                  key-[0-9a-f]{32}
+mailchimp_key      -us                   [0-9a-f]{32}-us\d{1,2}
+brevo_key          xkeysib-              xkeysib-[0-9a-f]{64}-[A-Za-z0-9]{16}
+resend_key         re_                   re_[A-Za-z0-9]{8}_[A-Za-z0-9]{20,32}
+postman_key        pmak-                 PMAK-[0-9a-f]{24}-[0-9a-f]{34}
+npm_token          npm_                  npm_[A-Za-z0-9]{36}
+pypi_token         pypi-                 pypi-AgE[\w-]{50,250}
+rubygems_key       rubygems_             rubygems_[0-9a-f]{48}
+crates_token       cio                   cio[A-Za-z0-9]{32}
+docker_token       dckr_pat_,dckr_oat_   dckr_[po]at_[\w-]{27,36}
+clojars_token      clojars_              CLOJARS_[A-Za-z0-9]{60}
+nuget_key          oy2                   oy2[a-z0-9]{43}
+jfrog_token        akcp                  AKCp[A-Za-z0-9]{69,73}
+terraform_token    .atlasv1.             [A-Za-z0-9]{14}\.atlasv1\.[\w=-]{60,70}
+pulumi_token       pul-                  pul-[0-9a-f]{40}
+vault_token        hvs.,hvb.,hvr.        hv[sbr]\.[\w-]{24,300}
+doppler_token      dp.                   dp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{40,60}
+infisical_token    st.                   st\.[0-9a-f]{24}\.[0-9a-f]{32}\.[0-9a-f]{32}
+onepassword_token  ops_                  ops_eyJ[\w+/=-]{100,1500}
+age_key            age-secret-key-1      AGE-SECRET-KEY-1[0-9A-Z]{58}
+buildkite_token    bkua_                 bkua_[0-9a-f]{40}
+circleci_token     ccipat_,ccipra_       CCIP(?:AT|RA)_[A-Za-z0-9]{20,24}_[0-9a-f]{40}
+netlify_token      nfp_                  nfp_[A-Za-z0-9]{36,40}
+sonarqube_token    sqp_,squ_,sqa_        sq[pua]_[0-9a-f]{40}
+snyk_token         snyk_uat              snyk_uat\.[0-9a-f]{8}\.[\w.-]{40,300}
+databricks_token   dapi                  dapi[0-9a-f]{32}(?:-\d)?
+planetscale_token  pscale_               pscale_(?:tkn|pw|oauth)_[\w.=-]{32,64}
+supabase_key       sbp_,sb_secret_       (?:sbp_[0-9a-f]{40}|sb_secret_[\w-]{22,64})
+neon_key           napi_                 napi_[a-z0-9]{60,70}
+prefect_key        pnu_                  pnu_[A-Za-z0-9]{36}
+newrelic_key       nrak-,nrii-,nrjs-     NR(?:AK-[A-Z0-9]{27}|II-[\w-]{32}|JS-[0-9a-f]{19})
+grafana_token      glc_,glsa_            (?:glc_[A-Za-z0-9+/=]{32,400}|glsa_[A-Za-z0-9]{32}_[0-9a-f]{8})
+sentry_token       sntrys_,sntryu_       (?:sntrys_eyJ[\w+/=-]{80,400}|sntryu_[0-9a-f]{64})
+dynatrace_token    dt0c01.,dt0s          dt0[cs]\d\d\.[A-Z0-9]{24}\.[A-Z0-9]{64}
+posthog_key        phx_                  phx_[A-Za-z0-9]{40,52}
+linear_key         lin_api_,lin_oauth_   lin_(?:api|oauth)_[A-Za-z0-9]{32,64}
+notion_key         ntn_,secret_          (?:ntn_[A-Za-z0-9]{40,50}|secret_[A-Za-z0-9]{43})
+airtable_token     pat                   pat[A-Za-z0-9]{14}\.[0-9a-f]{64}
+asana_token        /                     [12]/\d{14,18}(?:/\d{14,18})?:[0-9a-f]{32}
+figma_token        figd_,figu_           fig[duor]_[\w-]{38,60}
+dropbox_token      sl.                   sl\.(?:u\.)?[\w-]{130,1500}
+hubspot_token      pat-na,pat-eu         pat-(?:na|eu)\d-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
+facebook_token     eaa                   EAA[A-Za-z0-9]{90,250}
+typeform_token     tfp_                  tfp_[\w.=-]{40,64}
+readme_key         rdme_                 rdme_[a-z0-9]{70}
+frameio_token      fio-u-                fio-u-[\w-]{64}
+duffel_token       duffel_               duffel_(?:live|test)_[\w=-]{43}
+contentful_token   cfpat-                CFPAT-[\w-]{43}
+shippo_token       shippo_               shippo_(?:live|test)_[0-9a-f]{40}
+tailscale_key      tskey-                tskey-[a-z]{3,12}-[\w-]{16,64}
+ngrok_key          ngrok                 (?:ngrok_)[A-Za-z0-9_]{40,60}
+"""
+TOKEN_CHECKS: Final[Mapping[str, Callable[[re.Match[str]], bool]]] = {"github_token": is_github_token}
+ASSIGNED: Final = (
+    r"(?i)(?:pass(?:word|wd|phrase|code)?|pwd|secret|token|api[_ -]?key|apikey|access[_-]?key|private[_-]?key|auth[_-]?key|account[_-]?key|"
+    r"credentials?|contraseña|passwort|mot de passe|senha)[\"'`]?(?: ?(?:=>|:=|[:=]) ?| is )(?:bearer )?[\"'`]?(?P<value>[^\s\"'`,;<>]{6,200})"
+)
+PEM: Final = (
+    r"-----BEGIN (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----[^-]{40,20000}+(?:-(?!----)[^-]{0,2000}+){0,200}+"
+    r"(?:-----END (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
+)
 SECRETS: Final[tuple[Recogniser, ...]] = (
-    _row_of("openai_key", r"\bsk-(?:proj-|svcacct-|admin-)?[\w-]{20,200}", keywords=("sk-",), secret=True, spot="token"),
-    _row_of("aws_access_key", r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b", keywords=("akia", "asia"), secret=True, spot="token"),
+    _row_of("private_key", PEM, keywords=("-----begin",), secret=True),
+    _row_of("url_credentials", r"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s:@/\"'<>]{0,128}:(?P<value>[^\s@/\"'<>]{1,256})@[\w.\[-]",
+            keywords=("://",), reach=420, secret=True,
+            validator=lambda match: not NO_VALUE.search(match["value"]) and not FILLER_WORDS.search(match["value"])),
+    _row_of("jwt", r"(?<![\w-])ey[JI][\w-]{8,2000}\.[\w-]{8,8000}\.[\w-]{16,2000}", keywords=("eyj", "eyi"), validator=is_jwt, secret=True, spot="token"),
+    *(
+        _row_of(entity, rf"(?<![A-Za-z0-9_])(?:{pattern})(?![A-Za-z0-9_])", keywords=tuple(keywords.split(",")), secret=True, spot="token",
+                validator=TOKEN_CHECKS.get(entity, looks_random))
+        for entity, keywords, pattern in map(str.split, KEY_FORMS.strip().splitlines())
+    ),
+    _row_of("password", ASSIGNED, keywords=("pass", "pwd", "secret", "token", "key", "credential", "contrase", "senha"), reach=260,
+            validator=is_password, secret=True),
 )  # fmt: skip
-RECOGNISERS: Final[tuple[Recogniser, ...]] = PERSONAL + SECRETS
-PHONE_REGIONS: Final = ("US", "GB", "DE", "FR")
+#: In order of certainty, which decides between findings of one length.
+RECOGNISERS: Final[tuple[Recogniser, ...]] = SECRETS[:-1] + PERSONAL + SECRETS[-1:]
+PHONE_REGIONS: Final = tuple(PHONE_FORMS)
 
 # ----- The scanner
 
@@ -11450,6 +11796,11 @@ class Scanner:
     def __init__(
         self, recognisers: Sequence[Recogniser] = RECOGNISERS, phone_regions: Sequence[str] = PHONE_REGIONS
     ) -> None:
+        forms = (
+            _row_of("phone", r"(?<![\w.+-])(?:" + PHONE_FORMS[region] + r")(?!\w|-\w|[.,]\d)", spot="digits")
+            for region in phone_regions
+        )
+        recognisers = (*recognisers, *forms)
         self._rank = {row: rank for rank, row in reversed(list(enumerate(recognisers)))}
         self._texts = [row for row in recognisers if not row.spot]
         self._spots = [
@@ -11459,19 +11810,19 @@ class Scanner:
         ]
 
     def find(self, text: str) -> list[Finding]:
-        """All findings, disjoint and in order; of two that overlap the longer stays, then the earlier row's."""
+        """All findings, disjoint and in order; of two that overlap a secret stays, then the longer, then the earlier row's."""
         if len(text) < SHORTEST_CHARS:
             return []
         reading = read_through(text)
         found = [
-            (start - end, self._rank[row], start, end, row)
+            (not row.secret, start - end, self._rank[row], start, end, row)
             for row, low, high in self._places(reading.text)
             for start, end in _spans(row, reading.text, low, high)
         ]
         if not found:
             return []
         taken, kept = bytearray(len(reading.text)), []
-        for _, _, start, end, row in sorted(found, key=lambda one: one[:4]):
+        for _, _, _, start, end, row in sorted(found, key=lambda one: one[:5]):
             if taken.find(1, start, end) < 0:
                 taken[start:end] = b"\1" * (end - start)
                 kept.append((start, end, row))
@@ -11510,19 +11861,13 @@ class _Spotted:
 
     def __init__(self, rows: Sequence[Recogniser]) -> None:
         self._always = tuple(row for row in rows if not row.keywords)
-        keywords = sorted({word for row in rows for word in row.keywords}, key=len, reverse=True)
-        self._by_keyword = {
-            word: [row for row in rows if any(word.startswith(own) for own in row.keywords)] for word in keywords
-        }
-        self._keywords = re.compile("(?=(" + "|".join(map(re.escape, keywords)) + "))") if keywords else None
+        self._called = [(row, row.keywords) for row in rows if row.keywords]
 
     def rows(self, text: str, low: int, high: int) -> Iterable[Recogniser]:
-        if self._keywords is None:
-            return self._always
-        words = set(self._keywords.findall(text[low:high].lower()))
-        if not words:
-            return self._always
-        return dict.fromkeys([*self._always, *(row for word in words for row in self._by_keyword[word])])
+        yield from self._always
+        if self._called:
+            part = text[low:high].lower()
+            yield from (row for row, keywords in self._called if any(word in part for word in keywords))
 
 
 def _windows(lowered: str, keywords: tuple[str, ...], reach: int) -> Iterator[tuple[int, int]]:
@@ -11536,6 +11881,8 @@ def _windows(lowered: str, keywords: tuple[str, ...], reach: int) -> Iterator[tu
 
 
 def _spans(row: Recogniser, text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+    if row.context and not row.context.search(text, max(low - CONTEXT_CHARS, 0), high + CONTEXT_AFTER_CHARS):
+        return
     group = row.pattern.groupindex.get("value", 0)
     failed = 0
     while match := row.pattern.search(text, low, high):
@@ -11588,7 +11935,7 @@ def recogniser_from_table(name: str, table: Mapping[str, Any]) -> Recogniser:
         examples=examples,
         counterexamples=counterexamples,
     )
-    alone = Scanner((row,))
+    alone = Scanner((row,), ())
     for example in examples:
         if not alone.find(example):
             raise SettingsError(f"{where}: nothing is found in the example {example!r}")
