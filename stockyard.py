@@ -499,17 +499,6 @@ def _count(value: Any) -> int:
     return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
 
 
-#: Counters that few answers have, and that most of those which have them leave at zero.
-RARE_USAGE: Final = ("num_search_queries",)
-RARE_DETAILS: Final = (
-    "audio_tokens",
-    "image_tokens",
-    "cache_write_tokens",
-    "cache_creation",
-    "cache_creation_input_tokens",
-)
-
-
 def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
     """Read a `usage` object in OpenAI's words (chat or Responses names) into disjoint buckets.
 
@@ -531,13 +520,19 @@ def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
         or usage.get("cached_tokens") or usage.get("num_cached_tokens")
     )  # fmt: skip
     reasoning = _count(out.get("reasoning_tokens"))
-    if (
-        not any(map(usage.get, RARE_USAGE))
-        and not any(map(details.get, RARE_DETAILS))
-        and not any(map(out.get, RARE_DETAILS))
-    ):
+    get = details.get
+    if not (
+        get("audio_tokens")
+        or get("image_tokens")
+        or get("cache_write_tokens")
+        or get("cache_creation")
+        or get("cache_creation_input_tokens")
+        or out.get("audio_tokens")
+        or out.get("image_tokens")
+        or usage.get("num_search_queries")
+    ):  # nearly every answer
         cached = min(cached, total_in)
-        return Usage(total_in - cached, cached, output_tokens=total_out, reasoning_tokens=reasoning)
+        return Usage(total_in - cached, cached, 0, 0, total_out, reasoning)
     creation = details.get("cache_creation") or {}
     write_1h = _count(creation.get("ephemeral_1h_input_tokens"))
     write = _count(details.get("cache_write_tokens") or details.get("cache_creation_input_tokens"))
@@ -16339,6 +16334,7 @@ ANSWER_HEADERS: Final = ("x-request-id", "openai-processing-ms", "request-id", "
 LIMIT_HEADERS: Final = tuple(
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
 )
+ANSWER_AND_LIMIT_HEADERS: Final = (*ANSWER_HEADERS, *LIMIT_HEADERS)
 
 
 #: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
@@ -17480,7 +17476,7 @@ class Gateway:
             else "application/json"
         )
         headers = [("content-type", kind), *self.answer_headers(call)]
-        names = ANSWER_HEADERS if call.rated else (*ANSWER_HEADERS, *LIMIT_HEADERS)
+        names = ANSWER_HEADERS if call.rated else ANSWER_AND_LIMIT_HEADERS
         headers += [(name, answer.headers[name]) for name in names if name in answer.headers]
         return Reply(answer.status, headers, body)
 
