@@ -695,6 +695,8 @@ class Call:
     #: The route that `model` names, and the upstream key of the last attempt (it never leaves this object).
     route: Route | None = None
     upstream_key: str = ""
+    #: The provider key that the client brought; like `upstream_key` it is never logged.
+    own_key: str = ""
     #: The id of the call that this one shadows; targets that were not asked since they rested.
     shadow_of: str = ""
     passed_over: tuple[str, ...] = ()
@@ -10084,7 +10086,11 @@ class Settings:
     require_key: str = _row(
         "auto", "auto, always or never: whether clients must send a virtual key", _one_of("auto", "always", "never")
     )
-    client_keys: str = _row("off", "on: a client may bring its own key for a provider it names", _one_of("on", "off"))
+    client_keys: str = _row(
+        "off",
+        "on: a client may bring its own key for a provider it names: as its only key, or in x-stockyard-provider-key",
+        _one_of("on", "off"),
+    )
     cache: str = _row(
         "deterministic", "off, deterministic or all: which answers are cached", _one_of("off", "deterministic", "all")
     )
@@ -10149,7 +10155,7 @@ SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.m
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
 NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "client_keys": frozenset({"off"}), "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
+    "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
     "guard_secrets": frozenset({"off"}), "log_bodies": frozenset({"on", "none"}), "workers": frozenset({"1"}),
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
@@ -12241,6 +12247,7 @@ SECRET_BYTES: Final = 20
 NOBODY_DIGEST: Final = "0" * 64
 MAX_TAGS: Final = 32
 MAX_REMEMBERED_DIGESTS: Final = 4096
+VARIABLE_NAME: Final = re.compile(r"[A-Z_][A-Z0-9_]{0,199}")  # no lower case: a key put here by mistake is refused
 TAG_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 
 
@@ -12258,7 +12265,8 @@ class VirtualKey:
     providers: tuple[str, ...] = ()
     budget: Budget | None = None
     rate_limit: RateLimit | None = None
-    provider_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    #: By provider, the variable that holds the key to use there in place of the operator's.
+    provider_keys: Mapping[str, str] = field(default_factory=dict)
     expires_at_ms: int | None = None
     revoked_at_ms: int | None = None
     previous_digest: str = field(default="", repr=False)
@@ -12287,7 +12295,7 @@ class VirtualKey:
         )
 
     def as_json(self, now_ms: int) -> Json:
-        """What admin endpoints show: no secret, no digest; of the key's own provider keys only whose they are."""
+        """What admin endpoints show: no secret, no digest; of the key's own provider keys the variables' names."""
         return {
             "id": self.id,
             "name": self.name,
@@ -12296,7 +12304,7 @@ class VirtualKey:
             "tags": dict(self.tags),
             "models": list(self.models),
             "providers": list(self.providers),
-            "provider_keys": sorted(self.provider_keys),
+            "provider_keys": _as_references(self.provider_keys),
             "budget": _show_budget(self.budget) if self.budget else None,
             "rate_limit": dataclasses.asdict(self.rate_limit) if self.rate_limit else None,
             "created_at": format_moment(self.created_at_ms),
@@ -12305,8 +12313,8 @@ class VirtualKey:
         }
 
     def as_record(self) -> Json:
-        """Everything, for the store alone: holds digests, and provider keys in the clear, which it must encrypt."""
-        return {**dataclasses.asdict(self), "tags": dict(self.tags), "provider_keys": dict(self.provider_keys)}
+        """Everything, for the store alone: holds digests."""
+        return {**dataclasses.asdict(self), "provider_keys": _as_references(self.provider_keys)}
 
     @classmethod
     def from_record(cls, record: Json) -> VirtualKey:
@@ -12318,8 +12326,16 @@ class VirtualKey:
             "providers": tuple(record["providers"]),
             "budget": Budget(**budget) if budget else None,
             "rate_limit": RateLimit(**limit) if limit else None,
+            # A text here is a literal key of an older version: it names no variable, so calls with it are refused.
+            "provider_keys": {
+                name: held["env"] if isinstance(held, dict) else "" for name, held in record["provider_keys"].items()
+            },
         }
         return cls(**members)
+
+
+def _as_references(variables: Mapping[str, str]) -> Json:
+    return {name: {"env": variable} for name, variable in variables.items()}
 
 
 def _show_budget(budget: Budget) -> Json:
@@ -12359,9 +12375,24 @@ def _read_moment(value: Any, param: str) -> int:
 
 
 def _read_provider_keys(value: Any, param: str) -> dict[str, str]:
-    if value != {}:
-        raise InvalidRequest(f"`{param}` are not built into this version yet", param=param)
-    return {}
+    """`{"openai": {"env": "TEAM_A_OPENAI_KEY"}}`: by reference only, so that no provider key lies in a file of ours."""
+    if not isinstance(value, dict):
+        raise _invalid(param, 'an object of provider ids, such as {"openai": {"env": "TEAM_A_OPENAI_KEY"}}')
+    found = {}
+    for name, reference in value.items():
+        row, variable = PROVIDERS_BY_ID.get(name), reference.get("env") if isinstance(reference, dict) else None
+        if row is None or not row.key_env:
+            raise InvalidRequest(f"`{param}`: {name[:40]!r} is no provider that takes a key of this kind", param=param)
+        if (
+            not isinstance(variable, str) or len(reference) != 1 or variable.startswith("STOCKYARD_")
+            or not VARIABLE_NAME.fullmatch(variable)
+        ):  # fmt: skip
+            advice = (
+                f'{{"env": "TEAM_A_{row.key_env[0]}"}}, the variable of the server that holds the key; never the key'
+            )
+            raise _invalid(f"{param}.{name}", advice)
+        found[name] = variable
+    return found
 
 
 # Members of the create and patch bodies: the field each becomes, how it is read, and what null resets it to.
@@ -16340,6 +16371,8 @@ ANSWER_AND_LIMIT_HEADERS: Final = (*ANSWER_HEADERS, *LIMIT_HEADERS)
 #: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
 BOUNDED_KINDS: Final = frozenset({"chat", "completions", "embeddings"})
 MIN_CLAMPED_TOKENS: Final = 16
+#: How a target was found where the client itself named its provider.
+NAMING_WAYS: Final = frozenset({"x-stockyard-provider", "provider prefix", "path"})
 #: What a header that turns something on may say.
 YES: Final = frozenset({"1", "true", "on", "yes"})
 
@@ -16705,6 +16738,8 @@ class Gateway:
         self.stored_settled: Mapping[tuple[str, str], int] = {}
         self.set_budget_ids: list[str] = []
         self.signatures: dict[str, str] = {}
+        #: Where the provider keys that virtual keys name are looked up, at every use.
+        self.environment: Mapping[str, str] = {}
         self.google_tokens = GoogleTokens(upstream, clock)
         self._without_doors: set[str] = set()
         self.heed_routes()
@@ -16798,7 +16833,41 @@ class Gateway:
                     raise Unauthenticated("this key reads the log; calls need a client's key")
                 call.key, call.key_id = key, key.id
                 call.tag_map = key.tagged(call.tag_map)
+        if self.settings.client_keys == "on":
+            call.own_key = self.brought_key(call)
         call.tags = ",".join(f"{name}={value}" for name, value in call.tag_map.items())
+
+    def brought_key(self, call: Call) -> str:
+        """The provider key that a client sent: beside its virtual key, or in that one's place where none is required."""
+        name = "x-stockyard-provider-key"
+        own = call.headers.get(name) or ("" if self.key_required else presented_key(call.headers, call.path_parameters))
+        if not own.isascii() or not own.isprintable() or " " in own:
+            raise InvalidRequest(f"{name} holds spaces or characters that no header can carry", param=name)
+        return own
+
+    def with_own_key(self, call: Call, target: Target) -> Target:
+        """The target with the key that is this call's own there, if any: its virtual key's, or the one its client brought.
+
+        Forbidden where a virtual key's own cannot be had: the operator's key is never used in its place.
+        """
+        provider = target.provider
+        own = call.own_key if call.own_key and self.is_named(call, target) else ""
+        variable = call.key.provider_keys.get(provider.id) if call.key is not None else None
+        if variable is not None and not own:
+            own = self.environment.get(variable, "").strip()
+        if not own and variable is None:
+            return target
+        if not own or provider.credentials is not None or provider.row.key_is_file:
+            why = "it signs its requests" if own else f"the variable {variable or '(none)'} is not set on the server"
+            what = f"a key of its own for {provider.row.name} cannot be used: {why}"
+            raise Forbidden(what, code="provider_key_unusable")
+        return dataclasses.replace(target, provider=dataclasses.replace(provider, keys=(own,)))
+
+    @staticmethod
+    def is_named(call: Call, target: Target) -> bool:
+        """Whether the client itself named the provider: in a header, in the path, or as provider/model."""
+        forced = call.headers.get("x-stockyard-provider", "").lower()
+        return forced == target.provider.id if forced else call.route is None and target.via in NAMING_WAYS
 
     def session_of(self, headers: Mapping[str, str]) -> Session | None:
         """The dashboard session of a request; a session that a virtual key opened ends with the key."""
@@ -16995,7 +17064,10 @@ class Gateway:
         if call.route is not None:  # any of its targets may have given the answer, and rules changed the question
             targets = sorted(targets, key=lambda target: (target.provider.id, target.model))
             headers.append(("route", call.route.rules_text))
-        scope = "" if self.cache.is_shared else call.key_id
+        has_own = call.own_key or (call.key is not None and call.key.provider_keys)
+        scope = "" if self.cache.is_shared and not has_own else call.key_id
+        if call.own_key:
+            scope += hashlib.sha256(call.own_key.encode()).hexdigest()
         place = endpoint.kind if endpoint.streams else endpoint.path
         return cache_key(scope, place, endpoint.dialect, targets, call.request, headers, self.settings.redact)
 
@@ -17242,8 +17314,8 @@ class Gateway:
         task.add_done_callback(self.shadows.discard)
 
     async def run_shadow(self, call: Call) -> None:
-        [target] = call.targets
         try:
+            target = self.with_own_key(call, call.targets[0])
             if call.stream:
                 streamed = StreamedCall(self, call, Nobody())
                 try:
@@ -17679,12 +17751,16 @@ class Gateway:
             if forced or not await self.refresh_models():
                 raise
             call.targets = targets = self.router.targets(call.model, forced)
+        if call.own_key or (call.key is not None and call.key.provider_keys):
+            call.targets = targets = [self.with_own_key(call, target) for target in targets]
         return targets
 
     def route_targets(self, call: Call, route: Route) -> list[Target]:
         """The targets that a route has for this call; the first alone where the client wants no fallback."""
         asked = Asked(len(call.body) // 4, call.tag_map, call.session or call.key_id)
         targets = self.router.order(route, asked, self.random, self.clock())
+        if call.key is not None and call.key.provider_keys:
+            targets = [self.with_own_key(call, target) for target in targets]
         call.targets = targets[:1] if call.headers.get("x-stockyard-no-fallback", "").lower() in YES else targets
         return list(call.targets)
 
@@ -18768,7 +18844,7 @@ async def pass_proxy(request: web.Request) -> web.StreamResponse:
         version = re.match(r"/v\d+[a-z0-9]*(?=/|$)", path)
         if version and provider.base_url.endswith(version[0]):
             path = path[len(version[0]) :]
-        return await forward(request, gateway, call, Target(provider, ""), path)
+        return await forward(request, gateway, call, Target(provider, "", "path"), path)
 
     return await logged(gateway, call, work)
 
@@ -18818,6 +18894,7 @@ async def forward(
     grown: int = 0,
 ) -> web.StreamResponse:
     """Send the client's request on as it streams in, and the answer back as it streams out."""
+    target = gateway.with_own_key(call, target)
     provider, settings = target.provider, gateway.settings
     call.provider, call.upstream_model = provider.id, target.model
     url = yarl.URL(provider.base_url + path + forwarded_query(request, "?" in path), encoded=True)
@@ -20109,6 +20186,7 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
     upstream = Upstream(asyncio.get_running_loop(), settings.deadlines)
     try:
         gateway = Gateway(settings, router, prices, store, upstream, load_admin_key(settings))
+        gateway.environment = environment
         open_ledger(gateway)
         if not settings.is_loopback and settings.require_key == "auto" and not len(gateway.keys):
             raise SettingsError(

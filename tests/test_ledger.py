@@ -257,6 +257,7 @@ def test_no_view_of_a_key_tells_a_secret() -> None:
         rate_limit={"rpm": 5, "tpm": None},
         models=["*"],
         tags={"a": "b"},
+        provider_keys={"openai": {"env": "TEAM_KEY"}},
         expires_at="2026-12-31T00:00:00Z",
     ).rotated("e" * 64, NOW_MS, 10)
     shown = json.dumps(key.as_json(NOW_MS)) + repr(key)
@@ -266,10 +267,10 @@ def test_no_view_of_a_key_tells_a_secret() -> None:
     assert view["budget"] == {"usd": 2.5, "period": "week", "mode": "soft", "clamp": True}
     assert view["rate_limit"] == {"rpm": 5, "tpm": None, "parallel": None}
     assert (view["expires_at"], view["created_at"]) == ("2026-12-31T00:00:00Z", "2026-11-22T12:00:00Z")
-    assert (view["provider_keys"], view["status"]) == ([], "active")
+    assert (view["provider_keys"], view["status"]) == ({"openai": {"env": "TEAM_KEY"}}, "active")
     again = VirtualKey.from_record(json.loads(json.dumps(key.as_record())))
     assert again == key
-    writable = {name: value for name, value in view.items() if name in KEY_MEMBERS and name != "provider_keys"}
+    writable = {name: value for name, value in view.items() if name in KEY_MEMBERS}
     assert patch_key(again, writable) == key
 
 
@@ -331,7 +332,12 @@ def test_patch_changes_what_it_names_and_null_clears() -> None:
         ({"expires_at": "0001-01-01T00:00:00+23:00"}, "expires_at"),
         ({"expires_at": "9999-12-31T23:59:59-23:00"}, "expires_at"),
         ({"provider_keys": []}, "provider_keys"),
-        ({"provider_keys": {"openai": "sk-literal"}}, "provider_keys"),
+        ({"provider_keys": {"openai": "sk-literal"}}, "provider_keys.openai"),
+        ({"provider_keys": {"openai": {"env": "sk-literal"}}}, "provider_keys.openai"),
+        ({"provider_keys": {"openai": {"env": "STOCKYARD_ADMIN_KEY"}}}, "provider_keys.openai"),
+        ({"provider_keys": {"openai": {"env": "A", "key": "sk-literal"}}}, "provider_keys.openai"),
+        ({"provider_keys": {"nobody": {"env": "A"}}}, "provider_keys"),
+        ({"provider_keys": {"echo": {"env": "A"}}}, "provider_keys"),
     ],
 )
 def test_bad_key_bodies_name_the_field(body: object, param: str) -> None:
