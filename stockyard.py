@@ -19698,6 +19698,60 @@ def config_view(settings: Settings) -> list[Json]:
     ]  # fmt: skip
 
 
+# ----- Dashboard ------------------------------------------------------------------------------------------------------
+# Files as they are shipped; the page itself gets a nonce for each load. Nothing on it may run, or be fetched from
+# elsewhere, but what this server sends: model output is shown there.
+
+ASSETS: Final = "stockyard_assets"
+
+
+def read_asset(name: str) -> bytes:
+    """A file shipped beside the module: in a checkout, after `pip install`, and in the packed executable alike."""
+    return (Path(__file__).resolve().parent / ASSETS / name).read_bytes()
+
+
+UI_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+UI_POLICY: Final = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+@functools.cache
+def ui_file(name: str) -> tuple[bytes, str]:
+    """A file of the dashboard and its etag; NotFound for names that are none."""
+    if not re.fullmatch(r"[a-z]+\.[a-z]+", name) or Path(name).suffix not in UI_TYPES:
+        raise NotFound("the dashboard has no such file")
+    try:
+        body = read_asset(name)
+    except FileNotFoundError:
+        raise NotFound("the dashboard has no such file") from None
+    return body, hashlib.sha256(body).hexdigest()[:20]
+
+
+async def get_dashboard(request: web.Request) -> web.Response:
+    """The dashboard, and the files it is made of."""
+    name = request.match_info.get("name", "index.html")
+    body, etag = ui_file(name)
+    nonce = secrets.token_urlsafe(16)
+    headers = {
+        "content-security-policy": UI_POLICY.format(nonce=nonce), "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    }  # fmt: skip
+    if name == "index.html":
+        body, headers["cache-control"] = body.replace(b"{nonce}", nonce.encode()), "no-store"
+    else:
+        headers |= {"cache-control": "no-cache", "etag": f'"{etag}"'}
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return web.Response(status=304, headers=headers)
+    return web.Response(body=body, content_type=UI_TYPES[Path(name).suffix], charset="utf-8", headers=headers)
+
+
+async def get_root(request: web.Request) -> web.Response:
+    """To the dashboard."""
+    return web.Response(status=302, headers={"location": "/ui"})
+
+
 # ----- Description ----------------------------------------------------------------------------------------------------
 # /openapi.json is written from ROUTES: a row's handler gives the summary, its role the security and the statuses. What a
 # row cannot say stands in these small tables, by method and path or by path.
@@ -19719,7 +19773,9 @@ QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
     "/api/route": ("model", "provider", "tags", "session", "tokens"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
 }  # fmt: skip
 SUCCESSES: Final[Mapping[str, int]] = {"POST /api/keys": 201, "POST /api/requests/{id}/feedback": 201}
-EVENT_STREAMS: Final = frozenset({"/api/events"})
+ANSWER_KINDS: Final[Mapping[str, str]] = {
+    "/api/events": "text/event-stream", "/": "text/html", "/ui": "text/html", "/ui/{name}": "text/javascript",
+}  # fmt: skip
 STATUS_WORDS: Final[Mapping[str, str]] = {
     "400": "The request is not understood, or a guardrail refuses it; `param` and `code` name what.",
     "401": "The key, session or link is missing, or not valid here.",
@@ -19764,8 +19820,8 @@ def describe_operation(row: RouteRow, method: str, path: str) -> Json:
     names = re.findall(r"\{(\w+)\}", path)
     queries = QUERIES.get(path, ()) if method == "GET" else QUERIES.get(f"{method} {path}", ())
     body = describe_body(row, method, path)
-    streams = path in EVENT_STREAMS or (row.endpoint is not None and row.endpoint.streams)
-    kinds = ["text/event-stream"] * streams + ["application/json"] * (path not in EVENT_STREAMS)
+    streams = row.endpoint is not None and row.endpoint.streams
+    kinds = [ANSWER_KINDS.get(path, "application/json")] + ["text/event-stream"] * streams
     told = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in kinds}
     failures = {
         *ROLE_STATUSES[row.role],
@@ -19837,6 +19893,9 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/health", get_health, "anyone"),
     RouteRow("GET", "/ready", get_ready, "anyone"),
     RouteRow("GET", "/openapi.json", get_openapi, "anyone"),
+    RouteRow("GET", "/", get_root, "anyone"),
+    RouteRow("GET", "/ui", get_dashboard, "anyone"),
+    RouteRow("GET", "/ui/{name}", get_dashboard, "anyone"),
     RouteRow("POST", "/api/session", post_session, "anyone"),
     RouteRow("GET DELETE", "/api/session", get_session, "viewer"),
     RouteRow("GET", "/api/events", get_events, "admin"),
@@ -20019,13 +20078,6 @@ async def drain(gateway: Gateway, timeout_s: float) -> None:
 # ===== Process ========================================================================================================
 # What a process is made of and how it lives: the lock on its data directory, the listener, signals, and the assembly of
 # a Gateway from settings. One instance a data directory: two counters of one budget would both be wrong.
-
-ASSETS: Final = "stockyard_assets"
-
-
-def read_asset(name: str) -> bytes:
-    """A file shipped beside the module: in a checkout, after `pip install`, and in the packed executable alike."""
-    return (Path(__file__).resolve().parent / ASSETS / name).read_bytes()
 
 
 class DirectoryInUse(StoreError):
