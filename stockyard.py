@@ -11358,7 +11358,7 @@ CARD_RANGES: Final = (
     ("38", "39", {14, 16, 19}), ("35", "35", {16}), ("3528", "3589", {16, 17, 18, 19}), ("4", "4", {13, 16, 19}), ("51", "55", {16}),
     ("2200", "2205", {16, 17, 18, 19}), ("2221", "2720", {16}), ("6", "6", {16, 17, 18, 19}), ("9792", "9792", {16}),
     ("1800", "1800", {15}), ("81", "81", {16, 17, 18, 19}), ("2131", "2131", {15}),
-    *((prefix, prefix, set(range(12, 20))) for prefix in "5018 5020 5038 5893 6304 6390 6759 6761 6762 6763 0604 56 57 58".split()),
+    *((prefix, prefix, set(range(12, 20))) for prefix in "50 5893 6304 6390 6759 6761 6762 6763 0604 56 57 58".split()),
 )  # fmt: skip
 
 
@@ -11599,7 +11599,7 @@ PHONE_WORDS: Final = (
 )
 #: National forms that need no word beside them, by region. The others are taken near a word such as "phone".
 PHONE_FORMS: Final[Mapping[str, str]] = {
-    "US": r"(?:\+?1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}(?: ?(?:x|ext\.?) ?\d{1,6})?",
+    "US": r"(?:(?:\+|00)?1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}(?: ?(?:x|ext\.?) ?\d{1,6})?",
     "GB": r"\(?0(?:[127]\d{3}\)? ?\d{3} ?\d{3}|2\d\)? ?\d{4} ?\d{4}|1\d\d\)? \d{3} \d{4}|7\d{3} \d{6})",
     "DE": r"(?:\(0[1-9]\d{1,4}\) ?\d{3,4}[ -]?\d{2,5}|01[567]\d[ /-]\d{7,8})",
     "FR": r"0[1-9](?:[ .]\d\d){4}",
@@ -11705,7 +11705,7 @@ shopify_token      shpat_,shpca_,shppa_,shpss_  shp(?:at|ca|pa|ss)_[0-9a-fA-F]{3
 razorpay_key       rzp_                  rzp_(?:live|test)_[A-Za-z0-9]{14}
 flutterwave_key    flwseck               FLWSECK(?:_TEST)?-[0-9a-zA-Z]{12,40}(?:-X)?
 adyen_key          aqe                   AQE[a-z][A-Za-z0-9+/=]{60,300}
-plaid_token        access-sandbox-,access-production-  access-(?:sandbox|development|production)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
+plaid_token        access-sandbox-,access-production-,access-development-  access-(?:sandbox|development|production)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
 easypost_key       ezak,eztk             EZ[AT]K[A-Za-z0-9]{54}
 twilio_key         sk                    SK[0-9a-f]{32}
 sendgrid_key       sg.                   SG\.[\w-]{16,32}\.[\w-]{36,64}
@@ -11748,7 +11748,7 @@ linear_key         lin_api_,lin_oauth_   lin_(?:api|oauth)_[A-Za-z0-9]{32,64}
 notion_key         ntn_,secret_          (?:ntn_[A-Za-z0-9]{40,50}|secret_[A-Za-z0-9]{43})
 airtable_token     pat                   pat[A-Za-z0-9]{14}\.[0-9a-f]{64}
 asana_token        /                     [12]/\d{14,18}(?:/\d{14,18})?:[0-9a-f]{32}
-figma_token        figd_,figu_           fig[duor]_[\w-]{38,60}
+figma_token        figd_,figu_,figo_,figr_  fig[duor]_[\w-]{38,60}
 dropbox_token      sl.                   sl\.(?:u\.)?[\w-]{130,1500}
 hubspot_token      pat-na,pat-eu         pat-(?:na|eu)\d-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}
 facebook_token     eaa                   EAA[A-Za-z0-9]{90,250}
@@ -11992,27 +11992,141 @@ class InjectionRule(NamedTuple):
 
 
 def _rule(name: str, weight: float, keywords: str, pattern: str) -> InjectionRule:
-    return InjectionRule(name, weight, tuple(keywords.split()), re.compile(pattern))
+    return InjectionRule(name, weight, tuple(keywords.split(",")), re.compile(pattern))
 
 
-INJECTION_THRESHOLD: Final = 0.7
+OVERRIDE: Final = (
+    r"\b(?:ignore|disregard|forget|override|bypass|overrule|discard|dismiss)\b[^.!?]{0,30}\b(?:previous|prior|above|earlier|preceding|all|any|"
+    r"your|system(?= (?:prompt|instr|rule|mess))|original|initial|everything)\b[^.!?]{0,18}\b(?:instruct\w{0,5}|prompts?|rules?|directi\w{1,4}|"
+    r"guidelines?|commands?|orders?|restrictions?|polic(?:y|ies)|constraints?|programming|training|told|said|safeguards?)\b"
+    r"|(?<!don't )(?<!not )\b(?:ignore|disregard|forget|bypass)\b[^.!?]{0,8}\b(?:instructions?|prompts?|rules|guidelines|orders) "
+    r"(?:above|before this|you (?:were|have|got))\b"
+)
+OVERRIDE_ABROAD: Final = (
+    r"(?:ignorier|vergiss(?! nicht)|missacht)\w{0,4}[^.!?]{0,40}(?:anweisung|vorgaben|regeln|instruktion)|(?:ignore[rz]?"
+    r"|oublie[rz]?(?! pas))[^.!?]{0,40}(?:consigne|instructions? préc|règles)|"
+    r"(?:ignora|olvida|haz caso omiso)[^.!?]{0,40}(?:instrucciones|reglas|órdenes)|(?:ignora|dimentica)\w{0,3}[^.!?]{0,40}(?:istruzioni|regole)|"
+    r"(?:ignore|esqueça|desconsidere)[^.!?]{0,40}(?:instruções|regras)|(?:negeer|vergeet)[^.!?]{0,40}(?:instructies|regels)|"
+    r"(?:zignoruj|zapomnij)[^.!?]{0,40}(?:instrukcj|polece|zasad)|(?:игнорируй|забудь|проигнорируй)\w{0,3}[^.!?]{0,40}(?:инструкци|указани|правил)|"
+    r"(?:忽略|无视|忘记|忽視)[^。!?]{0,20}(?:指令|指示|规则|提示|設定)|(?:指示|命令|ルール)[^。!?]{0,12}(?:無視|忘れ)|"
+    r"(?:지시|명령|규칙)[^.!?]{0,12}(?:무시|잊)|(?:talimat|kural)\w{0,8}[^.!?]{0,30}(?:yok say|unut|görmezden)|(?:تجاهل|انس)[^.!?]{0,30}(?:التعليمات|القواعد)|"
+    r"(?:निर्देश|नियम)[^.!?]{0,20}(?:अनदेखा|भूल)"
+)
+ABROAD_STEMS: Final = (
+    "ignor,vergiss,missacht,oublie,olvida,caso,dimentic,esque,desconsid,negeer,vergeet,zapomn,забуд,忽略,"
+    "无视,忘,忽視,無視,무시,잊,yok,unut,görmez,تجاهل,انس,अनदेखा,भूल,игнор"
+)
 INJECTION_RULES: Final[tuple[InjectionRule, ...]] = (
-    _rule("ignore_instructions", 0.8, "ignore disregard forget",
-          r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:previous|prior|above|all)\b.{0,30}\b(?:instructions?|prompts?|rules)\b"),
-    _rule("reveal_prompt", 0.7, "prompt instructions",
-          r"\b(?:reveal|print|show|repeat|output)\b.{0,30}\b(?:system|initial|hidden) (?:prompt|instructions)\b"),
+    _rule("override", 0.8, "ignore,disregard,forget,override,bypass,overrule,discard,dismiss", OVERRIDE),
+    _rule("override_abroad", 0.8, ABROAD_STEMS, OVERRIDE_ABROAD),
+    _rule("reveal_prompt", 0.75, "prompt,instruction,rules,message",
+          r"\b(?:reveal|print|show|repeat|output|display|leak|tell|give|dump|expose|share|recite|write out|what(?:'s| is| are| was))\b[^.!?]{0,30}"
+          r"\b(?:your|the|above)\b ?[^.!?]{0,20}\b(?:(?:system|initial|hidden|original|secret|developer) (?:prompt|instructions?|message"
+          r"|rules)|instructions above)\b"),
+    _rule("reveal_prompt_abroad", 0.75, "system,prompt,system-prompt",
+          r"(?:zeig|verrate|nenne|gib|affiche|montre|révèle|muestra|revela|mostra|rivela|mostre|toon|pokaż"
+          r"|покажи)\w{0,3}\b[^.!?]{0,30}\b(?:system[- ]?prompt|prompt (?:du |del |de |di |do )?s[iy]st)"),
+    _rule("words_above", 0.75, "above,verbatim",
+          r"\b(?:repeat|print|output|copy)\b[^.!?]{0,30}\b(?:words|text|everything|all|content)\b[^.!?]{0,12}\babove\b"),
+    _rule("unbound_persona", 0.8, "dan,jailb,anything,mode,unrestricted,unfiltered,uncensored,stan,aim",
+          r"\bdo anything now\b|\b(?:you are|you're|act as|be|become|enter|enable|activate|switch to|as|in)\b[^.!?]{0,24}\b(?:dan"
+          r"|jailbr\w{3,6}|(?:developer|god|debug|sudo|opposite|evil|chaos|unrestricted|unfiltered|dan) mode|unrestricted|unfiltered"
+          r"|uncensored|amoral)\b(?! (?:account|release|in|on|for)\b)"),
+    _rule("no_limits", 0.75, "restriction,filter,limit,rules,ethic,moral,guideline,censor,polic,safety,safeguard",
+          r"\b(?:pretend|act|answer|respond|reply|imagine|behave|you|roleplay|speak|model|ai)\b[^.!?]{0,50}\b(?:without|no|free (?:of|from)"
+          r"|not bound by|unbound by|ha(?:s|ve) no|lacks?|any longer have)\b ?"
+          r"(?:any |all |your |the |more )?(?:content |safety |ethical |moral |openai'?s? |usual )?(?:restrictions?|filters?|limits"
+          r"|limitations|rules|ethic\w{0,5}|moral\w{0,4}|guidelines|censorship|safeguards|polic(?:y|ies))\b"),
+    _rule("disable_safety", 0.75, "safety,filter,guard,moderation,restriction,alignment",
+          r"\b(?:disable|turn off|deactivate|remove|switch off|suspend|lift|circumvent)\b[^.!?]{0,24}\b(?:your|all)"
+          r"\b[^.!?]{0,20}\b(?:safety|content filter|guardrails?|moderation|restrictions|alignment|ethic\w{0,5})"),
+    _rule("forged_role", 0.8, "<|im_,<<sys,[inst],</system>,<|system,<|start,<|end,[/inst],<system>",
+          r"<\|(?:im_start|im_end|system|start_header_id|endoftext)|<</?sys>>|\[/?inst\]|</?system>"),
+    _rule("forged_heading", 0.6, "system,instruction",
+          r"(?:^|\n)[#\[\-*= ]{0,8}(?:system(?: (?:message|override|prompt|update|notice))?|new instructions?|(?:admin|developer) (?:override"
+          r"|message))[\]# ]{0,4}:"),
+    _rule("new_orders", 0.5, "instruction,task", r"\b(?:new|real|actual|updated|true) (?:instructions?|task|orders?|directive)\b(?: (?:is|are|follow)|:)"),
+    _rule("end_of_text", 0.5, "end of", r"[-=#*<\[]{2,8} ?end of (?:the )?(?:document|context|prompt|text|input|user|system|data|article|email)\b"),
+    _rule("no_refusal", 0.5, "refuse,sorry,cannot,can't,warning,disclaimer,decline",
+          r"\b(?:never|do not|don't|must not|cannot|without|no)\b[^.!?]{0,24}\b(?:refus\w{1,4}|say (?:sorry|no|that you can)"
+          r"|apologi[sz]\w{1,3}|disclaimers?|moral\w{0,6}|decline)\b"),
+    _rule("forced_start", 0.5, "start,begin",
+          r"\b(?:start|begin)\b[^.!?]{0,24}\b(?:your )?(?:response|answer|reply|output)\b[^.!?]{0,12}\bwith\b[^.!?]{0,12}(?:sure|absolutely"
+          r"|of course|yes|i can)"),
+    _rule("false_authority", 0.6, "developer,creator,openai,anthropic,admin,authorized,authorised,engineer",
+          r"\bi(?:'m| am)\b[^.!?]{0,20}\b(?:your (?:developer|creator|admin\w{0,10}|owner)|(?:an? )?(?:openai|anthropic|google) (?:engineer"
+          r"|employee|developer|admin))|\b(?:admin|developer|root) (?:access|override) (?:granted|code|enabled)"),
+    _rule("exfiltrate", 0.75, "http,webhook,@,url",
+          r"\b(?:send|post|forward|upload|exfiltrate|transmit|email|append|encode|leak)\b[^.!?]{0,50}\b(?:conversation|chat history|api keys?"
+          r"|passwords?|secrets?|credentials|system prompt|user'?s? data|env\w{0,10} variables|memory)\b[^!?]{0,50}(?:https?://|\w@\w|webhook"
+          r"|\burl\b)"),
+    _rule("image_leak", 0.75, "![", r"!\[[^\]]{0,80}\]\(https?://[^)\s]{1,200}[?&=](?:\{|\$|<|%7b|\[)"),
+    _rule("keep_from_user", 0.55, "user,anyone",
+          r"\b(?:do not|don't|never|without)\b ?(?:tell\w{0,3}|inform\w{0,3}|mention\w{0,3}|notify\w{0,3}|alert\w{0,3}|reveal\w{0,3}"
+          r"|let)\b[^.!?]{0,20}\b(?:the user|users?|anyone|human)\b"),
+    _rule("note_to_models", 0.55, "assistant,ai,model,llm",
+          r"\b(?:attention|note to|important|message (?:to|for)|dear|hey)\b[ :,]{0,3}(?:any |the |all )?(?:ai|llm|language model|assistant"
+          r"|chatbot)s?\b"),
+    _rule("from_now_on", 0.4, "now on", r"\bfrom now on\b[^.!?]{0,24}\b(?:you|answer|respond|ignore)\b"),
+    _rule("two_answers", 0.5, "classic,jailbr,respond,answer", r"\b(?:two|both) (?:ways|responses|answers)\b[^!?]{0,80}\b(?:normal|classic|standard|jailbr)"),
+    _rule("harmful_story", 0.5, "grandm,fiction,hypothet,story,novel,pretend",
+          r"\b(?:grandm\w{1,4}|fiction\w{0,4}|hypothetical\w{0,2}|story|novel|pretend)\b[^!?]{0,120}\b(?:napalm|bomb|meth\b|explosives?"
+          r"|malware|ransomware|keys? for windows|nerve agent)"),
 )  # fmt: skip
+INJECTION_THRESHOLD: Final = 0.7
+SPELLED_OUT: Final = re.compile(r"(?<!\w)(?:\w[ ._*-]){5,200}\w(?!\w)")
+LEET: Final = str.maketrans("0134578@$", "oieastbas")
+LEET_WORD: Final = re.compile(r"[a-z][0134578@$]{1,3}[a-z]")
+ENCODED: Final = re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{24,4000}={0,2}")
+#: A text that speaks about attacks quotes them: what stands right after a quotation mark then weighs less.
+ABOUT_ATTACKS: Final = re.compile(r"inject|jailbreak|attack|red.team|guardrail|classif|phrase|detect")
+QUOTED_WEIGHT: Final = 0.4
 
 
 def injection_score(text: str) -> tuple[float, list[str]]:
-    """How likely a text tries to take the model over, from 0 to 1, and the names of the rules that say so."""
-    lowered = read_through(text).text.lower()
-    names, innocence = [], 1.0
-    for rule in INJECTION_RULES:
-        if any(word in lowered for word in rule.keywords) and rule.pattern.search(lowered):
-            names.append(rule.name)
-            innocence *= 1 - rule.weight
-    return round(1 - innocence, 4), names
+    """How likely a text tries to take the model over, from 0 to 1, and the names of the rules that say so.
+
+    Also read: letters spelled out, digits for letters, and base-64. INJECTION_THRESHOLD is where to act.
+    """
+    plain = read_through(text).text
+    lowered = plain.lower()
+    readings = [lowered]
+    if SPELLED_OUT.search(lowered):
+        readings.append(SPELLED_OUT.sub(_join_letters, lowered))
+    if LEET_WORD.search(lowered):
+        readings.append(lowered.translate(LEET))
+    readings += filter(None, map(_decoded, ENCODED.findall(plain))) if LONG_WORD.search(plain) else ()
+    weights: dict[str, float] = {}
+    for reading in readings:
+        for rule in INJECTION_RULES:
+            if (not rule.keywords or any(word in reading for word in rule.keywords)) and (
+                match := rule.pattern.search(reading)
+            ):
+                weights[rule.name] = max(weights.get(rule.name, 0), rule.weight * _said(reading, match))
+    return round(1 - math.prod(1 - weight for weight in weights.values()), 4), list(weights)
+
+
+LONG_WORD: Final = re.compile(r"[A-Za-z0-9+/]{24}")
+
+
+def _said(reading: str, match: re.Match[str]) -> float:
+    quoted = any(
+        mark in reading[max(match.start() - 2, 0) : match.start() + 1] for mark in "\"'`\u201c\u2018\u00ab\u201e"
+    )
+    return QUOTED_WEIGHT if quoted and ABOUT_ATTACKS.search(reading) else 1.0
+
+
+def _join_letters(match: re.Match[str]) -> str:
+    """`i g n o r e   a l l` as words: one mark between letters goes, more than one is a space."""
+    return re.sub(r"[ ._*-]", "", match[0])
+
+
+def _decoded(token: str) -> str:
+    try:
+        text = base64.b64decode(token + "=" * (-len(token) % 4)).decode()
+    except ValueError:
+        return ""
+    return text.lower() if text.isprintable() else ""
 
 
 # ===== Ledger =========================================================================================================
