@@ -32,7 +32,7 @@ export const compact = (value) => (value === null || value === undefined ? "–"
 export function usd(value) {
   if (value === null || value === undefined) return "–";
   const amount = Number(value), size = Math.abs(amount);
-  const digits = size === 0 || size >= 100 ? 2 : size >= 0.01 ? 4 : 6;
+  const digits = size === 0 || size >= 1 ? 2 : size >= 0.01 ? 4 : 6;
   return `${amount < 0 ? "−" : ""}$${size.toFixed(digits)}`;
 }
 export function ms(value) {

@@ -63,7 +63,7 @@ export function keys(place, _, signal) {
       { name: "Models", kind: "lo2 name", cell: (key) => key.models.join(", ") || "all" },
       { name: "Tags", kind: "lo2 name", cell: (key) => Object.entries(key.tags).map((pair) => pair.join("=")).join(", ") || "–" },
       { name: "Expires", kind: "lo2", cell: (key) => when(key.expires_at) },
-      { name: "", kind: "num", cell: (key) => key.status === "active" && h("div", { class: "row end" },
+      { name: "Change", kind: "num", cell: (key) => key.status === "active" && h("div", { class: "row end" },
         button("Rotate", async (event) => await ask(`Give ${key.name || key.id} another secret? The old one ends at once.`, "Rotate") && change(`${key.id}/rotate`, "POST", true)({ currentTarget: event.target }), { class: "small", "aria-label": `Rotate ${key.name}` }),
         button("Revoke", async () => await ask(`Revoke ${key.name || key.id}? Calls with it are refused from now on.`, "Revoke") && change(key.id, "DELETE")(), { class: "small danger", "aria-label": `Revoke ${key.name}` })) },
     ];
