@@ -16,6 +16,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Router                   from a name to targets
     Cache                    which answers may be given again, under which key, in which form
     Recognisers              what is personal, secret, or an attack in a text: rows, checks, one scanner
+    Guardrails               what is hidden or refused, on the way in and on the way back
     Ledger                   virtual keys, budgets with holds and settlement, rate limits, bounds of a call
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
@@ -58,6 +59,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import copy
@@ -702,6 +704,9 @@ class Call:
     passed_over: tuple[str, ...] = ()
     #: The id of the logged call that this one repeats.
     replay_of: str = ""
+    #: What guardrails hid of it, and how its bodies must be changed before they are logged (None: not at all).
+    hidden: Hidden | None = None
+    hides: Callable[[bytes], bytes] | None = None
     provider: str = ""
     upstream_model: str = ""
     status: int = 0
@@ -10155,8 +10160,8 @@ SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.m
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
 NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "redact": frozenset({"off"}), "guard_injection": frozenset({"off"}),
-    "guard_secrets": frozenset({"off"}), "log_bodies": frozenset({"on", "none"}), "workers": frozenset({"1"}),
+    "redact": frozenset({"off", "mask"}), "guard_injection": frozenset({"off"}), "guard_secrets": frozenset({"off"}),
+    "workers": frozenset({"1"}),
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
@@ -12127,6 +12132,262 @@ def _decoded(token: str) -> str:
     except ValueError:
         return ""
     return text.lower() if text.isprintable() else ""
+
+
+# ===== Guardrails =====================================================================================================
+# What may not go to a provider, or come back: what is hidden, what is refused, and who is told. Pure, one walk for all
+# dialects, over the client's own JSON before anything else is made of it.
+#
+# - `Texts` gathers every text of a request; what gives it its structure (model, ids, types, image bytes) is left out.
+# - `Hidden` is what one call hides: in mode mask `[EMAIL]`, for good; in mode reversible a placeholder of type and keyed
+#   hash, whose value stands in this object only, for the life of the call.
+# - Everything between the walk and the client's connection sees placeholders: providers, cache, log, stored state. They
+#   are restored on the last step, in the client's own dialect.
+# - What cannot be checked is refused: an exception in a guardrail never lets a call pass.
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rule said of a call. `where` is `input` or `output`; never what stood there."""
+
+    rule: str
+    action: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}:{self.action}:{self.where}"
+
+
+#: Members that hold no text of anybody's: names, kinds and ids that providers compare with what they know.
+STRUCTURAL: Final = frozenset({
+    "model", "type", "role", "id", "object", "status", "call_id", "tool_call_id", "tool_use_id", "item_id", "file_id", "file_ids",
+    "response_id", "previous_response_id", "conversation", "container", "media_type", "mime_type", "mimeType", "responseMimeType",
+    "encoding_format", "signature", "thought_signature", "thoughtSignature", "encrypted_content", "b64_json", "service_tier",
+    "cachedContent", "fileUri", "file_uri", "anthropic_version", "stream",
+})  # fmt: skip
+#: Members whose value is the application's: in there nothing is structure.
+DATA_MEMBERS: Final = frozenset({"arguments", "args", "input", "response", "metadata", "labels", "variables"})
+#: Members whose keys are the application's, and whose values are structure again.
+NAMED_MEMBERS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+TRUSTED_MEMBERS: Final = frozenset({"system", "systemInstruction", "system_instruction", "instructions", "tools"})
+TRUSTED_ROLES: Final = frozenset({"system", "developer"})
+TOOL_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:/-]{0,63}")
+BETWEEN_TEXTS: Final = "\n\0\n"
+
+
+class Place(NamedTuple):
+    """Where a text stands: a member of an object (or, with `is_key`, its name) or an item of a list."""
+
+    holder: Any
+    name: Any
+    is_key: bool
+    is_trusted: bool
+
+
+class Texts:
+    """Every text of a document and its place. `is_data`: nothing in it is structure, and numbers count as text."""
+
+    def __init__(self, document: Any, is_data: bool = False) -> None:
+        self.texts: list[str] = []
+        self.places: list[Place] = []
+        self._walk(document, is_data, is_data, False)
+
+    def _walk(self, node: Any, is_data: bool, is_named: bool, is_trusted: bool) -> None:
+        if isinstance(node, list):
+            for at, value in enumerate(node):
+                if isinstance(value, str):
+                    self._add(value, Place(node, at, False, is_trusted))
+                else:
+                    self._other(node, at, value, is_data, is_trusted)
+        elif isinstance(node, dict):
+            is_trusted = is_trusted or node.get("role") in TRUSTED_ROLES
+            for name, value in node.items():
+                if is_named or not name.isidentifier():
+                    self._add(name, Place(node, name, True, is_trusted))
+                if isinstance(value, str):
+                    if is_data or not is_structure(node, name, value):
+                        self._add(value, Place(node, name, False, is_trusted or name in TRUSTED_MEMBERS))
+                else:
+                    self._other(node, name, value, is_data, is_trusted)
+
+    def _other(self, node: Any, name: Any, value: Any, is_data: bool, is_trusted: bool) -> None:
+        if isinstance(value, (dict, list)):
+            is_data = is_data or (name in DATA_MEMBERS and isinstance(value, dict))
+            self._walk(value, is_data, is_data or name in NAMED_MEMBERS, is_trusted or name in TRUSTED_MEMBERS)
+        elif is_data and isinstance(value, (int, float)) and not isinstance(value, bool):
+            self._add(str(value), Place(node, name, False, is_trusted))
+
+    def _add(self, text: str, place: Place) -> None:
+        self.texts.append(text)
+        self.places.append(place)
+
+    def replace(self, changed: Mapping[int, str]) -> None:
+        """Put texts in their places, names of members last and in their order."""
+        renamed: dict[int, tuple[Json, dict[str, str]]] = {}
+        for at, text in changed.items():
+            holder, name, is_key, _ = self.places[at]
+            if is_key:
+                renamed.setdefault(id(holder), (holder, {}))[1][name] = text
+            else:
+                holder[name] = text
+        for holder, names in renamed.values():
+            members = list(holder.items())
+            holder.clear()
+            for name, value in members:
+                name = names.get(name, name)
+                while name in holder:  # two values, one mask
+                    name += "_"
+                holder[name] = value
+
+
+def is_structure(node: Json, name: str, value: str) -> bool:
+    if name in STRUCTURAL:
+        return True
+    if name == "name":
+        return "role" not in node and TOOL_NAME.fullmatch(value) is not None
+    if name in ("data", "file_data"):
+        return node.get("type") != "text" and len(value) > 32 and BASE64_START.match(value) is not None
+    return value.startswith("data:") and ";base64," in value[:120]
+
+
+BASE64_START: Final = re.compile(r"(?:data:[\w./+-]{1,80};base64,)?[A-Za-z0-9+/_-]{32}")
+
+# ----- Hiding and restoring
+
+PLACEHOLDER: Final = re.compile(r"\[[A-Z][A-Z0-9_]{0,40}_[0-9a-f]{16}\]")
+LITERAL: Final = "literal"
+
+
+class Hidden:
+    """What one call hides. `secret` and `tenant` make placeholders that no other process and no other tenant can make."""
+
+    def __init__(self, mode: str, secret: bytes, tenant: str) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.values: dict[str, str] = {}
+        self._is_reversible = mode == "reversible"
+        self._secret, self._tenant = secret, tenant
+
+    def __repr__(self) -> str:  # the values are nobody's business, in a traceback either
+        return f"Hidden({dict(self.counts)})"
+
+    def stand_in(self, entity: str, value: str) -> str:
+        """What is written in place of a value."""
+        name = NOT_NAME.sub("_", entity.upper())
+        if entity != LITERAL:
+            self.counts[entity] += 1
+        if not self._is_reversible:
+            return f"[{name}]"
+        told = "\0".join((self._tenant, entity, value)).encode("utf-8", "surrogatepass")
+        placeholder = f"[{name}_{hmac.digest(self._secret, told, 'sha256')[:8].hex()}]"
+        if self.values.setdefault(placeholder, value) != value:
+            raise GatewayError("two values cannot be told apart; send the request again")
+        return placeholder
+
+    def hide(self, text: str, findings: Iterable[tuple[int, int, str]]) -> str:
+        """`text` with its findings (start, end, entity; disjoint, in order) hidden."""
+        pieces: list[str] = []
+        done = 0
+        for start, end, entity in findings:
+            pieces += (text[done:start], self.stand_in(entity, text[start:end]))
+            done = end
+        return "".join(pieces) + text[done:]
+
+
+NOT_NAME: Final = re.compile("[^A-Z0-9]+")
+
+
+class Redactor:
+    """Finds and hides in whole documents. `entities` of None is everything, else only secrets are sought."""
+
+    def __init__(self, scanner: Scanner, mode: str, only_secrets: bool = False) -> None:
+        self._scanner, self.mode, self._only_secrets = scanner, mode, only_secrets
+
+    def find(self, text: str) -> list[tuple[int, int, str]]:
+        """What is to be hidden in a text. What looks like a placeholder is hidden too, so that it comes back as typed."""
+        found = [
+            (at.start, at.end, at.entity) for at in self._scanner.find(text) if at.secret or not self._only_secrets
+        ]
+        if self.mode != "reversible" or "[" not in text:
+            return found
+        typed = [(*match.span(), LITERAL) for match in PLACEHOLDER.finditer(text)]
+        if not typed:
+            return found
+        apart = [one for one in found if not any(one[0] < end and start < one[1] for start, end, _ in typed)]
+        return sorted(apart + typed)
+
+    def redact(self, texts: Texts, hidden: Hidden) -> bool:
+        """Hide in a document's texts; whether anything was hidden. All are read at once, so that a key is context."""
+        whole = BETWEEN_TEXTS.join(texts.texts)
+        found = self.find(whole)
+        if not found:
+            return False
+        starts = list(itertools.accumulate((len(text) + len(BETWEEN_TEXTS) for text in texts.texts), initial=0))
+        by_text: dict[int, list[tuple[int, int, str]]] = {}
+        for start, end, entity in found:
+            at = bisect.bisect_right(starts, start) - 1
+            while at < len(texts.texts) and starts[at] < end:  # what spans texts is hidden in each
+                low, high = max(start - starts[at], 0), min(end - starts[at], len(texts.texts[at]))
+                if low < high:
+                    by_text.setdefault(at, []).append((low, high, entity))
+                at += 1
+        texts.replace({at: self._hidden(texts.texts[at], spans, hidden) for at, spans in by_text.items()})
+        return True
+
+    def _hidden(self, text: str, spans: list[tuple[int, int, str]], hidden: Hidden) -> str:
+        if text[:1] in ("{", "["):
+            with contextlib.suppress(ValueError, RecursionError):
+                document = json.loads(text)
+                if self.redact(Texts(document, is_data=True), hidden):
+                    written = json.dumps(document, ensure_ascii=False)
+                    return hidden.hide(written, found) if (found := self._left(written, hidden)) else written
+        return hidden.hide(text, spans)
+
+    def _left(self, text: str, hidden: Hidden) -> list[tuple[int, int, str]]:
+        """What is still to be seen in a text that was written anew, beside what was just put there."""
+        return [one for one in self.find(text) if text[one[0] : one[1]] not in hidden.values and one[2] != LITERAL]
+
+    def redact_bytes(self, body: bytes) -> bytes:
+        """A body as it may be logged, whatever it is: masked for good."""
+        hidden = Hidden("mask", b"", "")
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(body)
+            return dump_json(document) if self.redact(Texts(document), hidden) else body
+        text = body.decode("utf-8", "replace")
+        found = self.find(text)
+        return hidden.hide(text, found).encode() if found else body
+
+
+class Guardrails:
+    """What is checked of each call, built from settings; see `guardrails_of`. Holds nothing of any call."""
+
+    def __init__(self, settings: Settings, scanner: Scanner, secret: bytes) -> None:
+        self.redactor = Redactor(scanner, settings.redact) if settings.redact != "off" else None
+        self._secret = secret
+        self._log_redactor = Redactor(scanner, "mask")
+        self._hides_log = settings.log_bodies == "redacted"
+        self.fingerprint = settings.redact
+
+    def begin(self, call: Call) -> None:
+        """Until its texts are checked, a call's body may be logged only through the redactor."""
+        call.hides = self._log_redactor.redact_bytes
+
+    def check_input(self, call: Call) -> None:
+        """Hide and judge what a request says; it goes on changed, or a GuardrailBlocked says which rule it broke."""
+        if self.redactor is not None:
+            hidden = call.hidden = call.hidden or Hidden(
+                self.redactor.mode, self._secret, f"{call.key_id}\0{call.own_key}"
+            )
+            if self.redactor.redact(Texts(call.request), hidden):
+                call.body, call.redactions = dump_json(call.request), hidden.counts.total()
+        if not self._hides_log:
+            call.hides = None
+
+
+def guardrails_of(settings: Settings, secret: bytes) -> Guardrails | None:
+    """None where nothing is to be checked, so that calls do not pay for it. `secret` makes this process's placeholders."""
+    if settings.redact == "off" and settings.log_bodies != "redacted":
+        return None
+    return Guardrails(settings, Scanner(), secret)
 
 
 # ===== Ledger =========================================================================================================
@@ -14286,6 +14547,7 @@ class Logged(NamedTuple):
     answered: bytes = b""
     transcript: Transcript | None = None
     usage: Usage | None = None
+    hides: Callable[[bytes], bytes] | None = None
     #: From the journal of an earlier process, so that it may be in the database already.
     is_old: bool = False
 
@@ -14439,13 +14701,14 @@ class LogStore:
 
         The row is made here, so that a call's objects die where and while they are in the processor's cache.
         """
-        asked = (call.sent_body or call.body)[:LOGGED_BODY_MAX_BYTES]
+        most = None if call.hides is not None else LOGGED_BODY_MAX_BYTES  # a cut could go through what is to be hidden
+        asked = (call.sent_body or call.body)[:most]
         transcript = None if call.answer else call.transcript
-        row, answered = log_row(call), call.answer[:LOGGED_BODY_MAX_BYTES]
+        row, answered = log_row(call), call.answer[:most]
         journal = self.journal
         journal.end(call.id, dump_json(tuple(row)))  # orjson takes no named tuples
         self._queued_bytes += len(asked) + len(answered)
-        self._queue.append(Logged(row, asked, answered, transcript, call.usage))
+        self._queue.append(Logged(row, asked, answered, transcript, call.usage, call.hides))
         if journal.is_long:
             self._queue.append(functools.partial(journal.drop_before, journal.turn()))
         if not self._wake.is_set():
@@ -14650,7 +14913,10 @@ class LogStore:
         at = 0
         for call in calls if self._bodies else ():
             answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
-            asked, is_split = call.asked, len(call.asked) >= SPLIT_MIN_BYTES
+            asked = call.asked
+            if call.hides is not None:
+                asked, answered = (call.hides(body)[:LOGGED_BODY_MAX_BYTES] for body in (asked, answered))
+            is_split = len(asked) >= SPLIT_MIN_BYTES
             if is_split:
                 numbers = [self._part(piece, block) for piece in parts_of(asked)]
                 asked = struct.pack(f"<{len(numbers)}q", *numbers)
@@ -16846,6 +17112,7 @@ class Gateway:
         self.has_budgets = self.has_rates = False
         self.key_required = True
         self.decide_keys()
+        self.guardrails = guardrails_of(settings, self.random.randbytes(32))
         self.journal: Journal | None = None
         #: Reads the settings anew: with what changes in stockyard.toml, and whether only to check. See `reloader`.
         self.reload: Callable[[Mapping[str, Any], bool], list[str]] | None = None
@@ -16891,6 +17158,8 @@ class Gateway:
         call = Call(self.new_id("req_"), int(now * 1000), self.tick(), endpoint, headers, body, client_ip)
         if path_parameters:
             call.path_parameters = path_parameters
+        if self.guardrails is not None:
+            self.guardrails.begin(call)
         return call
 
     async def answer(self, call: Call, client: Client) -> Reply | None:
@@ -16899,6 +17168,8 @@ class Gateway:
         try:
             self.admit(call)
             self.read(call)
+            if self.guardrails is not None:
+                self.guardrails.check_input(call)
             if call.endpoint.dialect == "responses":
                 await self.recall(call)
             self.interpret(call)
@@ -17073,6 +17344,9 @@ class Gateway:
         if items:
             request = {**request, ITEMS_KEY: items}
             call.must_translate = True
+        if self.guardrails is not None and request is not call.request:
+            call.request = request
+            self.guardrails.check_input(call)
         call.request = request
 
     def remember(self, call: Call, response: Json | None, native: bool) -> None:
@@ -17183,7 +17457,8 @@ class Gateway:
         if call.own_key:
             scope += hashlib.sha256(call.own_key.encode()).hexdigest()
         place = endpoint.kind if endpoint.streams else endpoint.path
-        return cache_key(scope, place, endpoint.dialect, targets, call.request, headers, self.settings.redact)
+        guarded = self.guardrails.fingerprint if self.guardrails is not None else "off"
+        return cache_key(scope, place, endpoint.dialect, targets, call.request, headers, guarded)
 
     async def kept(self, call: Call, key: bytes) -> Entry | None:
         """The kept answer in the form that the call asks for; None where there is none, or a fresh one is wanted."""
@@ -19031,6 +19306,8 @@ async def forward(
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
     )
+    if gateway.guardrails is not None and gateway.guardrails.redactor is not None and body is not None:
+        raise GuardrailBlocked("bodies of this endpoint cannot be redacted; send it while STOCKYARD_REDACT is off")
     if call.key is not None:
         call.key.check(provider.id, call.model or "*")
     # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
