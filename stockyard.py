@@ -10165,13 +10165,13 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
-TOML_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
+TOML_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases", "keys"})
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
     "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "connect_timeout", "first_byte_timeout", "idle_timeout",
     "total_timeout", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
 })  # fmt: skip
-LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases"})
+LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases", "keys"})
 
 
 def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
@@ -12618,6 +12618,10 @@ def parse_rate_limit(text: str) -> RateLimit:
 # A key's secret is shown once and kept only as an HMAC under the server's pepper, so a stolen database opens nothing.
 
 KEY_PREFIX: Final = "sy-"
+#: Of the ids of keys that stand in stockyard.toml, and of digests that are of the secret alone, without the pepper.
+MANAGED_PREFIX: Final = "key_toml_"
+PLAIN_DIGEST_PREFIX: Final = "sha256:"
+MIN_OWN_SECRET_LETTERS: Final = 20
 SECRET_BYTES: Final = 20
 NOBODY_DIGEST: Final = "0" * 64
 MAX_TAGS: Final = 32
@@ -12646,6 +12650,11 @@ class VirtualKey:
     revoked_at_ms: int | None = None
     previous_digest: str = field(default="", repr=False)
     previous_until_ms: int = 0
+
+    @property
+    def is_managed(self) -> bool:
+        """Whether it stands in stockyard.toml, which alone changes it."""
+        return self.id.startswith(MANAGED_PREFIX)
 
     def status(self, now_ms: int) -> str:
         if self.revoked_at_ms is not None:
@@ -12676,6 +12685,7 @@ class VirtualKey:
             "name": self.name,
             "role": self.role,
             "status": self.status(now_ms),
+            "managed": self.is_managed,
             "tags": dict(self.tags),
             "models": list(self.models),
             "providers": list(self.providers),
@@ -12739,8 +12749,8 @@ def read_tags(value: Any, param: str) -> dict[str, str]:
 
 def _read_moment(value: Any, param: str) -> int:
     try:
-        if isinstance(value, str):
-            moment = datetime.datetime.fromisoformat(value)
+        if isinstance(value, str | datetime.datetime):  # the latter from TOML
+            moment = datetime.datetime.fromisoformat(str(value))
             value = int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
         if type(value) is int and 0 < value < 1 << 34:
             return value * 1000
@@ -12801,6 +12811,54 @@ def create_key(body: Any, key_id: str, digest: str, now_ms: int) -> VirtualKey:
     return VirtualKey(**{"name": key_id, **fields}, id=key_id, digest=digest, created_at_ms=now_ms)
 
 
+def declare_keys(
+    table: Any, environment: Mapping[str, str], ring: KeyRing, admin_key: str, now_ms: int
+) -> list[VirtualKey]:
+    """The keys of `[keys.NAME]` in stockyard.toml; InvalidRequest says which is wrong, without its secret.
+
+    The members are those of POST /api/keys and one of `key_env` (a variable with the secret) and `digest`
+    (`sha256:` and the hex digest of the secret).
+    """
+    found: dict[str, VirtualKey] = {}
+    for name, row in _read_object(table, "keys", table if isinstance(table, dict) else ()).items():
+        where = f"keys.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise _invalid(where, "named with letters, digits, `_` and `-`")
+        _read_object(row, where, ("key_env", "digest", *KEY_MEMBERS))
+        secret_digest, digest = _declared_digests(row, where, environment, ring.pepper)
+        owner = ring.owner(digest)
+        if (
+            secret_digest in found or (owner is not None and not owner.is_managed)
+            or secret_digest == PLAIN_DIGEST_PREFIX + hashlib.sha256(admin_key.encode()).hexdigest()
+        ):  # fmt: skip
+            raise InvalidRequest(f"`{where}` has the secret of another key; each needs its own", param=where)
+        body = {member: value for member, value in row.items() if member in KEY_MEMBERS}
+        key_id = MANAGED_PREFIX + name
+        before = ring.by_id.get(key_id)
+        try:
+            key = create_key({"name": name, **body}, key_id, digest, before.created_at_ms if before else now_ms)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"[{where}]: {error.message}", param=where) from None
+        found[secret_digest] = key
+    return list(found.values())
+
+
+def _declared_digests(row: Json, where: str, environment: Mapping[str, str], pepper: bytes) -> tuple[str, str]:
+    """The plain digest of a declared key's secret, and the one to keep."""
+    given, variable = row.get("digest"), row.get("key_env")
+    if (given is None) == (variable is None):
+        raise _invalid(where, "given its secret by one of key_env (a variable's name) and digest (sha256:...)")
+    if given is not None:
+        if not isinstance(given, str) or not re.fullmatch(PLAIN_DIGEST_PREFIX + "[0-9a-f]{64}", given):
+            raise _invalid(f"{where}.digest", "`sha256:` and 64 hex digits, from `printf %s SECRET | sha256sum`")
+        return given, given
+    secret = environment.get(variable, "") if isinstance(variable, str) else ""
+    if len(secret) < MIN_OWN_SECRET_LETTERS or not secret.isascii() or not secret.isprintable() or " " in secret:
+        what = f"the name of a variable that is set to a secret of {MIN_OWN_SECRET_LETTERS} or more letters and digits"
+        raise _invalid(f"{where}.key_env", what)
+    return PLAIN_DIGEST_PREFIX + hashlib.sha256(secret.encode()).hexdigest(), digest_secret(secret, pepper)
+
+
 def patch_key(key: VirtualKey, body: Any) -> VirtualKey:
     """The key with the members of a PATCH body changed; null clears one. InvalidRequest as for `create_key`."""
     fields = _read_key_members(body, key.id)
@@ -12847,6 +12905,9 @@ class KeyRing:
             self._by_digest.pop(key.digest, None)
             self._by_digest.pop(key.previous_digest, None)
 
+    def owner(self, digest: str) -> VirtualKey | None:
+        return self._by_digest.get(digest)
+
     def authenticate(self, secret: str, now_ms: int) -> VirtualKey:
         """The key of this secret. Unknown, expired and revoked ones do the same work and raise the same error.
 
@@ -12854,7 +12915,10 @@ class KeyRing:
         """
         name = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
         digest = self._digests.get(name) or digest_secret(secret, self.pepper)
-        key = self._by_digest.get(digest, self._nobody)
+        key = self._by_digest.get(digest)
+        if key is None:
+            digest = PLAIN_DIGEST_PREFIX + name.hex()
+            key = self._by_digest.get(digest, self._nobody)
         current = hmac.compare_digest(digest, key.digest)
         previous = hmac.compare_digest(digest, key.previous_digest or NOBODY_DIGEST) and now_ms < key.previous_until_ms
         if (current or previous) and key.status(now_ms) == "active":
@@ -18264,6 +18328,9 @@ class Gateway:
 
     def keep_key(self, key: VirtualKey) -> VirtualKey:
         """Put a key into the ring, its budget into the ledger, and both on disk."""
+        if key.is_managed:
+            what = f"the key {key.name!r} stands in stockyard.toml; change it there, and reload"
+            raise InvalidRequest(what, code="key_is_managed")
         before = self.keys.by_id.get(key.id)
         if (
             before is not None
@@ -18277,6 +18344,18 @@ class Gateway:
             self.put_budget(key.budget)
         self.store.put_write("INSERT OR REPLACE INTO keys VALUES (?, ?)", key.id, dump_json(key.as_record()).decode())
         return key
+
+    def declare_keys(self, keys: Iterable[VirtualKey]) -> None:
+        """Take the keys of stockyard.toml in place of those it had; one that is gone is revoked. Stored nowhere else."""
+        for key in [key for key in self.keys.by_id.values() if key.is_managed]:
+            self.keys.put(dataclasses.replace(key, revoked_at_ms=int(self.clock() * 1000)))
+            if key.budget is not None:
+                self.drop_budget(key.budget.id)
+        for key in keys:
+            self.keys.put(key)
+            if key.budget is not None:
+                self.put_budget(key.budget)
+        self.decide_keys()
 
     def put_budget(self, budget: Budget) -> None:
         books = self.ledger.books()
@@ -20066,13 +20145,17 @@ def shown_value(settings: Settings, name: str) -> Any:
     return mask_secret(value) if name in SECRET_SETTINGS and value else value
 
 
-SECRET_MEMBER: Final = re.compile(r"(^|_)(keys?|secret|token|password)$")
+SECRET_MEMBER: Final = re.compile(r"(^|_)(keys?|secret|token|password|digest)$")
 
 
 def mask_members(value: Any, name: str = "") -> Any:
-    """A table of stockyard.toml with every text masked that a name such as `api_key` holds."""
+    """A table of stockyard.toml with every text masked that a name such as `api_key` holds, but for variables' names."""
     if isinstance(value, dict):
-        return {member: mask_members(inner, member) for member, inner in value.items()}
+        secret = bool(SECRET_MEMBER.search(name))
+        return {
+            member: mask_members(inner, name if secret and member != "env" else member)
+            for member, inner in value.items()
+        }
     if isinstance(value, list):
         return [mask_members(inner, name) for inner in value]
     return mask_secret(value) if isinstance(value, str) and SECRET_MEMBER.search(name) else value
@@ -20581,6 +20664,15 @@ def configured_rates(settings: Settings) -> RateLimit | None:
         raise SettingsError(f"rate_limit: {getattr(error, 'message', error)}") from None
 
 
+def configured_keys(gateway: Gateway, settings: Settings, environment: Mapping[str, str]) -> list[VirtualKey]:
+    """The virtual keys of stockyard.toml; SettingsError where one is not understood or its secret cannot be had."""
+    try:
+        table, now_ms = settings.tables.get("keys", {}), int(gateway.clock() * 1000)
+        return declare_keys(table, environment, gateway.keys, gateway.admin_key, now_ms)
+    except InvalidRequest as error:
+        raise SettingsError(error.message) from None
+
+
 def open_ledger(gateway: Gateway) -> None:
     """Keys, budgets and balances as the last process left them. Holds it left open are charged whole, and told."""
     settings, store, path = gateway.settings, gateway.store, gateway.settings.data_path
@@ -20596,6 +20688,7 @@ def open_ledger(gateway: Gateway) -> None:
     gateway.journal = Journal(path, generation, settings.durability == "full")
     gateway.stored_settled = {**books.settled}  # before this process; what it settles itself lies in the ledger
     gateway.has_budgets = bool(budgets)
+    gateway.declare_keys(configured_keys(gateway, settings, gateway.environment))
     for ended in orphans:
         gateway.record_end(ended)
     if orphans:
@@ -20674,6 +20767,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
     prices = with_own_prices(gateway.prices, settings)
     router = load_router(settings, environment, prices, gateway.router)
     budgets, rates = configured_budgets(settings), configured_rates(settings)
+    keys = configured_keys(gateway, settings, environment)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
 
     def apply() -> None:
@@ -20685,6 +20779,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
         for budget in budgets:
             gateway.put_budget(budget)
         gateway.adopt(settings, router, prices)
+        gateway.declare_keys(keys)
 
     return apply
 
@@ -20836,6 +20931,11 @@ EXAMPLE_TOML: Final = """\
 # hedge_after_ms = 3000               # ask the next target as well; min_bytes_per_s = 20 ends streams that crawl
 # shadow = ["openai/gpt-4.1-mini"]    # gets a copy of shadow_fraction of the calls; its answers are thrown away
 # defaults = {temperature = 0.2}      # also forced, system_prefix, max_output_tokens, headers
+
+# [keys.team-a]                       # a virtual key as code, with the members of POST /api/keys
+# key_env = "TEAM_A_STOCKYARD_KEY"    # the variable with its secret; or digest = "sha256:..."
+# models = ["gpt-*"]
+# budget = {usd = 5, period = "day"}
 
 # [[prices]]                          # your own price of a model, USD per million tokens
 # model = "my-model"
@@ -21212,7 +21312,9 @@ async def ask_admin(
 
     host = settings.host if settings.is_loopback else "127.0.0.1"
     tables = {
-        name: table for name, table in settings.tables.items() if environment or name not in ("routes", "aliases")
+        name: table
+        for name, table in settings.tables.items()
+        if environment or name not in ("routes", "aliases", "keys")
     }
     local = dataclasses.replace(settings, host="127.0.0.1", port=0, tables=tables)
     try:

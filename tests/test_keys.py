@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Start
 from upstreams import COMPLETION, plain
+
+import stockyard
 
 CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
 CHAT_PATH = "/v1/chat/completions"
@@ -103,3 +108,93 @@ async def test_clients_with_keys_of_their_own_share_no_answers(start: Start) -> 
         status, _, refused = await proxy.post(CHAT_PATH, body, authorization="Bearer sk a")
     assert told == ["miss", "miss", "hit", "hit"]
     assert (status, refused["error"]["param"]) == (400, "x-stockyard-provider-key")
+
+
+SECRET = "a-secret-of-the-team-0123456789"
+DIGEST = "sha256:" + hashlib.sha256(SECRET.encode()).hexdigest()
+BY_DIGEST = f'[keys.team]\ndigest = "{DIGEST}"\ntags = {{team = "a"}}\nbudget = {{usd = 5, period = "day"}}\n'
+BY_VARIABLE = '[keys.team]\nkey_env = "TEAM_SECRET"\nexpires_at = 2036-01-01T00:00:00Z\n'
+
+
+def whole_directory(path: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in path.iterdir())
+
+
+@pytest.mark.parametrize("toml", [BY_DIGEST, BY_VARIABLE])
+async def test_a_key_of_the_file_works_and_only_the_file_changes_it(start: Start, tmp_path: Path, toml: str) -> None:
+    async with start(toml=toml, TEAM_SECRET=SECRET) as proxy:
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 401
+        for _ in range(2):
+            assert (await proxy.post(CHAT_PATH, CHAT, authorization=f"Bearer {SECRET}"))[0] == 200
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        key = proxy.gateway.keys.by_id["key_toml_team"]
+        assert (key.name, key.as_json(0)["managed"]) == ("team", True)
+        for method, path in (("PATCH", ""), ("DELETE", ""), ("POST", "/rotate")):
+            url = f"{proxy.url}/api/keys/{key.id}{path}"
+            async with proxy.session.request(method, url, json={}, headers=admin) as answer:
+                told = (await answer.json())["error"]
+                assert (answer.status, told["code"]) == (400, "key_is_managed")
+                assert "stockyard.toml" in told["message"]
+        assert {row["key_id"] for row in await proxy.rows()} == {"", "key_toml_team"}
+        shown = stockyard.dump_json(stockyard.config_view(proxy.gateway.settings)).decode()
+        assert SECRET not in shown
+        assert DIGEST not in shown
+    assert SECRET.encode() not in whole_directory(tmp_path)
+
+
+async def test_keys_of_the_file_follow_it_on_a_reload(start: Start) -> None:
+    async with start(toml=BY_DIGEST) as proxy:
+        gateway, call = proxy.gateway, {"authorization": f"Bearer {SECRET}"}
+
+        def follow(toml: str) -> None:
+            settings = stockyard.read_settings({"data_dir": gateway.settings.data_dir, "port": "0"}, {}, toml)
+            environment = {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": proxy.upstream.url}
+            stockyard.prepare_settings(gateway, settings, environment)()
+
+        await proxy.post(CHAT_PATH, CHAT, **call)
+        spent = [row["settled_nanousd"] for row in gateway.ledger.snapshot(0)]
+        follow(BY_DIGEST.replace("usd = 5", "usd = 0"))
+        assert spent[0] > 0
+        assert [row["settled_nanousd"] for row in gateway.ledger.snapshot(0)] == spent
+        assert (await proxy.post(CHAT_PATH, CHAT, **call))[0] == 429
+        follow("")
+        assert (await proxy.post(CHAT_PATH, CHAT, **call))[0] == 401
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 401, "removing the last key opens the proxy to nobody"
+        assert gateway.keys.by_id["key_toml_team"].status(0) == "revoked"
+        follow(BY_DIGEST)
+        assert (await proxy.post(CHAT_PATH, CHAT, **call))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ('[keys.a]\nkey = "sk-canary-0123456789"', "key_env"),
+        ("[keys.a]\nrole = 'client'", "key_env"),
+        (f'[keys.a]\nkey_env = "TEAM"\ndigest = "{DIGEST}"', "one of key_env"),
+        ('[keys.a]\ndigest = "sha256:canary"', "sha256sum"),
+        ('[keys.a]\nkey_env = "UNSET"', "variable that is set"),
+        ('[keys.a]\nkey_env = "SHORT"', "20 or more"),
+        (f'[keys.a]\ndigest = "{DIGEST}"\n[keys.b]\nkey_env = "TEAM"', "another key"),
+        ('[keys.a]\nkey_env = "ADMIN"', "another key"),
+        ('[keys.a]\nkey_env = "MADE"', "another key"),
+        ('[keys.a]\nkey_env = "TEAM"\nprovider_keys = {openai = "sk-canary"}', "never the key"),
+        ('[keys."a b"]\nkey_env = "TEAM"', "letters, digits"),
+        ("keys = 5", "keys"),
+    ],
+)
+def test_keys_of_the_file_are_refused_with_their_place(toml: str, told: str) -> None:
+    environment = {"TEAM": SECRET, "SHORT": "sy-canary", "ADMIN": "admin-secret-of-this-proxy", "MADE": "sy-made-" * 4}
+    made = stockyard.VirtualKey("key_1", "made", stockyard.digest_secret(environment["MADE"], b""), 0)
+    ring = stockyard.KeyRing(b"", [made])
+    with pytest.raises(stockyard.InvalidRequest) as caught:
+        stockyard.declare_keys(tomllib.loads(toml)["keys"], environment, ring, environment["ADMIN"], 0)
+    assert told in caught.value.message
+    assert "canary" not in caught.value.message
+
+
+def test_a_literal_in_the_file_is_masked_where_the_file_is_shown() -> None:
+    table = {"a": {"digest": "d" * 64, "key": "sk-canary-" * 3, "provider_keys": {"openai": "sk-canary-" * 3}}}
+    shown = stockyard.mask_members({**table, "b": {"provider_keys": {"openai": {"env": "TEAM_KEY"}}}})
+    assert "canary-sk" not in json.dumps(shown)
+    assert "d" * 20 not in json.dumps(shown)
+    assert shown["b"]["provider_keys"]["openai"]["env"] == "TEAM_KEY"
