@@ -27,6 +27,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Lane                     the short way in for hot requests
     Server                   routes, roles, the error boundary, passthrough, admin JSON
     Process                  lock, listener, signals, assembly
+    Bench                    what the proxy costs on this machine
     Command line             verbs; `main` last
 
 The life of a call (`Gateway.answer`):
@@ -94,6 +95,7 @@ import socket
 import sqlite3
 import ssl
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20905,6 +20907,156 @@ def run_loop(program: Awaitable[None]) -> None:
         runner.run(cast(Any, program))
 
 
+# ===== Bench ==========================================================================================================
+# What the proxy costs on this machine: the same load on a provider that answers at once, direct and through a Stockyard
+# of its own (a temporary data directory, log with bodies on, cache off). Three processes, so that CPU time can be told
+# apart: the provider, the proxy, and here the load. Figures count calls that ended whole; anything else is an error.
+
+BENCH_TEXT: Final = "the quick brown fox jumps over the lazy dog " * 9
+BENCH_USAGE: Final[Json] = {"prompt_tokens": 31, "completion_tokens": 97, "total_tokens": 128}
+BENCH_EVENTS: Final = 64
+
+
+def bench_answer(stream: bool) -> bytes:
+    """A whole HTTP answer as OpenAI gives it: a completion, or a stream of BENCH_EVENTS chunks."""
+    shape: Json = {"id": "chatcmpl-bench", "created": 0, "model": "gpt-4o-mini"}
+    if not stream:
+        choice = {"index": 0, "message": {"role": "assistant", "content": BENCH_TEXT}, "finish_reason": "stop"}
+        body = dump_json({**shape, "object": "chat.completion", "choices": [choice], "usage": BENCH_USAGE})
+        return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    shape["object"] = "chat.completion.chunk"
+    said = [
+        {"index": 0, "delta": {"content": word}, "finish_reason": None} for word in BENCH_TEXT.split()[:BENCH_EVENTS]
+    ]
+    chunks: list[Json] = [{**shape, "choices": [choice]} for choice in said]
+    chunks.append({**shape, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    chunks.append({**shape, "choices": [], "usage": BENCH_USAGE})
+    events = [*map(sse_event, chunks), b"data: [DONE]\n\n"]
+    framed = b"".join([b"%x\r\n%b\r\n" % (len(event), event) for event in events])
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    return head + framed + b"0\r\n\r\n"
+
+
+class BenchProvider(asyncio.Protocol):
+    """Answers each request at once. It trusts its two clients, the load and the proxy, to write a plain head."""
+
+    ANSWERS: ClassVar = {stream: bench_answer(stream) for stream in (False, True)}
+
+    def __init__(self) -> None:
+        self._seen = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._seen += data
+        while b"\r\n\r\n" in self._seen:
+            head, _, rest = self._seen.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r", 1)[0])
+            if len(rest) < length:
+                return
+            self._seen = rest[length:]
+            self._transport.write(self.ANSWERS[b'"stream":true' in rest[:length]])
+
+
+class BenchClient(asyncio.Protocol):
+    """One connection that asks again as soon as it has its answer; notes how long each took, in ms."""
+
+    def __init__(self, request: bytes, ends: Callable[[bytes], bool], times_ms: list[float]) -> None:
+        self._request, self._ends, self._times_ms = request, ends, times_ms
+        self._seen, self._began_s, self.stops = b"", 0.0, False
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._ask()
+
+    def _ask(self) -> None:
+        self._seen, self._began_s = b"", time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._seen += data
+        if not self._ends(self._seen):
+            return
+        self._times_ms.append((time.perf_counter() - self._began_s) * 1000)
+        if not self._seen.startswith(b"HTTP/1.1 200"):
+            self._transport.abort()
+        elif self.stops:
+            self._transport.close()
+        else:
+            self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.done.set_result(self.stops and self._seen.startswith(b"HTTP/1.1 200"))
+
+
+def is_whole_answer(seen: bytes) -> bool:
+    head, middle, body = seen.partition(b"\r\n\r\n")
+    return bool(middle) and len(body) >= int(head.lower().partition(b"content-length:")[2].split(b"\r", 1)[0] or 0)
+
+
+def is_whole_stream(seen: bytes) -> bool:
+    return seen.endswith(b"0\r\n\r\n") or (not seen.startswith(b"HTTP/1.1 200") and is_whole_answer(seen))
+
+
+async def put_load(port: int, stream: bool, clients: int, seconds: float) -> Json:
+    """Load for some seconds: calls, calls/s, latency quantiles in ms, connections that broke."""
+    asked: Json = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": BENCH_TEXT}], "temperature": 0.7}
+    body = dump_json({**asked, "stream": True} if stream else asked)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    loop, times_ms, began_s = asyncio.get_running_loop(), cast(list[float], []), time.perf_counter()
+    ends = is_whole_stream if stream else is_whole_answer
+    opened = [
+        await loop.create_connection(lambda: BenchClient(request, ends, times_ms), "127.0.0.1", port)
+        for _ in range(clients)
+    ]
+    await asyncio.sleep(seconds)
+    for _, client in opened:
+        client.stops = True
+    whole = await asyncio.wait_for(asyncio.gather(*(client.done for _, client in opened)), 30)
+    lasted_s = time.perf_counter() - began_s
+    times_ms.sort()
+    quantiles = {f"p{q}_ms": round(times_ms[min(len(times_ms) - 1, len(times_ms) * q // 100)], 3) for q in (50, 95, 99)}
+    return {
+        "calls": len(times_ms),
+        "calls_per_s": round(len(times_ms) / lasted_s),
+        **quantiles,
+        "broken": whole.count(False),
+    }
+
+
+def process_use(pid: int) -> tuple[float, float] | None:
+    """CPU seconds and resident MB of a process; None where the system has no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    ticks, pages = int(text[11]) + int(text[12]), int(text[21])
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+BENCH_LOADS: Final = (("1 at a time", False, 1), ("many at once", False, None), ("streams at once", True, None))
+
+
+async def bench(proxy_pid: int, ports: Mapping[str, int], clients: int, seconds: float) -> list[Json]:
+    """Each load direct and through the proxy, with what the proxy used."""
+    rows = []
+    for name, stream, count in BENCH_LOADS:
+        await put_load(ports["proxy"], stream, count or clients, seconds / 5)  # warm
+        row: Json = {"load": name, "clients": count or clients}
+        for where in ("direct", "proxy"):
+            before = process_use(proxy_pid)
+            row[where] = await put_load(ports[where], stream, count or clients, seconds)
+        after = process_use(proxy_pid)
+        if before is not None and after is not None:
+            row["cpu_us_per_call"] = round((after[0] - before[0]) / max(1, row["proxy"]["calls"]) * 1e6)
+            row["memory_mb"] = round(after[1], 1)
+        rows.append(row)
+    return rows
+
+
 # ===== Command line ===================================================================================================
 # One function a verb, each short: parse, do, print. `main` stands last and reads as the program's summary.
 
@@ -21430,6 +21582,85 @@ def run_config(options: argparse.Namespace) -> int:
     )
 
 
+def run_bench(options: argparse.Namespace) -> int:
+    """Start a provider and a proxy of their own as processes, and load them."""
+    if options.provider_port:
+        run_loop(serve_bench_provider(int(options.provider_port)))
+        return 0
+    ports = {name: free_port() for name in ("direct", "proxy")}
+    program = [sys.executable, os.path.abspath(sys.argv[0])]
+    plain = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "SHIV_ROOT", "TMPDIR")}
+    with tempfile.TemporaryDirectory(prefix="stockyard-bench-") as directory, contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{ports['direct']}/v1"
+        own = {"STOCKYARD_DATA_DIR": directory, "STOCKYARD_PORT": str(ports["proxy"]), "STOCKYARD_CACHE": "off"}
+        environment = {**plain, **own, "OPENAI_API_KEY": "sk-bench", "OPENAI_BASE_URL": url}
+
+        def start(*arguments: str) -> int:
+            command = [*program, *arguments]
+            child = subprocess.Popen(  # noqa: S603 - this program
+                command, env=environment, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+            return child.pid
+
+        start("bench", "--provider-port", str(ports["direct"]))
+        proxy = start("serve")
+        for port in ports.values():
+            wait_for_port(port)
+        rows: list[Json] = []
+
+        async def measure() -> None:
+            rows.extend(await bench(proxy, ports, int(options.clients), float(options.seconds)))
+
+        run_loop(measure())
+    return print_bench(rows, options)
+
+
+async def serve_bench_provider(port: int) -> None:
+    server = await asyncio.get_running_loop().create_server(BenchProvider, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SettingsError("a process of the benchmark did not start within 30 s")
+
+
+def print_bench(rows: list[Json], options: argparse.Namespace) -> int:
+    broken = sum(row[where]["broken"] for row in rows for where in ("direct", "proxy"))
+    if options.json:
+        print(dump_json({"loads": rows, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}).decode())
+        return 1 if broken else 0
+    print(f"{'':22}{'direct':>12}{'Stockyard':>12}{'added':>12}")
+    for row in rows:
+        direct, proxy = row["direct"], row["proxy"]
+        print(f"{row['load']} ({row['clients']})")
+        print(f"{'  calls/s':22}{direct['calls_per_s']:12,}{proxy['calls_per_s']:12,}")
+        for name in ("p50", "p95", "p99"):
+            one, other = direct[f"{name}_ms"], proxy[f"{name}_ms"]
+            print(f"  {name + ' ms':20}{one:12.3f}{other:12.3f}{other - one:12.3f}")
+        if "cpu_us_per_call" in row:
+            print(
+                f"{'  CPU µs/call':22}{'':12}{row['cpu_us_per_call']:12,}\n{'  memory MB':22}{'':12}{row['memory_mb']:12.1f}"
+            )
+    print(
+        f"{os.cpu_count()} cores, shared by load, provider and proxy; load average {os.getloadavg()[0]:.1f}. "
+        "Log with bodies on, cache off."
+    )
+    if broken:
+        print(f"{broken} connections broke: the figures are worth nothing")
+    return 1 if broken else 0
+
+
 def run_version(options: argparse.Namespace) -> int:
     print(f"{PROGRAM} {__version__}")
     if options.deps:
@@ -21514,6 +21745,10 @@ VERBS: Final = (
     Verb("config", run_config, "check: print the merged settings and their sources; example: print a commented stockyard.toml", (
         ("action", {"choices": ("check", "example")}), _JSON,
     )),
+    Verb("bench", run_bench, "measure on this machine what the proxy adds to a provider that answers at once", (
+        ("--seconds", {"default": "3", "help": "how long each load lasts (default: 3)"}),
+        ("--clients", {"default": "32", "help": "how many at once (default: 32)"}), _JSON,
+        ("--provider-port", {"help": argparse.SUPPRESS}))),
     Verb("version", run_version, "print the version", (("--deps", {"action": "store_true", "help": "also print the bundled packages"}),)),
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -406,3 +407,17 @@ def test_rerank_goes_to_whom_the_model_belongs(process: Process, upstream: FakeU
     upstream.answers = []
     assert (result["index"], result["document"], upstream.seen[-1].path) == (1, {"text": "b"}, "/v2/rerank")
     assert running.stop() == 0
+
+
+def test_bench_measures_whole_answers_direct_and_through_a_proxy(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = [sys.executable, str(PACKED), "bench", "--seconds", "0.3", "--clients", "4", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=90, check=True)
+    told = json.loads(done.stdout)
+    assert [load["clients"] for load in told["loads"]] == [1, 4, 4]
+    for load in told["loads"]:
+        for where in ("direct", "proxy"):
+            assert load[where]["broken"] == 0
+            assert load[where]["calls"] > 0
+            assert 0 < load[where]["p50_ms"] <= load[where]["p99_ms"]
+    assert not list(tmp_path.glob("stockyard-bench-*"))
