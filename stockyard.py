@@ -10162,7 +10162,7 @@ SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.m
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
 NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "redact": frozenset({"off", "mask"}), "guard_injection": frozenset({"off"}), "guard_secrets": frozenset({"off"}),
+    "guard_injection": frozenset({"off"}), "guard_secrets": frozenset({"off"}),
     "workers": frozenset({"1"}),
 }  # fmt: skip
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
@@ -12294,6 +12294,25 @@ class Hidden:
             done = end
         return "".join(pieces) + text[done:]
 
+    def restore(self, text: str, is_json: bool = False) -> str:
+        """Values in place of this call's placeholders, written as inside a JSON string where the text is JSON."""
+        if not self.values or "[" not in text:
+            return text
+        return PLACEHOLDER.sub(lambda match: self._value(match[0], is_json), text)
+
+    def _value(self, placeholder: str, is_json: bool) -> str:
+        value = self.values.get(placeholder, placeholder)
+        return json.dumps(value, ensure_ascii=False)[1:-1] if is_json else value
+
+    def held_back(self, text: str) -> int:
+        """How many of the last characters could be the beginning of a placeholder of this call."""
+        at = text.rfind("[")
+        if at < 0:
+            return 0
+        tail = text[at:]
+        begins = any(placeholder.startswith(tail) and placeholder != tail for placeholder in self.values)
+        return len(tail) if begins else 0
+
 
 NOT_NAME: Final = re.compile("[^A-Z0-9]+")
 
@@ -12357,6 +12376,169 @@ class Redactor:
         text = body.decode("utf-8", "replace")
         found = self.find(text)
         return hidden.hide(text, found).encode() if found else body
+
+
+#: Members of answers that hold JSON as text.
+JSON_TEXTS: Final = frozenset({"arguments", "partial_json"})
+
+
+def restore_in(node: Any, restore: Callable[[str, bool], str], is_json: bool = False) -> None:
+    """Restore every text of a JSON object or list, in place: `restore(text, whether the text is JSON)`."""
+    for name, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(value, str):
+            if "[" in value:
+                node[name] = restore(value, is_json or name in JSON_TEXTS)
+        elif isinstance(value, (dict, list)):
+            restore_in(value, restore, is_json)
+        if isinstance(name, str) and "[" in name:
+            node[restore(name, False)] = node.pop(name)
+
+
+def asks_json(request: Json) -> bool:
+    """Whether a request, of any dialect, wants its answer as JSON, in which a value must be escaped."""
+    kinds = [
+        request.get("response_format"),
+        (request.get("text") or {}),
+        request.get("output_config"),
+        request.get("output_format"),
+    ]
+    kinds += [kind.get("format") for kind in kinds if isinstance(kind, dict)]
+    config = request.get("generationConfig") or request.get("generation_config")
+    mime = config.get("responseMimeType") if isinstance(config, dict) else ""
+    return mime == "application/json" or any(
+        isinstance(kind, dict) and str(kind.get("type")).startswith("json") for kind in kinds
+    )
+
+
+# ----- Streams, event by event
+
+
+class Piece(NamedTuple):
+    """One text of an event that goes on in later events. `slot` is the same in all of them."""
+
+    slot: tuple[Any, ...]
+    holder: Any
+    name: Any
+    is_json: bool
+
+
+def pieces_of(event: Json) -> Iterator[Piece]:
+    """The texts that an event adds to, in OpenAI's, Anthropic's and Gemini's shapes and that of Responses."""
+    for choice in event.get("choices") or ():
+        index = choice.get("index") or 0
+        yield from _below(choice.get("delta"), (index,))
+        if isinstance(choice.get("text"), str):
+            yield Piece((index, "text"), choice, "text", False)
+    for candidate in event.get("candidates") or ():
+        for part in (candidate.get("content") or {}).get("parts") or ():
+            if isinstance(part.get("text"), str):
+                yield Piece((candidate.get("index") or 0, bool(part.get("thought"))), part, "text", False)
+    if "delta" in event and (kind := str(event.get("type"))) != "message_delta":
+        base = (event.get("item_id"), event.get("index"), event.get("content_index"), event.get("summary_index"), kind)
+        if isinstance(event["delta"], str):
+            yield Piece(base, event, "delta", "arguments" in kind)
+        else:
+            yield from _below(event["delta"], base)
+
+
+def _below(node: Any, slot: tuple[Any, ...]) -> Iterator[Piece]:
+    members = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in members:
+        if isinstance(value, str):
+            if name not in STRUCTURAL and name != "name":
+                yield Piece((*slot, name), node, name, name in JSON_TEXTS)
+        else:
+            at = value.get("index", name) if isinstance(node, list) and isinstance(value, dict) else name
+            yield from _below(value, (*slot, at))
+
+
+def ends_slot(event: Json, slot: tuple[Any, ...]) -> bool:
+    """Whether nothing comes after this event that would go on with a slot's text."""
+    if "choices" in event:
+        return any((one.get("index") or 0) == slot[0] and one.get("finish_reason") for one in event["choices"])
+    if "candidates" in event:
+        return any(
+            (one.get("index") or 0) == slot[0] and (one.get("finishReason") or not _goes_on(one, slot[1]))
+            for one in event["candidates"]
+        )
+    if "delta" in event and event.get("type") != "message_delta":
+        return False
+    item = event.get("item_id") or (event.get("item") or {}).get("id")
+    index = event.get("index")
+    if event.get("type") == "ping":
+        return False
+    return (
+        (item is None and index is None)
+        or (item is not None and item == slot[0])
+        or (index is not None and index == slot[1])
+    )
+
+
+def _goes_on(candidate: Json, thought: bool) -> bool:
+    parts = (candidate.get("content") or {}).get("parts") or ()
+    return all(isinstance(part.get("text"), str) and bool(part.get("thought")) is thought for part in parts)
+
+
+class EventRestorer:
+    """Restores one stream's events. Text is held back only while it could be the beginning of a known placeholder."""
+
+    def __init__(self, hidden: Hidden, is_json: bool) -> None:
+        self._hidden, self._is_json = hidden, is_json
+        self._held: dict[tuple[Any, ...], tuple[str, Json]] = {}
+
+    def feed(self, event: Json) -> list[Json]:
+        """The events to send for this one: first what was held back of texts that it ends."""
+        pieces = [(piece, piece.holder[piece.name]) for piece in pieces_of(event)]
+        going = {piece.slot for piece, _ in pieces}
+        out = self._release([slot for slot in self._held if slot not in going and ends_slot(event, slot)])
+        for piece, _ in pieces:
+            piece.holder[piece.name] = ""
+        restore_in(event, self._hidden.restore, self._is_json)
+        for piece, text in pieces:
+            piece.holder[piece.name] = self._next(event, piece, text)
+        return [*out, event]
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
+    def _next(self, event: Json, piece: Piece, text: str) -> str:
+        if piece.slot in self._held:
+            text = self._held.pop(piece.slot)[0] + text
+        if (size := self._hidden.held_back(text)) and not ends_slot(event, piece.slot):
+            self._held[piece.slot] = text[-size:], bare_event(event, piece.slot)
+            text = text[:-size]
+        return self._hidden.restore(text, piece.is_json or self._is_json)
+
+    def _release(self, slots: Iterable[tuple[Any, ...]]) -> list[Json]:
+        out = []
+        for slot in slots:
+            text, event = self._held.pop(slot)
+            piece = next(piece for piece in pieces_of(event) if piece.slot == slot)
+            piece.holder[piece.name] = text
+            out.append(event)
+        return out
+
+    def close(self) -> list[Json]:
+        return self._release(list(self._held))
+
+
+def bare_event(event: Json, slot: tuple[Any, ...]) -> Json:
+    """An event of which only the slot is left, empty: for text that comes after its own event was sent."""
+    event = copy.deepcopy({name: value for name, value in event.items() if name not in ("usage", "usageMetadata")})
+    for name in ("choices", "candidates"):
+        if name in event:
+            event[name] = [one for one in event[name] if (one.get("index") or 0) == slot[0]]
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        delta.pop("role", None)
+        for call in delta.get("tool_calls") or ():  # readers add up names and ids, too
+            for told in (call, *(call.get(kind) or {} for kind in ("function", "custom"))):
+                for name in ("id", "type", "name"):
+                    told.pop(name, None)
+    for piece in pieces_of(event):
+        piece.holder[piece.name] = ""
+    return event
 
 
 class Guardrails:
@@ -14286,6 +14468,60 @@ class TranslatingFlow(Flow):
         out = self._renderer.feed(chunk)
         self.tape.add(out.replace(self._paid, b'"cost":0') if self._paid else out)
         return out
+
+
+class StreamRestorer:
+    """Restores what one call hid in the bytes of its client's stream: server-sent events, or Gemini's array in pieces.
+
+    Events in which nothing can begin pass as they came.
+    """
+
+    def __init__(self, hidden: Hidden, is_json: bool, is_array: bool) -> None:
+        self._events = WholeEvents()
+        self._restorer = EventRestorer(hidden, is_json)
+        self._is_array, self._tail, self._name = is_array, b"", ""
+
+    def feed(self, data: bytes) -> bytes:
+        if self._is_array:
+            return self._feed_array(data)
+        return b"".join([self._event(block) for block in self._events.feed(data).split(b"\n\n") if block])
+
+    def close(self) -> bytes:
+        if self._is_array:
+            return self._tail
+        last = b"".join([self._event(block) for block in self._events.close().split(b"\n\n") if block])
+        return last + b"".join(map(self._written, self._restorer.close()))
+
+    def _event(self, block: bytes) -> bytes:
+        if not self._restorer.holds and not MAY_BE_HIDDEN.search(block):
+            return block + b"\n\n"
+        self._name, payload = parse_sse_block(block) or (self._name, b"")
+        if payload[:1] != b"{":
+            ended = self._restorer.close() if payload else ()  # [DONE]; comments end nothing
+            return b"".join(map(self._written, ended)) + block + b"\n\n"
+        return b"".join(map(self._written, self._restorer.feed(orjson.loads(payload))))
+
+    def _written(self, event: Json) -> bytes:
+        return sse_event(event, str(event.get("type") or self._name) if self._name else "")
+
+    def _feed_array(self, data: bytes) -> bytes:
+        self._tail += data
+        try:
+            text, out = self._tail.decode(), []
+        except UnicodeDecodeError:  # a character in two parts
+            return b""
+        while (at := text.find("{")) >= 0:
+            try:
+                event, end = json.JSONDecoder().raw_decode(text, at)
+            except ValueError:
+                break
+            out += [text[:at].encode(), b",\r\n".join(map(dump_json, self._restorer.feed(event)))]
+            text = text[end:]
+        self._tail = text.encode() if at >= 0 else b""
+        return b"".join(out) + (b"" if at >= 0 else text.encode())
+
+
+MAY_BE_HIDDEN: Final = re.compile(rb'\[[A-Z"]|\\u005[bB]')
 
 
 # ===== Store ==========================================================================================================
@@ -16603,6 +16839,31 @@ class Client(Protocol):
     throttle: Callable[[bool], None] | None
 
 
+class RestoredClient:
+    """A client whose stream is restored on its very last step, so that all before it sees placeholders only."""
+
+    def __init__(self, client: Client, restorer: StreamRestorer) -> None:
+        self._client, self._restorer = client, restorer
+        self.begin_stream = client.begin_stream
+
+    @property
+    def throttle(self) -> Callable[[bool], None] | None:
+        return self._client.throttle
+
+    @throttle.setter
+    def throttle(self, value: Callable[[bool], None] | None) -> None:
+        self._client.throttle = value
+
+    def send(self, data: bytes) -> None:
+        if out := self._restorer.feed(data):
+            self._client.send(out)
+
+    def end_stream(self, broken: bool) -> None:
+        if last := self._restorer.close():
+            self._client.send(last)
+        self._client.end_stream(broken)
+
+
 @dataclass(slots=True)
 class Outgoing:
     """One request as it goes to a provider. `translation` is None where the client's own dialect passes through."""
@@ -17241,13 +17502,13 @@ class Gateway:
             self.interpret(call)
             self.limit(call)
             if call.stream:
-                await self.stream(call, client)
+                await self.stream(call, self.restoring(call, client))
                 return None
             if call.endpoint.kind == "count_tokens":
                 return await self.count(call)
-            return await self.complete(call)
+            return self.restored(call, await self.complete(call))
         except GatewayError as error:
-            return self.refuse(call, error)
+            return self.restored(call, self.refuse(call, error))
         except asyncio.CancelledError:
             call.is_gone = True
             raise
@@ -17256,6 +17517,28 @@ class Gateway:
         finally:
             if not call.is_carried:
                 self.finish(call)
+
+    @staticmethod
+    def restored(call: Call, reply: Reply) -> Reply:
+        """An answer with the values that its request hid. Nobody but its client ever sees it so."""
+        hidden = call.hidden
+        if hidden is None or not hidden.values:
+            return reply
+        try:
+            document = orjson.loads(reply.body)
+            restore_in(document, hidden.restore, asks_json(call.request))
+            body = dump_json(document)
+        except ValueError:
+            body = hidden.restore(reply.body.decode("utf-8", "replace")).encode()
+        return Reply(reply.status, reply.headers, body)
+
+    @staticmethod
+    def restoring(call: Call, client: Client) -> Client:
+        """The client of a stream, behind a restorer where its request hid something."""
+        if call.hidden is None or not call.hidden.values:
+            return client
+        is_array = "json" in DIALECTS[call.endpoint.dialect].stream_type_of(call.request)
+        return RestoredClient(client, StreamRestorer(call.hidden, asks_json(call.request), is_array))
 
     def finish(self, call: Call) -> None:
         self.in_flight -= 1

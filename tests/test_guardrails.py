@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 from typing import Any
 
 import pytest
 from conftest import Start
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from upstreams import COMPLETION, plain
 
 import stockyard as s
@@ -146,3 +150,215 @@ async def test_uploads_and_raw_bodies_do_not_go_around(start: Start) -> None:
         status, _, told = await proxy.post("/proxy/openai/v1/chat/completions", chat(EMAIL))
         assert (status, told["error"]["code"]) == (400, "content_filter")
         assert not proxy.upstream.seen
+
+
+# ----- Reversible: back again, in streams too
+
+SECRET = b"s" * 32
+VALUES = [EMAIL, CARD, 'key "with" \\ and\nlines']
+
+
+def hiding() -> tuple[s.Hidden, list[str]]:
+    hidden = s.Hidden("reversible", SECRET, "key_1")
+    return hidden, [
+        hidden.stand_in(entity, value) for entity, value in zip(("email", "card", "pem"), VALUES, strict=True)
+    ]
+
+
+HIDDEN, TOKENS = hiding()
+SAYINGS = st.lists(
+    st.sampled_from([*TOKENS, *(token[:-3] for token in TOKENS), "[", "[EM", "]", "[CARD", "é中🐑", " a ", "[EMAIL]", '"', "\\"]), max_size=9
+).map("".join)  # fmt: skip
+
+
+def events_openai(pieces: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    for index, kind, text in pieces:
+        function = {"index": 0, "function": {"arguments": text}}
+        delta = {"tool_calls": [function]} if kind == "arguments" else {kind: text}
+        events.append({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+    return [*events, *({"choices": [{"index": at, "delta": {}, "finish_reason": "stop"}]} for at in (0, 1))]
+
+
+def events_anthropic(pieces: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    for block, one in enumerate(sorted({piece[:2] for piece in pieces})):
+        member = {"content": "text", "reasoning": "thinking", "arguments": "partial_json"}[one[1]]
+        events.append(
+            {"type": "content_block_start", "index": block, "content_block": {"type": member, "at": list(one)}}
+        )
+        for piece in pieces:
+            if piece[:2] == one:
+                delta = {"type": f"{member}_delta", member: piece[2]}
+                events.append({"type": "content_block_delta", "index": block, "delta": delta})
+        events.append({"type": "content_block_stop", "index": block})
+    return [*events, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}}, {"type": "message_stop"}]
+
+
+def events_responses(pieces: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    names = {"content": "output_text", "reasoning": "reasoning_summary_text", "arguments": "function_call_arguments"}
+    for one in sorted({piece[:2] for piece in pieces}):
+        said = [piece[2] for piece in pieces if piece[:2] == one]
+        head = {"item_id": f"item_{one}", "output_index": 0}
+        events += [{"type": f"response.{names[one[1]]}.delta", **head, "delta": text} for text in said]
+        last = "arguments" if one[1] == "arguments" else "text"
+        events.append({"type": f"response.{names[one[1]]}.done", **head, last: "".join(said), "at": list(one)})
+    return [*events, {"type": "response.completed", "response": {"output": []}}]
+
+
+def events_gemini(pieces: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = [
+        {"candidates": [{"index": index, "content": {"parts": [{"text": text, **({"thought": True} if kind == "reasoning" else {})}]}}]}
+        for index, kind, text in sorted(pieces, key=lambda piece: piece[:2]) if kind != "arguments"
+    ]  # fmt: skip
+    ends = [{"index": at, "content": {"parts": [{"text": ""}]}, "finishReason": "STOP"} for at in (0, 1)]
+    return [*events, {"candidates": ends}]
+
+
+def gathered(events: list[dict[str, Any]]) -> dict[Any, str]:
+    """What a reader of any of the four dialects adds up."""
+    said: dict[Any, str] = {}
+    for event in events:
+        for piece in s.pieces_of(event):
+            said[piece.slot] = said.get(piece.slot, "") + piece.holder[piece.name]
+        for name in ("text", "arguments"):
+            if name in event:
+                said[(event["item_id"], "done")] = event[name]
+    return {slot: text for slot, text in said.items() if text}
+
+
+def cut(data: Any, places: list[int]) -> list[Any]:
+    marks = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
+    return [data[low:high] for low, high in itertools.pairwise(marks)]
+
+
+def as_sse(events: list[dict[str, Any]]) -> bytes:
+    return b"".join(s.sse_event(event, event.get("type", "")) for event in events)
+
+
+def as_array(events: list[dict[str, Any]]) -> bytes:
+    return b"[" + b",\r\n".join(map(s.dump_json, events)) + b"]"
+
+
+def read_sse(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(payload) for _, payload in s.SseReader().feed(data)]
+
+
+FORMS = [
+    (events_openai, as_sse, read_sse), (events_anthropic, as_sse, read_sse), (events_responses, as_sse, read_sse),
+    (events_gemini, as_sse, read_sse), (events_gemini, as_array, json.loads),
+]  # fmt: skip
+SLOTS = [(index, kind) for index in (0, 1) for kind in ("content", "reasoning", "arguments")]
+PLACES = st.lists(st.integers(0, 10_000), max_size=12)
+
+
+@pytest.mark.parametrize(("write", "frame", "read"), FORMS)
+@given(
+    sayings=st.tuples(*[SAYINGS] * len(SLOTS)), deltas=PLACES, chunks=PLACES, order=st.randoms(use_true_random=False)
+)
+@settings(max_examples=60, deadline=None)
+def test_a_stream_says_what_the_plain_answer_would_however_it_is_cut(
+    write: Any, frame: Any, read: Any, sayings: tuple[str, ...], deltas: list[int], chunks: list[int], order: Any
+) -> None:
+    queues = [[(*slot, piece) for piece in cut(text, deltas)] for slot, text in zip(SLOTS, sayings, strict=True)]
+    pieces: list[tuple[int, str, str]] = []
+    while any(queues):  # texts of one stream may take turns, each in its own order
+        queue = order.choice([queue for queue in queues if queue])
+        pieces.append(queue.pop(0))
+    data = frame(write(pieces))
+    restorer = s.StreamRestorer(HIDDEN, False, frame is as_array)
+    out = b"".join([*(restorer.feed(chunk) for chunk in cut(data, chunks)), restorer.close()])
+    expected = {}
+    for slot, text in gathered(write(pieces)).items():
+        is_json = "arguments" in str(slot) or "partial_json" in str(slot)
+        expected[slot] = HIDDEN.restore(text, is_json)
+    assert gathered(read(out)) == expected
+
+
+def test_ordinary_text_is_never_held_back() -> None:
+    restorer = s.StreamRestorer(HIDDEN, False, False)
+    for text in ("plain", "see [1]", "a [link", "](x) [EMAX", "[EMAIL]", "[EMAIL_0000", "tail [", "then"):
+        event = as_sse(events_openai([(0, "content", text)])[:1])
+        held = "[" if text.endswith("[") else ""
+        out = gathered(read_sse(restorer.feed(event)))
+        assert out.get((0, "content"), "").removeprefix("[") == text.removeprefix("[").removesuffix(held)
+
+
+def test_a_call_without_placeholders_is_relayed_as_it_is(start: Start) -> None:
+    call = s.Call("req_1", 0, 0.0, s.Endpoint("chat", PATH), {}, b"{}")
+    client = s.Nobody()
+    assert s.Gateway.restoring(call, client) is client
+    call.hidden = s.Hidden("reversible", SECRET, "")
+    assert s.Gateway.restoring(call, client) is client
+
+
+def test_placeholders_tell_tenants_processes_and_kinds_apart() -> None:
+    made = [
+        s.Hidden("reversible", secret, tenant).stand_in(entity, EMAIL)
+        for secret in (SECRET, b"t" * 32) for tenant in ("key_1", "key_2") for entity in ("email", "user")
+    ]  # fmt: skip
+    assert len(set(made)) == len(made)
+    again = s.Hidden("reversible", SECRET, "key_1")
+    assert again.stand_in("email", EMAIL) == again.stand_in("email", EMAIL) == made[0]
+    assert all(s.PLACEHOLDER.fullmatch(one) for one in made) and EMAIL not in repr(again)
+
+
+def test_what_looks_like_a_placeholder_comes_back_as_typed_and_nothing_else() -> None:
+    hidden = s.Hidden("reversible", SECRET, "")
+    token = s.Hidden("reversible", SECRET, "").stand_in("email", EMAIL)
+    document = chat(f"what is {token}? and mine is {EMAIL}")
+    s.Redactor(s.Scanner(), "reversible").redact(s.Texts(document), hidden)
+    sent = document["messages"][0]["content"]
+    assert sent.count(token) == 1 and sent.startswith("what is [LITERAL_")
+    assert hidden.restore(sent) == f"what is {token}? and mine is {EMAIL}"
+    assert hidden.restore("[EMAIL_0123456789abcdef]") == "[EMAIL_0123456789abcdef]"
+    assert hidden.counts.total() == 1
+
+
+ECHO_DOORS = [
+    (PATH, chat(f"I am {EMAIL}", model="echo")), ("/v1/messages", {**MESSAGES, "model": "echo"}),
+    ("/v1beta/models/echo:generateContent", GEMINI), ("/v1/responses", {"model": "echo", "input": f"I am {EMAIL}"}),
+    ("/v1/completions", {"model": "echo", "prompt": f"I am {EMAIL}"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), ECHO_DOORS)
+@pytest.mark.parametrize("streams", [False, True])
+async def test_values_come_back_to_their_client_only(
+    start: Start, path: str, body: dict[str, Any], streams: bool
+) -> None:
+    async with start(redact="reversible", cache="all") as proxy:
+        if streams and "generateContent" in path:
+            path = path.replace("generateContent", "streamGenerateContent")
+        elif streams:
+            body = {**body, "stream": True}
+        for cache in ("miss", "hit"):
+            status, headers, told = await proxy.post(path, body)
+            said = told.decode() if isinstance(told, bytes) else json.dumps(told)
+            assert (status, headers["x-stockyard-cache"]) == (200, cache)
+            assert EMAIL in said and "[EMAIL" not in said
+        for row in await proxy.rows():
+            found = json.dumps(s.find_request(proxy.gateway.store, row["id"]))
+            assert EMAIL not in found and "[EMAIL_" in found and row["redactions"] == 1
+
+
+async def test_a_kept_answer_never_hands_one_users_values_to_another(start: Start) -> None:
+    async with start(redact="reversible", cache="all", cache_scope="shared", require_key="always") as proxy:
+        keys = [proxy.gateway.create_key({"name": name})[1] for name in ("a", "b")]
+        for at, key in enumerate(keys):
+            for mail, other in (("one@example.org", "two@example.org"), ("two@example.org", "one@example.org")):
+                body = chat(f"I am {mail}", model="echo", temperature=0)
+                _, headers, told = await proxy.post(PATH, body, authorization=f"Bearer {key}")
+                said = json.dumps(told)
+                assert mail in said and other not in said and headers["x-stockyard-cache"] == "miss", at
+        stored = b"".join(path.read_bytes() for path in proxy.gateway.settings.data_path.iterdir() if path.is_file())
+        assert b"@example.org" not in stored
+
+
+async def test_equal_calls_that_share_an_answer_get_their_own_values(start: Start) -> None:
+    async with start(redact="reversible", cache="all") as proxy:
+        body = chat(f"I am {EMAIL}", model="echo", stream=True, delay_ms=100)
+        told = await asyncio.gather(*(proxy.post(PATH, body) for _ in range(3)))
+        assert sorted(headers["x-stockyard-cache"] for _, headers, _ in told) == ["coalesced", "coalesced", "miss"]
+        assert all(EMAIL.encode() in said and b"[EMAIL" not in said for _, _, said in told)
