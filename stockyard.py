@@ -689,6 +689,8 @@ class Call:
     #: The output cap that a budget needs in the provider's own field, and whether it is less than what was asked for.
     output_cap: int | None = None
     clamped: bool = False
+    #: The output tokens, over all answers, that a hard limit holds money for; the outgoing body may allow no more.
+    held_tokens: int | None = None
     session: str = ""
     targets: Sequence[Target] = ()
     #: The dialect that the logged request was translated to, and the arithmetic of a limit that refused the call.
@@ -1089,6 +1091,10 @@ class Dialect:
         names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
         name = next((name for name in names if name in request), names[0])
         return {**{key: value for key, value in request.items() if key not in names}, name: tokens}
+
+    def least_output_tokens(self, request: Json, model: str) -> int:
+        """What `encode` raises a lower output cap of this canonical request to, at the most: money is held for it."""
+        return 0
 
     def texts_at_once(self, model: str) -> int:
         """How many texts one embeddings call of this model takes."""
@@ -2916,6 +2922,9 @@ class OpenAiResponses(Dialect):
 
     def with_output_cap(self, request: Json, tokens: int) -> Json:
         return {**request, "max_output_tokens": tokens}
+
+    def least_output_tokens(self, request: Json, model: str) -> int:
+        return self.min_output_tokens
 
     def render(self, completion: Json, request: Json) -> Json:
         """A canonical completion as a response. Its ids come from the completion's, which should be Stockyard's own."""
@@ -8442,6 +8451,13 @@ class BedrockConverse(Dialect):
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         return f"/model/{urllib.parse.quote(model, safe='')}/converse{'-stream' if stream else ''}"
 
+    def least_output_tokens(self, request: Json, model: str) -> int:
+        """A Claude model's cap, where its thinking would fill it, is raised by the thinking's budget."""
+        claude, effort = bedrock_family(model).claude, request.get("reasoning_effort")
+        if claude is None or claude.adaptive or not effort:
+            return 0
+        return 2 * CLAUDE_BUDGETS.get(str(effort), CLAUDE_BUDGETS["medium"])
+
     def encode(self, request: Json, translation: Translation) -> Json:
         return BedrockEncoder(request, translation).build()
 
@@ -8804,6 +8820,9 @@ class ReplicatePredictions(Dialect):
 
     name = "replicate"
     follows = True
+
+    def least_output_tokens(self, request: Json, model: str) -> int:
+        return replicate_template(model).least_tokens
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         """Official models have a path of their own; `owner/name:version` is told in the body (`encode`)."""
@@ -13980,22 +13999,64 @@ class OutputCap(NamedTuple):
 
 
 def output_token_cap(
-    request: Json, provider_cap_field: str, model_max: int | None, affordable_tokens: int | None = None
+    request: Json,
+    provider_cap_field: str,
+    model_max: int | None,
+    affordable_tokens: int | None = None,
+    least_tokens: int = 0,
 ) -> OutputCap:
     """The real bound of a call's output: what the client asked, else the model's maximum, else 4,096 tokens.
 
-    `affordable_tokens` (over all answers) clamps it. A cap under another name than the provider's counts as not yet
+    `affordable_tokens` (over all answers) clamps it; a provider makes `least_tokens` of less. A cap under another name than the provider's counts as not yet
     written: only `provider_cap_field` in the outgoing body binds the provider. InvalidRequest for anything but numbers.
     """
     names = (provider_cap_field, *OUTPUT_CAP_FIELDS)
     name = next((name for name in names if request.get(name) is not None), None)
     asked = None if name is None else _read_count(request[name], name, 0)
     counts = [_read_count(request[many], many, 1) for many in ("n", "best_of") if request.get(many) is not None]
-    answers = max(counts, default=1)
+    prompt = request.get("prompt")  # each of several has answers of its own; a list of numbers is one, in tokens
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    answers = max(counts, default=1) * prompts
     tokens = (model_max or UNKNOWN_OUTPUT_TOKENS) if asked is None else asked
     if affordable_tokens is not None:
         tokens = min(tokens, affordable_tokens // answers)
-    return OutputCap(tokens, request.get(provider_cap_field) != tokens, tokens * answers)
+    return OutputCap(tokens, request.get(provider_cap_field) != tokens, max(tokens, least_tokens) * answers)
+
+
+#: Names, in lower case and without `_`, under which providers take output caps and numbers of answers.
+CAP_NAMES: Final = frozenset(
+    {"maxtokens", "maxcompletiontokens", "maxoutputtokens", "maxnewtokens", "maxtokenstosample", "maxgentokens", "maxlength", "numpredict"}
+)  # fmt: skip
+ANSWER_COUNT_NAMES: Final = frozenset({"n", "bestof", "candidatecount", "numreturnsequences", "numgenerations"})
+UNREAD_MEMBERS: Final = frozenset({"metadata", "properties", "requestMetadata", "promptVariables"})
+
+
+def output_allowed(body: Json) -> int | None:
+    """The most output tokens that a provider's own request lets it make, wherever it says so; None where it does not.
+
+    This is what binds the provider, whatever was read from the client's request, so money is checked against it.
+    """
+    caps: list[int] = []
+    counts, left = [1], [body]
+    while left:
+        for name, value in left.pop().items():
+            if isinstance(value, dict):
+                if name not in UNREAD_MEMBERS:
+                    left.append(value)
+            elif isinstance(value, int | float | str) and not isinstance(value, bool):
+                plain = name.replace("_", "").lower()
+                if (plain in CAP_NAMES or plain in ANSWER_COUNT_NAMES) and (number := _as_count(value)) is not None:
+                    (caps if plain in CAP_NAMES else counts).append(number)
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return max(caps) * max(counts) * prompts if caps else None
+
+
+def _as_count(value: float | str) -> int | None:
+    try:
+        return math.ceil(float(value))
+    except (ValueError, OverflowError):
+        return None
 
 
 def _read_count(value: Any, param: str, least: int) -> int:
@@ -18166,7 +18227,9 @@ class Gateway:
                 f"the cost of this call {shown}, more than x-stockyard-max-cost-usd allows ({clean_header(most, 20)})"
             )
         hold = self.ledger.admit(call.key, tags, call.model, provider, needed, now_ms, target.model)
-        call.output_cap = cap.tokens if cap is not None and cap.injected and (hard or most is not None) else None
+        is_bound = cap is not None and (hard or most is not None)
+        call.output_cap = cap.tokens if cap is not None and cap.injected and is_bound else None
+        call.held_tokens = cap.total_tokens if cap is not None and is_bound else None
         if hold.record is not None and self.journal is not None:
             try:
                 self.journal.append(hold.record)
@@ -18197,7 +18260,8 @@ class Gateway:
         if call.endpoint.kind == "embeddings":
             return None, price.upper_bound(tokens_in, 0)
         name = next((name for name in OUTPUT_CAP_FIELDS if request.get(name) is not None), OUTPUT_CAP_FIELDS[0])
-        cap = output_token_cap(request, name, price.max_output_tokens)
+        least = self.dialect_for(call, target).least_output_tokens(request, target.model)
+        cap = output_token_cap(request, name, price.max_output_tokens, None, least)
         if room_nanousd is not None:
             affordable = cap.total_tokens
             while affordable and price.upper_bound(tokens_in, affordable) > room_nanousd:
@@ -18205,9 +18269,9 @@ class Gateway:
                 spare = room_nanousd - base
                 step = (price.upper_bound(tokens_in, affordable) - base) / affordable
                 affordable = min(affordable - 1, int(spare / step)) if spare > 0 else 0
-            if affordable < MIN_CLAMPED_TOKENS:
-                return cap, price.upper_bound(tokens_in, cap.total_tokens)
-            cap = output_token_cap(request, name, price.max_output_tokens, affordable)
+            clamped = output_token_cap(request, name, price.max_output_tokens, affordable, least)
+            if MIN_CLAMPED_TOKENS <= affordable >= clamped.total_tokens:
+                cap = clamped
         return cap, price.upper_bound(tokens_in, cap.total_tokens)
 
     def charge(self, call: Call, hold: Hold, line: Attempt) -> None:
@@ -18515,7 +18579,9 @@ class Gateway:
             canonical = canonical or call.canonical or call.request
             if call.output_cap is not None:
                 canonical = DIALECTS["openai"].with_output_cap(canonical, call.output_cap)
-            body = dump_json(encode(canonical, translation))
+            encoded = encode(canonical, translation)
+            self.check_cap(call, encoded)
+            body = dump_json(encoded)
             call.dropped, call.sent_dialect = translation.dropped, dialect.name
         else:
             body = self.passing_body(call, target, dialect)
@@ -18526,6 +18592,18 @@ class Gateway:
         call.sent_body = body if body is not call.body else b""
         deadlines = call.route.deadlines if call.route is not None else None
         return Outgoing(origin, head, body, dialect, translation, kind, deadlines)
+
+    @staticmethod
+    def check_cap(call: Call, body: Json) -> None:
+        """BudgetExceeded where the body allows more output than money is held for: by a second name, or by none."""
+        if call.held_tokens is not None and call.endpoint.kind in ("chat", "completions"):
+            allowed = output_allowed(body)
+            if allowed is None or allowed > call.held_tokens:
+                most = "any number of" if allowed is None else allowed
+                raise BudgetExceeded(
+                    f"this request would let the provider write {most} tokens, and the budget holds money for "
+                    f"{call.held_tokens}; give it one output cap, under the usual name of its dialect"
+                )
 
     def dialect_for(self, call: Call, target: Target) -> Dialect:
         """The provider's dialect for this call: its own, the client's where it has a door for that, or the one it must be."""
@@ -18552,8 +18630,11 @@ class Gateway:
     def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
         """The client's own bytes, changed only where the provider's row or the model name demands it."""
         request, body, row = call.request, call.body, target.provider.row
+        if call.held_tokens is not None:
+            capped = request if call.output_cap is None else dialect.with_output_cap(request, call.output_cap)
+            self.check_cap(call, capped)
         if call.output_cap is not None:
-            request = dialect.with_output_cap(request, call.output_cap)
+            request = capped
             body = dump_json({name: value for name, value in request.items() if name != "$alt"})
         if dialect.name == "openai" and (not row.touched.isdisjoint(request) or target.model in row.aliases):
             translation = self.translation(call, target)

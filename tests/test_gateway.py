@@ -422,6 +422,59 @@ async def test_virtual_keys_are_required_once_one_exists_and_limit_what_they_say
     assert rows[-1]["key_id"] == key.id
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"max_tokens": 5}, 200),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 200),
+        ({"max_completion_tokens": 5, "max_tokens": 90_000}, 429),
+        ({"max_completion_tokens": 5, "max_tokens": "90000"}, 429),
+        ({"max_tokens": 5, "chat_template_kwargs": {"max_new_tokens": 90_000}}, 429),
+    ],
+)
+async def test_a_second_cap_allows_no_more_than_is_held(start: Start, body: dict[str, Any], status: int) -> None:
+    async with start(budget="0.01/day") as proxy:
+        assert (await proxy.post(CHAT_PATH, {**CHAT, **body}))[0] == status
+        assert len(proxy.upstream.seen) == (status == 200)
+        [balance] = proxy.gateway.ledger.snapshot(0)
+        assert (balance["held_nanousd"], balance["settled_nanousd"] > 0) == (0, status == 200)
+
+
+async def test_caps_that_an_encoder_raises_are_held_for(start: Start) -> None:
+    variables = {
+        "AWS_BEARER_TOKEN_BEDROCK": "k", "BEDROCK_BASE_URL": "UPSTREAM", "REPLICATE_API_TOKEN": "k", "REPLICATE_BASE_URL": "UPSTREAM",
+    }  # fmt: skip
+    bedrock = {
+        "model": "bedrock/anthropic.claude-3-7-sonnet-20250219-v1:0",
+        "messages": CHAT["messages"],
+        "max_tokens": 10,
+    }
+    replicate = {**bedrock, "model": "replicate/anthropic/claude-3.7-sonnet"}
+    prices = "".join(
+        f'[[prices]]\nmodel = "{asked["model"].partition("/")[2]}"\ninput = 1\noutput = 1000\n'
+        for asked in (bedrock, replicate)
+    )
+    async with start(**variables, budget="1000/day", toml=prices) as proxy:
+        for asked in (
+            {**bedrock, "reasoning_effort": "low"}, replicate, {**bedrock, "inferenceConfig": {"maxTokens": 60_000}},
+        ):  # fmt: skip
+            call = proxy.gateway.begin(stockyard.HOT_ENDPOINTS[CHAT_PATH], {}, json.dumps(asked).encode(), "")
+            proxy.gateway.read(call)
+            proxy.gateway.interpret(call)
+            [target] = await proxy.gateway.route(call)
+            hold = proxy.gateway.hold(call, target)
+            assert hold is not None
+            try:
+                sent = json.loads(proxy.gateway.prepare(call, target).body)
+            except stockyard.BudgetExceeded:
+                assert "inferenceConfig" in asked
+                continue
+            cap = stockyard.output_allowed(sent)
+            assert cap is not None
+            assert cap > 10
+            assert hold.nanousd >= cap * 1_000_000, "a token of output costs 0.001 dollars"
+
+
 SAMPLE_BODY: dict[str, Any] = {
     "model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "input": "x", "prompt": "x",
     "query": "x", "documents": ["x"], "contents": [{"parts": [{"text": "Hi"}]}], "content": {"parts": [{"text": "Hi"}]},

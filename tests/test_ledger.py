@@ -40,6 +40,7 @@ from stockyard import (
     input_token_bound,
     matches_pattern,
     mint_secret,
+    output_allowed,
     output_token_cap,
     parse_budget,
     parse_rate_limit,
@@ -1162,10 +1163,35 @@ FIELD = "max_completion_tokens"
         ({FIELD: 10, "max_tokens": 99}, None, None, (10, False, 10)),
         ({FIELD: None, "max_tokens": 9}, None, None, (9, True, 9)),
         ({FIELD: 100, "n": None}, None, None, (100, False, 100)),
+        ({FIELD: 100, "n": 2, "prompt": ["a", "b", "c"]}, None, None, (100, False, 600)),
+        ({FIELD: 100, "prompt": [1, 2, 3]}, None, None, (100, False, 100)),
     ],
 )
 def test_output_caps(request_body: dict, model_max: int | None, affordable: int | None, cap: tuple) -> None:
     assert output_token_cap(request_body, FIELD, model_max, affordable) == cap
+
+
+def test_a_provider_that_raises_a_cap_is_held_for_what_it_makes_of_it() -> None:
+    assert output_token_cap({FIELD: 1, "n": 2}, FIELD, None, None, 1024) == (1, False, 2048)
+    assert output_token_cap({FIELD: 5000}, FIELD, None, None, 1024) == (5000, False, 5000)
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 5, "max_completion_tokens": 90}, 90),
+        ({"inferenceConfig": {"maxTokens": 7}, "additionalModelRequestFields": {"max_tokens": 8}}, 8),
+        ({"generationConfig": {"maxOutputTokens": 3, "candidateCount": 4}}, 12),
+        ({"input": {"max_new_tokens": "250"}}, 250),
+        ({"max_tokens": 5, "prompt": ["a", "b"], "n": 2}, 20),
+        ({"max_tokens": 5, "metadata": {"max_tokens": "900"}, "tools": [{"max_tokens": 900}]}, 5),
+        ({"max_tokens": None, "n": 3}, None),
+        ({"max_tokens": True}, None),
+    ],
+)
+def test_what_an_outgoing_body_allows_is_read_wherever_it_stands(body: dict, tokens: int | None) -> None:
+    assert output_allowed(body) == tokens
 
 
 @pytest.mark.parametrize(
