@@ -12267,11 +12267,12 @@ def is_structure(node: Json, name: str, value: str) -> bool:
     if name == "name":
         return "role" not in node and TOOL_NAME.fullmatch(value) is not None
     if name in ("data", "file_data"):
-        return node.get("type") != "text" and len(value) > 32 and BASE64_START.match(value) is not None
-    return value.startswith("data:") and ";base64," in value[:120]
+        return node.get("type") != "text" and len(value) > 32 and BASE64.fullmatch(value) is not None
+    return value.startswith("data:") and BASE64.fullmatch(value) is not None
 
 
-BASE64_START: Final = re.compile(r"(?:data:[\w./+-]{1,80};base64,)?[A-Za-z0-9+/_-]{32}")
+#: To its very end: what only begins like base64 is text.
+BASE64: Final = re.compile(r"(?:data:[\w./+;=-]{1,120};base64,)?[A-Za-z0-9+/_\r\n-]{32,}+={0,2}[\r\n]*+")
 
 # ----- Hiding and restoring
 

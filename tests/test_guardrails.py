@@ -88,6 +88,19 @@ def test_structure_stays_as_it_is() -> None:
     assert json.dumps(changed) == before and not hidden.counts
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": f"data:x;base64, I am {EMAIL}"},
+        {"type": "x", "data": f"{'a' * 40} {EMAIL}"},
+        {"type": "input_audio", "input_audio": {"data": f"{'a' * 40} {EMAIL}"}},
+    ],
+)
+def test_what_only_begins_like_base64_is_masked(part: dict[str, Any]) -> None:
+    document, hidden = masked(chat([part]))
+    assert EMAIL not in json.dumps(document) and hidden.counts["email"] == 1
+
+
 def test_two_keys_with_one_mask_both_stay() -> None:
     document, _ = masked({"metadata": {"a@example.org": "1", "x": "y", "b@example.org": "2"}})
     assert document == {"metadata": {"[EMAIL]": "1", "x": "y", "[EMAIL]_": "2"}}
