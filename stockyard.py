@@ -10180,19 +10180,21 @@ class Settings:
 SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.metadata)
 #: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
 #: is refused: a limit that is set and not kept would be worse than none.
-NOT_YET: Final[Mapping[str, frozenset[Any]]] = {
-    "guard_injection": frozenset({"off"}), "guard_secrets": frozenset({"off"}),
-    "workers": frozenset({"1"}),
-}  # fmt: skip
+NOT_YET: Final[Mapping[str, frozenset[Any]]] = {"workers": frozenset({"1"})}
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
-TOML_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases", "keys"})
+TOML_TABLES: Final = frozenset(
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "guardrails", "recognisers"}
+)
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
     "require_key", "cache_scope", "cache_ttl", "budget", "rate_limit", "connect_timeout", "first_byte_timeout", "idle_timeout",
-    "total_timeout", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl",
+    "total_timeout", "body_timeout", "drain_timeout", "max_body_mb", "retries", "models_ttl", "redact", "guard_injection",
+    "guard_secrets",
 })  # fmt: skip
-LIVE_TABLES: Final = frozenset({"providers", "prices", "budgets", "routes", "aliases", "keys"})
+LIVE_TABLES: Final = frozenset(
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "guardrails", "recognisers"}
+)
 
 
 def read_setting(row: dataclasses.Field[Any], text: str, where: str) -> Any:
@@ -12338,28 +12340,33 @@ NOT_NAME: Final = re.compile("[^A-Z0-9]+")
 
 
 class Redactor:
-    """Finds and hides in whole documents. `entities` of None is everything, else only secrets are sought."""
+    """Finds and hides what its rules name, in whole documents."""
 
-    def __init__(self, scanner: Scanner, mode: str, only_secrets: bool = False) -> None:
-        self._scanner, self.mode, self._only_secrets = scanner, mode, only_secrets
+    def __init__(self, mode: str, rules: Sequence[Rule]) -> None:
+        self._mode = mode
+        self._finders = [rule.spans for rule in rules if rule.spans is not None]
 
-    def find(self, text: str) -> list[tuple[int, int, str]]:
-        """What is to be hidden in a text. What looks like a placeholder is hidden too, so that it comes back as typed."""
-        found = [
-            (at.start, at.end, at.entity) for at in self._scanner.find(text) if at.secret or not self._only_secrets
-        ]
-        if self.mode != "reversible" or "[" not in text:
-            return found
-        typed = [(*match.span(), LITERAL) for match in PLACEHOLDER.finditer(text)]
-        if not typed:
-            return found
-        apart = [one for one in found if not any(one[0] < end and start < one[1] for start, end, _ in typed)]
-        return sorted(apart + typed)
+    def find(self, text: str) -> list[Span]:
+        """What is to be hidden in a text, disjoint and in order; an earlier rule's finding stays.
+
+        What looks like a placeholder is hidden too, so that it comes back as typed and means nothing.
+        """
+        found: list[Span] = []
+        if self._mode == "reversible" and "[" in text:
+            found = [(*match.span(), LITERAL) for match in PLACEHOLDER.finditer(text)]
+        for find in self._finders:
+            more = find(text)
+            found += (
+                [one for one in more if not any(one[0] < end and start < one[1] for start, end, _ in found)]
+                if found
+                else more
+            )
+        return sorted(found)
 
     def redact(self, texts: Texts, hidden: Hidden) -> bool:
         """Hide in a document's texts; whether anything was hidden. All are read at once, so that a key is context."""
         whole = BETWEEN_TEXTS.join(texts.texts)
-        found = self.find(whole)
+        found = self._left(whole, hidden)
         if not found:
             return False
         starts = list(itertools.accumulate((len(text) + len(BETWEEN_TEXTS) for text in texts.texts), initial=0))
@@ -12384,8 +12391,8 @@ class Redactor:
         return hidden.hide(text, spans)
 
     def _left(self, text: str, hidden: Hidden) -> list[tuple[int, int, str]]:
-        """What is still to be seen in a text that was written anew, beside what was just put there."""
-        return [one for one in self.find(text) if text[one[0] : one[1]] not in hidden.values and one[2] != LITERAL]
+        """What is to be hidden in a text, without what was hidden before."""
+        return [one for one in self.find(text) if text[one[0] : one[1]] not in hidden.values]
 
     def redact_bytes(self, body: bytes) -> bytes:
         """A body as it may be logged, whatever it is: masked for good."""
@@ -12561,37 +12568,295 @@ def bare_event(event: Json, slot: tuple[Any, ...]) -> Json:
     return event
 
 
+# ----- Rules
+
+Span = tuple[int, int, str]
+SIDES: Final = ("input", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What may not be said. One of: `spans` (start, end, entity) in a text, so that it can be hidden; `breaks`, of all
+    texts of a side; `schema`, of the answer; `webhook`, which is asked. Empty scopes cover every call."""
+
+    name: str
+    action: str = "block"
+    on: tuple[str, ...] = ("input",)
+    spans: Callable[[str], list[Span]] | None = None
+    breaks: Callable[[Texts], bool] | None = None
+    schema: Json | None = None
+    webhook: str = ""
+    timeout_ms: int = 2000
+    models: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    def covers(self, call: Call) -> bool:
+        return (
+            (not self.models or call.model in self.models)
+            and (not self.keys or call.key_id in self.keys or (call.key is not None and call.key.name in self.keys))
+            and all(call.tag_map.get(name) == value for name, value in self.tags.items())
+        )
+
+    def refusal(self, where: str, why: str = "") -> GuardrailBlocked:
+        """Names the rule, never the text."""
+        what = "request" if where == "input" else "answer"
+        return GuardrailBlocked(
+            f"the guardrail `{self.name}` refused this {what}{why}", fields={"rule": self.name, "where": where}
+        )
+
+
+def word_spans(name: str, words: Sequence[str]) -> Callable[[str], list[Span]]:
+    found = re.compile(
+        r"(?<!\w)(?:" + "|".join(map(re.escape, sorted(words, key=len, reverse=True))) + r")(?!\w)", re.IGNORECASE
+    )
+    return pattern_spans(name, found)
+
+
+def pattern_spans(name: str, pattern: re.Pattern[str]) -> Callable[[str], list[Span]]:
+    return lambda text: [(*match.span(), name) for match in pattern.finditer(text) if match[0]]
+
+
+def entity_spans(scanner: Scanner, entities: Sequence[str]) -> Callable[[str], list[Span]]:
+    wanted = frozenset(entities)
+    return lambda text: [
+        (at.start, at.end, at.entity) for at in scanner.find(text)
+        if "all" in wanted or at.entity in wanted or (at.secret and "secrets" in wanted)
+    ]  # fmt: skip
+
+
+def names_topic(topics: Mapping[str, Sequence[str]]) -> Callable[[Texts], bool]:
+    """A topic is met where at least two of its words stand in one text, or its only one."""
+    finders = [(word_spans(name, words), min(2, len(words))) for name, words in topics.items()]
+    return lambda texts: any(
+        len({text[start:end].lower() for start, end, _ in find(text)}) >= least
+        for text in texts.texts
+        for find, least in finders
+    )
+
+
+def is_injected(texts: Texts) -> bool:
+    return any(
+        injection_score(text)[0] >= INJECTION_THRESHOLD
+        for text, place in zip(texts.texts, texts.places, strict=True) if not place.is_trusted
+    )  # fmt: skip
+
+
+#: The key that makes a rule of stockyard.toml what it is: (the type of its value, the fields that follow from it).
+RULE_KINDS: Final[Mapping[str, tuple[Any, Callable[[str, Any, Scanner], Json]]]] = {
+    "words": (list, lambda name, words, _: {"spans": word_spans(name, words)}),
+    "regex": (str, lambda name, pattern, _: {"spans": pattern_spans(name, linear_pattern(name, pattern))}),
+    "entities": (list, lambda name, entities, scanner: {"spans": entity_spans(scanner, entities)}),
+    "allow": (
+        list,
+        lambda name, words, _: {"breaks": lambda texts: not any(map(word_spans(name, words), texts.texts))},
+    ),
+    "topics": (dict, lambda name, topics, _: {"breaks": names_topic(topics)}),
+    "max_chars": (int, lambda name, most, _: {"breaks": lambda texts: sum(map(len, texts.texts)) > most}),
+    "max_bytes": (
+        int,
+        lambda name, most, _: {"breaks": lambda texts: sum(len(text.encode()) for text in texts.texts) > most},
+    ),
+    "json_schema": (dict, lambda name, schema, _: {"schema": checked_schema(name, schema)}),
+    "webhook": (str, lambda name, url, _: {"webhook": checked_url(name, url)}),
+}
+RULE_MEMBERS: Final = frozenset({"on", "action", "models", "keys", "tags", "timeout_ms"})
+
+
+def linear_pattern(name: str, pattern: str) -> re.Pattern[str]:
+    return recogniser_from_table(name, {"pattern": pattern}).pattern
+
+
+def checked_url(name: str, url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError(f"[guardrails.{name}]: webhook must be an http:// or https:// address")
+    return url
+
+
+def rule_from_table(name: str, table: Any, scanner: Scanner) -> Rule:
+    """A row `[guardrails.NAME]`: one key of RULE_KINDS, `on`, `action`, and whom it covers; SettingsError says what is wrong."""
+    where = f"[guardrails.{name}]"
+    kinds = [kind for kind in RULE_KINDS if isinstance(table, dict) and kind in table]
+    if len(kinds) != 1:
+        raise SettingsError(f"{where}: must have one of {', '.join(RULE_KINDS)}")
+    [kind] = kinds
+    if unknown := sorted(table.keys() - RULE_MEMBERS - {kind}):
+        raise SettingsError(f"{where}: {unknown[0]!r} is not known; use {kind}, {', '.join(sorted(RULE_MEMBERS))}")
+    shape, fields_of = RULE_KINDS[kind]
+    on = table.get("on", "output" if kind == "json_schema" else "input")
+    on, action = (on,) if isinstance(on, str) else tuple(on), table.get("action", "block")
+    if type(table[kind]) is not shape or not table[kind]:
+        raise SettingsError(f"{where}: {kind} must be a {SHAPE_WORDS[shape]}")
+    if not on or any(side not in SIDES for side in on) or (kind == "json_schema" and on != ("output",)):
+        raise SettingsError(f"{where}: on must be input, output or both; a JSON schema is for output")
+    fields = fields_of(name, table[kind], scanner)
+    if action not in ("flag", "redact", "block") or (action == "redact" and "spans" not in fields):
+        raise SettingsError(f"{where}: action must be flag or block, or redact with words, regex or entities")
+    scope: Json = {scoped: tuple(table.get(scoped, ())) for scoped in ("models", "keys")}
+    return Rule(
+        name, action, on, **fields, **scope, tags=table.get("tags", {}), timeout_ms=int(table.get("timeout_ms", 2000))
+    )
+
+
+SHAPE_WORDS: Final = {list: "list of texts", str: "text", dict: "table", int: "whole number above 0"}
+SCHEMA_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    "null": (type(None),),
+}  # fmt: skip
+SCHEMA_WORDS: Final = frozenset({
+    "type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "minimum", "maximum", "minLength",
+    "maxLength", "minItems", "maxItems", "title", "description", "$schema",
+})  # fmt: skip
+
+
+def checked_schema(name: str, schema: Any) -> Json:
+    """The schema; SettingsError for a keyword that is not checked here, for a rule that seems to hold and does not is none."""
+    if not isinstance(schema, dict):
+        raise SettingsError(f"[guardrails.{name}]: json_schema must be made of tables")
+    if unknown := sorted(schema.keys() - SCHEMA_WORDS):
+        raise SettingsError(
+            f"[guardrails.{name}]: json_schema: {unknown[0]!r} is not checked; known are {', '.join(sorted(SCHEMA_WORDS))}"
+        )
+    below = [
+        *schema.get("properties", {}).values(),
+        *schema.get("anyOf", ()),
+        *([schema["items"]] if "items" in schema else ()),
+    ]
+    for one in below:
+        checked_schema(name, one)
+    kinds = schema.get("type", [])
+    if unknown := [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind not in SCHEMA_TYPES]:
+        raise SettingsError(f"[guardrails.{name}]: json_schema: no type is called {unknown[0]!r}")
+    return schema
+
+
+def schema_fault(value: Any, schema: Json, at: str = "it") -> str:
+    """Where a value does not fit a schema, in words without the value; "" where it fits."""
+    kinds = schema.get("type")
+    if kinds is not None and not any(
+        is_of_type(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)
+    ):
+        return f"{at} must be {kinds if isinstance(kinds, str) else ' or '.join(kinds)}"
+    if ("enum" in schema and value not in schema["enum"]) or ("const" in schema and value != schema["const"]):
+        return f"{at} must be one of {json.dumps(schema.get('enum', [schema.get('const')]))}"
+    if "anyOf" in schema and all(schema_fault(value, one) for one in schema["anyOf"]):
+        return f"{at} fits none of anyOf"
+    size = value if is_of_type(value, "number") else len(value) if isinstance(value, (str, list)) else None
+    ends = SIZE_WORDS.get(type(value), ("minimum", "maximum"))
+    if size is not None and not schema.get(ends[0], size) <= size <= schema.get(ends[1], size):
+        return f"{at} must keep {ends[0]} and {ends[1]}"
+    if isinstance(value, list) and "items" in schema:
+        return next(filter(None, (schema_fault(one, schema["items"], f"an item of {at}") for one in value)), "")
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        if lacking := [name for name in schema.get("required", ()) if name not in value]:
+            return f"{at} lacks {lacking[0]!r}"
+        if schema.get("additionalProperties") is False and value.keys() - known.keys():
+            return f"{at} has members that are not allowed"
+        return next(
+            filter(None, (schema_fault(value[name], one, name) for name, one in known.items() if name in value)), ""
+        )
+    return ""
+
+
+SIZE_WORDS: Final[Mapping[type, tuple[str, str]]] = {str: ("minLength", "maxLength"), list: ("minItems", "maxItems")}
+
+
+def is_of_type(value: Any, kind: str) -> bool:
+    return isinstance(value, SCHEMA_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def json_fault(text: str, schema: Json) -> str:
+    try:
+        return schema_fault(json.loads(text), schema)
+    except (ValueError, RecursionError):
+        return "it must be JSON and nothing else"
+
+
 class Guardrails:
     """What is checked of each call, built from settings; see `guardrails_of`. Holds nothing of any call."""
 
-    def __init__(self, settings: Settings, scanner: Scanner, secret: bytes) -> None:
-        self.redactor = Redactor(scanner, settings.redact) if settings.redact != "off" else None
+    def __init__(self, settings: Settings, secret: bytes) -> None:
+        tables = settings.tables
+        own = [recogniser_from_table(name, table) for name, table in tables.get("recognisers", {}).items()]
+        scanner = self.scanner = Scanner((*own, *RECOGNISERS)) if own else Scanner()
+        rules = [rule_from_table(name, table, scanner) for name, table in tables.get("guardrails", {}).items()]
+        if settings.guard_injection != "off":
+            rules.append(Rule("injection", settings.guard_injection, breaks=is_injected))
+        if settings.guard_secrets != "off":
+            rules.append(Rule("secrets", settings.guard_secrets, spans=entity_spans(scanner, ["secrets"])))
+        if settings.redact != "off":
+            rules.append(Rule("redact", "redact", spans=entity_spans(scanner, ["all"])))
+        self.rules = tuple(rules)
         self._secret = secret
-        self._log_redactor = Redactor(scanner, "mask")
+        self.mode = "mask" if settings.redact == "off" else settings.redact
+        hiding = [rule for rule in rules if rule.action == "redact"]
+        self.hides_requests = any("input" in rule.on for rule in hiding)
+        self._log_redactor = Redactor("mask", [*hiding, Rule("log", "redact", spans=entity_spans(scanner, ["all"]))])
         self._hides_log = settings.log_bodies == "redacted"
-        self.fingerprint = settings.redact
+        told = [
+            settings.redact,
+            settings.guard_injection,
+            settings.guard_secrets,
+            *(tables.get(name, {}) for name in GUARD_TABLES),
+        ]
+        self.fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     def begin(self, call: Call) -> None:
         """Until its texts are checked, a call's body may be logged only through the redactor."""
         call.hides = self._log_redactor.redact_bytes
 
+    def covering(self, call: Call, side: str) -> list[Rule]:
+        return [rule for rule in self.rules if side in rule.on and rule.covers(call)]
+
     def check_input(self, call: Call) -> None:
         """Hide and judge what a request says; it goes on changed, or a GuardrailBlocked says which rule it broke."""
-        if self.redactor is not None:
-            hidden = call.hidden = call.hidden or Hidden(
-                self.redactor.mode, self._secret, f"{call.key_id}\0{call.own_key}"
-            )
-            if self.redactor.redact(Texts(call.request), hidden):
-                call.body, call.redactions = dump_json(call.request), hidden.counts.total()
-        if not self._hides_log:
+        rules = self.covering(call, "input")
+        if rules:
+            texts = Texts(call.request)
+            self._judge(call, texts, rules, "input")
+            hiding = [rule for rule in rules if rule.action == "redact"]
+            if hiding and self.hide(call, texts, hiding):
+                call.body = dump_json(call.request)
+        if not self._hides_log and not any(rule.action == "redact" for rule in self.covering(call, "output")):
             call.hides = None
+
+    def hide(self, call: Call, texts: Texts, rules: list[Rule]) -> bool:
+        hidden = call.hidden = call.hidden or Hidden(self.mode, self._secret, f"{call.key_id}\0{call.own_key}")
+        if not Redactor(self.mode, rules).redact(texts, hidden):
+            return False
+        call.redactions = hidden.counts.total()
+        return True
+
+    def _judge(self, call: Call, texts: Texts, rules: Iterable[Rule], side: str) -> None:
+        whole = BETWEEN_TEXTS.join(texts.texts)
+        for rule in rules:
+            if rule.action != "redact" and (
+                (rule.spans is not None and rule.spans(whole)) or (rule.breaks is not None and rule.breaks(texts))
+            ):
+                self.rule_broken(call, rule, side)
+
+    @staticmethod
+    def rule_broken(call: Call, rule: Rule, side: str) -> None:
+        """Note the verdict on the call; GuardrailBlocked where the rule blocks."""
+        verdict = str(Verdict(rule.name, rule.action, side))
+        if verdict not in call.verdicts.split(","):
+            call.verdicts = f"{call.verdicts},{verdict}" if call.verdicts else verdict
+        if rule.action == "block":
+            raise rule.refusal(side)
+
+
+GUARD_TABLES: Final = ("guardrails", "recognisers")
 
 
 def guardrails_of(settings: Settings, secret: bytes) -> Guardrails | None:
     """None where nothing is to be checked, so that calls do not pay for it. `secret` makes this process's placeholders."""
-    if settings.redact == "off" and settings.log_bodies != "redacted":
-        return None
-    return Guardrails(settings, Scanner(), secret)
+    guards = Guardrails(settings, secret)
+    if late := [rule.name for rule in guards.rules if rule.webhook or "output" in rule.on]:
+        raise SettingsError(
+            f"[guardrails.{late[0]}]: rules on output and webhooks are not built into version {__version__} yet"
+        )
+    return guards if guards.rules or settings.log_bodies == "redacted" else None
 
 
 # ===== Ledger =========================================================================================================
@@ -17501,7 +17766,8 @@ class Gateway:
         self.has_budgets = self.has_rates = False
         self.key_required = True
         self.decide_keys()
-        self.guardrails = guardrails_of(settings, self.random.randbytes(32))
+        self.placeholder_secret = self.random.randbytes(32)
+        self.guardrails = guardrails_of(settings, self.placeholder_secret)
         self.journal: Journal | None = None
         #: Reads the settings anew: with what changes in stockyard.toml, and whether only to check. See `reloader`.
         self.reload: Callable[[Mapping[str, Any], bool], list[str]] | None = None
@@ -17517,9 +17783,10 @@ class Gateway:
         self._models_at_s: dict[str, float] = {}
         self._models: dict[str, list[Json]] = {}
 
-    def adopt(self, settings: Settings, router: Router, prices: PriceBook) -> None:
+    def adopt(self, settings: Settings, router: Router, prices: PriceBook, guardrails: Guardrails | None) -> None:
         """Go on with other settings, providers and prices; calls under way end with what they began with."""
         self.settings, self.router, self.prices, self.upstream.deadlines = settings, router, prices, settings.deadlines
+        self.guardrails = guardrails
         self.upstream.heed(settings.deadlines)
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
         self.cache.ttl_ms, self.cache.is_shared = settings.cache_ttl * 1000, settings.cache_scope == "shared"
@@ -19752,7 +20019,7 @@ async def forward(
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
     )
-    if gateway.guardrails is not None and gateway.guardrails.redactor is not None and body is not None:
+    if gateway.guardrails is not None and gateway.guardrails.hides_requests and body is not None:
         raise GuardrailBlocked("bodies of this endpoint cannot be redacted; send it while STOCKYARD_REDACT is off")
     if call.key is not None:
         call.key.check(provider.id, call.model or "*")
@@ -21135,6 +21402,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
     router = load_router(settings, environment, prices, gateway.router)
     budgets, rates = configured_budgets(settings), configured_rates(settings)
     keys = configured_keys(gateway, settings, environment)
+    guardrails = guardrails_of(settings, gateway.placeholder_secret)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
 
     def apply() -> None:
@@ -21145,7 +21413,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
             gateway.drop_budget(budget_id)
         for budget in budgets:
             gateway.put_budget(budget)
-        gateway.adopt(settings, router, prices)
+        gateway.adopt(settings, router, prices, guardrails)
         gateway.declare_keys(keys)
 
     return apply
