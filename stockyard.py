@@ -14989,8 +14989,9 @@ LOGGED_BODY_MAX_BYTES: Final = 1_000_000
 #: What waits for the writer, at most; past it calls are refused, so that none goes without its row.
 QUEUE_MAX_ROWS: Final = 20_000
 QUEUE_MAX_BYTES: Final = 256 * 1024 * 1024
-COMMIT_REST_S: Final = 0.04
-COMMIT_MAX_ROWS: Final = 500
+#: How long rows gather between commits: their journal keeps them meanwhile, and each commit costs the interpreter lock.
+COMMIT_REST_S: Final = 0.25
+COMMIT_MAX_ROWS: Final = 2000
 COMMIT_RETRY_S: Final = 0.25
 UPKEEP_REST_S: Final = 5.0
 #: A row's `seq` is its time and a counter, so that order, time and id need no index of their own; a block's likewise.
@@ -21494,6 +21495,7 @@ def harden_process() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     raise_file_limit()
+    sys.setswitchinterval(0.0005)  # the log's thread makes way for the event loop ten times sooner than by default
     gc.set_threshold(25_000, 20, 50)  # cycles are rare on the data path, so they are looked for rarely
 
 
