@@ -361,13 +361,14 @@ class GatewayError(Exception):
     """The root: what a client is told, and how retries see it.
 
     `fields` are further members of the error object (a budget's arithmetic, a provider's own details);
-    `retry_after_s` becomes the header; `attempted` is true where a provider may have done (and billed) the work.
+    `retry_after_s` becomes the header. `is_unbilled`: an attempt that ends so has surely cost nothing.
     """
 
     status: int = 500
     type: str = "server_error"
     code: str = "internal_error"
     retryable: ClassVar[bool] = False
+    is_unbilled: bool = True
 
     def __init__(
         self,
@@ -424,6 +425,7 @@ class BudgetExceeded(LimitExceeded):
 
 class GuardrailBlocked(GatewayError):
     status, type, code = 400, "invalid_request_error", "content_filter"
+    is_unbilled = False  # it may be the answer that is refused
 
 
 class StorageUnavailable(GatewayError):
@@ -443,6 +445,13 @@ class UpstreamError(GatewayError):
 
     status, type, code = 502, "upstream_error", "upstream_error"
     retryable = True
+    is_unbilled = False
+
+
+class UpstreamUnreached(UpstreamError):
+    """The request never left."""
+
+    is_unbilled = True
 
 
 class UpstreamTimeout(UpstreamError):
@@ -636,11 +645,6 @@ class Endpoint:
 
 #: The output cap by the names that dialects give it.
 OUTPUT_CAP_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-#: Failures after which a provider may have done and billed the work.
-BILLED_PERHAPS: Final = frozenset({
-    "upstream_timeout", "upstream_disconnected", "upstream_truncated", "upstream_malformed", "upstream_too_large", "upstream_stalled",
-    "client_closed_request", "internal_error",
-})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -653,6 +657,7 @@ class Attempt:
     ended_ms: float = 0.0
     status: int = 0
     error: str = ""
+    is_unbilled: bool = False
     #: Where money is limited: the budgets (id and window), what was held in each, and what was charged for it.
     budget: Json | None = None
 
@@ -661,7 +666,7 @@ class Attempt:
         """`yes`, `no`, or `perhaps` where the provider may have done the work and did not tell."""
         if self.status == 200:
             return "yes"
-        return "no" if self.status >= 400 and self.error not in BILLED_PERHAPS else "perhaps"
+        return "no" if self.is_unbilled else "perhaps"
 
     def to_json(self) -> Json:
         times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
@@ -16957,17 +16962,18 @@ class Upstream:
                     ssl=self._tls_context() if origin.scheme == "https" else None,
                 )  # fmt: skip
         except TimeoutError:
-            raise UpstreamTimeout(
+            raise UpstreamUnreached(
                 f"connecting to {where} took longer than {connect_s:g} s",
+                status=UpstreamTimeout.status,
                 code="upstream_connect_timeout",
             ) from None
         except ssl.SSLError as error:
-            raise UpstreamError(
+            raise UpstreamUnreached(
                 f"{where} has no TLS that can be trusted: {error.reason or type(error).__name__}", code="upstream_tls"
             ) from error
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise UpstreamError(f"{where} cannot be reached: {reason}", code="upstream_unreachable") from error
+            raise UpstreamUnreached(f"{where} cannot be reached: {reason}", code="upstream_unreachable") from error
         return connection
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -17099,7 +17105,9 @@ def google_grant(credentials: Json, now_s: int) -> tuple[str, bytes]:
         form = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": assertion}
     else:
         kind = clean_kind(credentials.get("type"))
-        raise UpstreamError(f"Google credentials of the kind {kind} are not understood", code="upstream_misconfigured")
+        raise UpstreamUnreached(
+            f"Google credentials of the kind {kind} are not understood", code="upstream_misconfigured"
+        )
     return uri, urllib.parse.urlencode(form).encode()
 
 
@@ -17126,7 +17134,7 @@ class GoogleTokens:
             uri, form = google_grant(credentials, int(self._clock()))
         except (OSError, ValueError, KeyError, IndexError) as error:
             what = f"GOOGLE_APPLICATION_CREDENTIALS cannot be used ({type(error).__name__})"
-            raise UpstreamError(what, code="upstream_misconfigured") from error
+            raise UpstreamUnreached(what, code="upstream_misconfigured") from error
         parts = urllib.parse.urlsplit(uri)
         head = (
             f"POST {parts.path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/x-www-form-urlencoded\r\n"
@@ -17137,7 +17145,7 @@ class GoogleTokens:
         await answer.done
         document = orjson.loads(answer.body) if answer.status == 200 else {}
         if not document.get("access_token"):
-            raise UpstreamError(f"Google refused a token ({answer.status})", code="upstream_authentication")
+            raise UpstreamUnreached(f"Google refused a token ({answer.status})", code="upstream_authentication")
         self._tokens[path] = (document["access_token"], self._clock() + float(document.get("expires_in") or 3600))
 
 
@@ -17317,7 +17325,7 @@ class Relay:
     def end(self) -> None:
         if self._refused is not None:
             self._refused.done.cancel()
-            self._end(read_refusal(self._dialect, self._refused))
+            self._end(read_refusal(self._dialect, self._refused, is_first=not self._dialect.follows))
             return
         if self.done.done():
             return
@@ -17350,13 +17358,20 @@ class Relay:
 STREAM_TYPES: Final = ("text/event-stream", "application/x-ndjson", "application/vnd.amazon.eventstream", "text/plain")
 
 
-def read_refusal(dialect: Dialect, answer: PlainAnswer) -> UpstreamError:
-    """A provider's error answer as an error of ours, with its Retry-After."""
+def is_unbilled_status(status: int) -> bool:
+    """Whether an answer says that nothing was done: what was wrong, or too much. Any other failure may come late."""
+    return 300 <= status < 500 or status in (503, 529)
+
+
+def read_refusal(dialect: Dialect, answer: PlainAnswer, is_first: bool = True) -> UpstreamError:
+    """A provider's error answer as an error of ours, with its Retry-After; not `is_first`: another came before it."""
     if 300 <= answer.status < 400:
-        return UpstreamError(
+        error = UpstreamError(
             f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect"
         )
-    error = dialect.read_error_answer(answer.status, answer.headers, answer.body)
+    else:
+        error = dialect.read_error_answer(answer.status, answer.headers, answer.body)
+    error.is_unbilled = is_first and is_unbilled_status(answer.status)
     error.retry_after_s = error.retry_after_s or read_retry_after(answer.headers)
     return error
 
@@ -18440,6 +18455,8 @@ class Gateway:
             call.key.check(target.provider.id, call.model, target.model)
         hold = self.hold(call, target)
         call.provider, call.upstream_model = target.provider.id, target.model
+        if call.attempts:  # what an earlier attempt told of its usage is not this one's
+            call.usage, call.usage_estimated, call.cost_nanousd = None, False, None
         began_s, health = self.tick(), target.health
         is_probe, outcome = health is not None and health.begin(began_s), None
         line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
@@ -18460,7 +18477,7 @@ class Gateway:
             line.status, outcome = 200, True
             return result
         except GatewayError as error:
-            line.status, line.error = error.status, error.code
+            line.status, line.error, line.is_unbilled = error.status, error.code, error.is_unbilled
             if isinstance(error, UpstreamError):
                 self.router.note_failure(target, call.upstream_key, error, self.tick())
                 outcome = False if reaction_to(error).breaks else None
@@ -18638,7 +18655,7 @@ class Gateway:
             async with gate:
                 answer = await self.fetch(target, outgoing)
             if answer.status >= 300:
-                raise read_refusal(outgoing.dialect, answer)
+                raise read_refusal(outgoing.dialect, answer, is_first=False)
             assert outgoing.translation is not None
             return outgoing.dialect.decode_embeddings(orjson.loads(plain_body(answer)), outgoing.translation)
 
@@ -18655,7 +18672,7 @@ class Gateway:
     def next_address(outgoing: Outgoing, answer: PlainAnswer) -> str | None:
         assert outgoing.translation is not None
         if answer.status >= 300:
-            raise read_refusal(outgoing.dialect, answer)
+            raise read_refusal(outgoing.dialect, answer, is_first=bool(outgoing.body))
         try:
             return outgoing.dialect.follow(orjson.loads(plain_body(answer)), outgoing.translation)
         except orjson.JSONDecodeError:
@@ -19299,7 +19316,7 @@ def build_head(
     lines += ["content-type: application/json"] if method == "POST" else []
     head = "\r\n".join(lines)
     if any(ord(letter) < 32 for line in lines for letter in line):
-        raise UpstreamError(
+        raise UpstreamUnreached(
             "a header for the provider holds a control character; check its key", code="upstream_misconfigured"
         )
     return f"{head}\r\ncontent-length: ".encode("latin-1", "replace")
@@ -20043,7 +20060,7 @@ async def forward(
             allow_redirects=False,
             auto_decompress=False,
         ) as answer:
-            line.status = answer.status
+            line.status, line.is_unbilled = answer.status, is_unbilled_status(answer.status)
             return await pass_answer(request, gateway, call, target, answer)
     except TimeoutError:
         raise UpstreamTimeout("the provider took too long") from None

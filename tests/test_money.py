@@ -1,0 +1,209 @@
+"""Money under attack: a provider that keeps books of its own, bills the most it may and misbehaves, never sees more than
+the limit; no hold leaks; a process that is killed charges what was under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import Start
+
+import stockyard
+
+INPUT_NANOUSD, OUTPUT_NANOUSD = 1_000, 10_000  # a token, as in PRICES
+PRICES = '[[prices]]\nmodel = "m"\ninput = 1\noutput = 10\n'
+ROUTE = '[routes.r]\ntargets = ["openai/m"]\nfallbacks = ["groq/m"]\nretries = 1\n'
+WORST_NANOUSD = 2_500_000  # a little over what a call of these tests can cost
+MOODS = ("honest", "silent", "error", "overloaded", "hang", "reset", "cut", "lies")
+
+
+class Adversary:
+    """A provider with its own ledger: it bills every byte it was sent and every token it was allowed, on arrival.
+
+    Moods: honest; no usage; an error after the bill; overloaded (the one that bills nothing); hangs; resets the
+    connection; breaks off midway; tells usage in a stream and then goes on for longer than anybody listens.
+    """
+
+    def __init__(self, seed: int, moods: tuple[str, ...] = MOODS) -> None:
+        self.random, self.moods = random.Random(seed), moods
+        self.billed_nanousd = self.calls = self.port = 0
+        self.serving: set[asyncio.Task[Any]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.serving.add(task)
+        task.add_done_callback(self.serving.discard)
+        try:
+            while await self.answer(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        size = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
+        body = await reader.readexactly(size)
+        if not body:
+            return self.write(writer, 200, b'{"object": "list", "data": []}')
+        asked, mood = json.loads(body), self.random.choice(self.moods)
+        self.calls += 1
+        if mood == "overloaded":
+            return self.write(writer, 503, b'{"error": {"message": "overloaded"}}')
+        allowed = stockyard.output_allowed(asked)
+        assert allowed is not None
+        self.billed_nanousd += size * INPUT_NANOUSD + allowed * OUTPUT_NANOUSD
+        usage = {"prompt_tokens": size, "completion_tokens": allowed, "total_tokens": size + allowed}
+        return await self.play(mood, bool(asked.get("stream")), usage if mood != "silent" else None, writer)
+
+    async def play(self, mood: str, stream: bool, usage: Any, writer: asyncio.StreamWriter) -> bool:
+        if mood == "error":
+            return self.write(writer, 500, b'{"error": {"message": "billed all the same"}}')
+        if mood == "hang":
+            await asyncio.sleep(1.5)
+        if mood in ("hang", "reset"):
+            writer.transport.abort()
+            return False
+        message = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
+        if not stream:
+            choice = {"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}
+            whole = json.dumps({**message, "choices": [choice]}).encode()
+            self.write(writer, 200, whole[:-9] if mood == "cut" else whole, len(whole))
+            return mood != "cut"
+        self.write(writer, 200, b"", None, "text/event-stream")
+        for text in ("a", "b", "c"):
+            delta = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+            self.event(writer, {**message, "object": "chat.completion.chunk", "usage": None, "choices": [delta]})
+            await writer.drain()
+        if mood != "cut":
+            last = {"index": 0, "delta": {}, "finish_reason": "stop"}
+            self.event(writer, {**message, "object": "chat.completion.chunk", "usage": None, "choices": [last]})
+            if usage:
+                self.event(writer, {**message, "object": "chat.completion.chunk", "choices": []})
+            writer.write(b"data: [DONE]\n\n")
+        return False
+
+    @staticmethod
+    def event(writer: asyncio.StreamWriter, value: Any) -> None:
+        writer.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    @staticmethod
+    def write(
+        writer: asyncio.StreamWriter, status: int, body: bytes, length: int | None = -1, kind: str = "application/json"
+    ) -> bool:
+        told = "connection: close" if length is None else f"content-length: {len(body) if length < 0 else length}"
+        writer.write(f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{told}\r\n\r\n".encode() + body)
+        return True
+
+
+@contextlib.asynccontextmanager
+async def adversary(seed: int, *moods: str) -> AsyncIterator[Adversary]:
+    found = Adversary(seed, moods or MOODS)
+    server = await asyncio.start_server(found.serve, "127.0.0.1", 0)
+    found.port = server.sockets[0].getsockname()[1]
+    try:
+        yield found
+    finally:
+        server.close()
+        for task in found.serving:
+            task.cancel()
+        await asyncio.gather(*found.serving, return_exceptions=True)
+        await asyncio.sleep(0)
+
+
+async def storm(url: str, seed: int, clients: int) -> list[int]:
+    """Many clients at once: plain and streamed, direct and with a fallback, some of which hang up early."""
+    randomness = random.Random(seed)
+
+    async def ask(session: aiohttp.ClientSession, at: int) -> int:
+        body = {
+            "model": randomness.choice(("openai/m", "r")),
+            "messages": [{"role": "user", "content": f"Hi {at}"}],
+            "max_tokens": 100,
+        }
+        body["stream"] = randomness.random() < 0.5
+        patience_s = 0.05 if randomness.random() < 0.1 else 30
+        try:
+            async with asyncio.timeout(patience_s), session.post(f"{url}/v1/chat/completions", json=body) as answer:
+                await answer.read()
+                return answer.status
+        except (TimeoutError, aiohttp.ClientError):
+            return 0
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        return await asyncio.gather(*(ask(session, at) for at in range(clients)))
+
+
+def account(gateway: stockyard.Gateway) -> Any:
+    [found] = gateway.ledger.snapshot(int(gateway.clock() * 1000))
+    return found
+
+
+async def settle_down(gateway: stockyard.Gateway) -> None:
+    async with asyncio.timeout(20):
+        while gateway.in_flight or gateway.ledger.open:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_a_provider_that_bills_the_most_it_may_never_bills_more_than_the_limit(start: Start, seed: int) -> None:
+    limit = WORST_NANOUSD * 120
+    async with adversary(seed) as first, adversary(seed + 100) as second:
+        toml = PRICES + ROUTE + f'[[budgets]]\nusd = "{stockyard.format_usd(limit)}"\nperiod = "total"\n'
+        given = {"OPENAI_BASE_URL": first.url, "GROQ_BASE_URL": second.url, "GROQ_API_KEY": "k"}
+        async with start(toml=toml, cache="off", first_byte_timeout=0.5, retries=1, **given) as proxy:
+            gateway = proxy.gateway
+            statuses = await storm(proxy.url, seed, 300)
+            await settle_down(gateway)
+            spent, billed = account(gateway)["settled_nanousd"], first.billed_nanousd + second.billed_nanousd
+            assert {200, 429} <= set(statuses)
+            assert gateway.ledger.bound_violations == gateway.ledger.repeated_ends == 0
+            assert 0 < billed <= spent <= limit
+            assert account(gateway)["held_nanousd"] == 0
+            left, now_ms = limit - spent, int(gateway.clock() * 1000)
+            with pytest.raises(stockyard.BudgetExceeded):
+                gateway.ledger.admit(None, {}, "m", "openai", left + 1, now_ms)
+            gateway.ledger.release(gateway.ledger.admit(None, {}, "m", "openai", left, now_ms), now_ms)
+            assert gateway.internal_errors == 0
+
+
+async def test_200_calls_at_once_on_five_and_a_half_worst_cases_admit_exactly_five(start: Start) -> None:
+    async with (
+        adversary(1, "honest") as provider,
+        start(toml=PRICES, cache="off", OPENAI_BASE_URL=provider.url) as proxy,
+    ):
+        call = proxy.gateway.begin(stockyard.HOT_ENDPOINTS["/v1/chat/completions"], {}, b"", "")
+        call.body = json.dumps(
+            {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100}
+        ).encode()
+        proxy.gateway.read(call)
+        proxy.gateway.interpret(call)
+        [target] = await proxy.gateway.route(call)
+        worst = proxy.gateway.cost_bound(call, target)[1]
+        assert worst is not None
+        proxy.gateway.put_budget(stockyard.Budget("global:total", worst * 11 // 2, "total"))
+        body = call.body
+        provider.moods = ("hang",)  # all are under way at once
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def ask() -> int:
+                headers = {"content-type": "application/json"}
+                async with session.post(f"{proxy.url}/v1/chat/completions", data=body, headers=headers) as answer:
+                    return answer.status
+
+            proxy.gateway.settings = stockyard.dataclasses.replace(proxy.gateway.settings, retries=0)
+            statuses = await asyncio.gather(*(ask() for _ in range(200)))
+        assert (provider.calls, statuses.count(429)) == (5, 195)
+        assert provider.billed_nanousd <= worst * 11 // 2
