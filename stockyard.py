@@ -20,6 +20,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Ledger                   virtual keys, budgets with holds and settlement, rate limits, bounds of a call
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
+    Metrics                  counts of finished calls, as Prometheus reads them
     ~~~ waterline: everything above is pure; below, things happen ~~~
     Store                    SQLite: one writer, grouped commits, queries
     Upstream                 the only code that opens connections for calls
@@ -14856,6 +14857,133 @@ class StreamRestorer:
 MAY_BE_HIDDEN: Final = re.compile(rb'\[[A-Z"]|\\u005[bB]')
 
 
+# ===== Metrics ========================================================================================================
+# Counts of finished calls, from their log rows, and the text that Prometheus reads. Pure: the writer thread adds rows as
+# they are committed, so that the event loop pays nothing. Label values come from clients in part, so their number is
+# bounded: past SERIES_MAX combinations all new ones are counted under OTHER. Money is kept in nano-dollars and told in
+# dollars. A further count of calls is a line in `Metrics.add` and a row of FAMILIES.
+
+SERIES_MAX: Final = 1000
+OTHER: Final = "other"
+TOKEN_BUCKETS: Final = ("input", "output", "cached", "cache_write", "reasoning")
+BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # fmt: skip
+WHO: Final = ("provider", "model", "key")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name without the prefix, its Prometheus type, its help, the names of its labels."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+FAMILIES: Final = {family.name: family for family in (
+    Family("requests_total", "counter", "Calls that ended, however they ended.", (*WHO, "status")),
+    Family("tokens_total", "counter", "Tokens by bucket, as usage tells them.", (*WHO, "bucket")),
+    Family("cost_usd_total", "counter", "Cost of priced calls.", WHO),
+    Family("unpriced_requests_total", "counter", "Answered calls whose cost is not known.", WHO),
+    Family("saved_usd_total", "counter", "What the cache saved.", WHO),
+    Family("cache_requests_total", "counter", "Calls by what the cache did.", (*WHO, "result")),
+    Family("errors_total", "counter", "Calls that failed or were refused, by code.", ("error",)),
+    Family("latency_seconds", "histogram", "From a call's first byte to its end.", ("provider", "model")),
+    Family("first_token_seconds", "histogram", "Until the first content of a stream.", ("provider", "model")),
+    Family("overhead_seconds", "histogram", "Latency less the time spent at the provider.", ("provider", "model")),
+)}  # fmt: skip
+HISTOGRAMS: Final = {"latency_seconds": "latency_ms", "first_token_seconds": "first_token_ms", "overhead_seconds": "overhead_ms"}  # fmt: skip
+
+
+class Metrics:
+    """The counts since this process began. `add` and `text` may be called from different threads."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in FAMILIES}
+        self._histograms: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in HISTOGRAMS}
+        self._who: set[tuple[str, ...]] = set()
+        self._errors: set[str] = set()
+        self._lock = threading.Lock()
+        self.uncounted = 0
+
+    def add(self, rows: Iterable[Json]) -> None:
+        """Count finished calls, given as their columns."""
+        with self._lock:
+            for row in rows:
+                try:
+                    self._add(row)
+                except Exception:  # a row that cannot be counted must not end the thread that writes the log
+                    self.uncounted += 1
+
+    def _add(self, row: Json) -> None:
+        who = (row["provider"], row["upstream_model"], row["key_id"])
+        if who not in self._who:
+            if len(self._who) < SERIES_MAX:
+                self._who.add(who)
+            else:
+                who = (OTHER, OTHER, OTHER)
+        self._count("requests_total", (*who, str(row["status"])), 1)
+        self._count("cache_requests_total", (*who, row["cache"]), 1)
+        for bucket in TOKEN_BUCKETS:
+            self._count("tokens_total", (*who, bucket), row[f"{bucket}_tokens"] or 0)
+        self._count("cost_usd_total", who, row["cost_nanousd"] or 0)
+        self._count("unpriced_requests_total", who, row["cost_nanousd"] is None and row["status"] < 400)
+        self._count("saved_usd_total", who, row["saved_nanousd"])
+        if row["error"]:
+            known = row["error"] in self._errors or len(self._errors) < SERIES_MAX // 10
+            self._errors |= {row["error"]} if known else set()
+            self._count("errors_total", (row["error"] if known else OTHER,), 1)
+        for name, column in HISTOGRAMS.items():
+            if row[column] is not None:
+                self._observe(name, who[:2], row[column] / 1000)
+
+    def _count(self, name: str, labels: tuple[str, ...], by: int) -> None:
+        if by:
+            counts = self._counts[name]
+            counts[labels] = counts.get(labels, 0) + by
+
+    def _observe(self, name: str, labels: tuple[str, ...], value_s: float) -> None:
+        """The counts of each bound and of what is above them all, then the sum."""
+        counts = self._histograms[name].setdefault(labels, [0] * (len(BOUNDS_S) + 1) + [0.0])
+        counts[bisect.bisect_left(BOUNDS_S, value_s)] += 1
+        counts[-1] += value_s
+
+    def text(self) -> str:
+        """All families in the text format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+        with self._lock:
+            return "".join(family_text(family, self._samples(family)) for family in FAMILIES.values())
+
+    def _samples(self, family: Family) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        if family.kind == "counter":
+            scale = NANOUSD_PER_USD if "_usd_" in family.name else 1
+            yield from (("", labels, count / scale) for labels, count in self._counts[family.name].items())
+            return
+        for labels, counts in self._histograms[family.name].items():
+            total = 0.0
+            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts[:-1], strict=True):
+                total += count
+                yield "_bucket", (*labels, bound), total
+            yield "_sum", labels, counts[-1]
+            yield "_count", labels, total
+
+
+def family_text(family: Family, samples: Iterable[tuple[str, tuple[str, ...], float]]) -> str:
+    """A family with its samples, each a suffix of its name, the values of its labels, and a number."""
+    name = f"stockyard_{family.name}"
+    lines = [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
+    for suffix, values, number in samples:
+        pairs = zip((*family.labels, "le"), values, strict=False)
+        labels = ",".join(f'{label}="{escape_label(value)}"' for label, value in pairs)
+        lines.append(f"{name}{suffix}{{{labels}}} {number:.12g}" if labels else f"{name}{suffix} {number:.12g}")
+    return "\n".join(lines) + "\n"
+
+
+def escape_label(value: str) -> str:
+    """A label's value as the text format writes it; what UTF-8 cannot carry becomes a question mark."""
+    text = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return text.encode("utf-8", "replace").decode()
+
+
 # ===== Store ==========================================================================================================
 # SQLite, and the journals that run ahead of it. Exactly one connection ever writes or checkpoints, in its own thread
 # (SQLite before 3.51.3 can corrupt a WAL database that two connections checkpoint); readers are read-only connections
@@ -15295,6 +15423,7 @@ class LogStore:
         self._upkeep_at_s = self._forget_at_s = 0.0
         self._reader: sqlite3.Connection | None = None
         self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
+        self.metrics = Metrics()
         self.journal = self._replay()
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
@@ -15315,6 +15444,10 @@ class LogStore:
     @property
     def is_full(self) -> bool:
         return len(self._queue) >= QUEUE_MAX_ROWS or self._queued_bytes - self._written_bytes >= QUEUE_MAX_BYTES
+
+    @property
+    def queued_rows(self) -> int:
+        return len(self._queue)
 
     @property
     def is_behind(self) -> bool:
@@ -15421,6 +15554,7 @@ class LogStore:
             if not self._give_way(group, error):
                 return False
         self._group = None
+        self.metrics.add(call.row.fields() for call in group.rows if not call.is_old)
         self._written_bytes += group.size_bytes
         self.last_error = ""
         for barrier in group.barriers:
@@ -20157,6 +20291,56 @@ async def get_ready(request: web.Request) -> web.Response:
     return json_response({"status": trouble or "ready"}, status=503 if trouble else 200)
 
 
+#: What is so at the moment, and counts that the parts keep themselves.
+GAUGES: Final = {family.name: family for family in (
+    Family("build_info", "gauge", "Always 1; the version is its label.", ("version",)),
+    Family("in_flight", "gauge", "Calls under way."),
+    Family("draining", "gauge", "1 while it shuts down."),
+    Family("log_queue_rows", "gauge", "What waits for the log's writer."),
+    Family("log_failing", "gauge", "1 while the log cannot be written."),
+    Family("lost_rows_total", "counter", "Log rows that could not be written at all."),
+    Family("uncounted_rows_total", "counter", "Log rows that these metrics could not count."),
+    Family("crashed_rows", "gauge", "Calls that the stop before this start cut off."),
+    Family("internal_errors_total", "counter", "Faults of Stockyard's own."),
+    Family("held_usd", "gauge", "Money held for calls under way."),
+    Family("bound_violations_total", "counter", "Calls that cost more than was held for them; must stay 0."),
+    Family("event_loop_lag_seconds", "gauge", "One turn of the event loop, measured as this was read."),
+    Family("breaker_open", "gauge", "1 open, 0.5 half open, 0 closed, by target of a route.", ("provider", "model")),
+)}  # fmt: skip
+BREAKER_NUMBERS: Final[Mapping[str, float]] = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
+
+
+def gauge_values(gateway: Gateway, lag_s: float) -> dict[str, float]:
+    store, ledger = gateway.store, gateway.ledger
+    return {
+        "in_flight": gateway.in_flight, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
+        "log_failing": bool(store.trouble()), "lost_rows_total": store.lost_rows, "crashed_rows": store.crashed_rows,
+        "uncounted_rows_total": store.metrics.uncounted,
+        "internal_errors_total": gateway.internal_errors, "held_usd": ledger.held_nanousd / NANOUSD_PER_USD,
+        "bound_violations_total": ledger.bound_violations, "event_loop_lag_seconds": lag_s,
+    }  # fmt: skip
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    """Counts for Prometheus, in its text format, since this process began."""
+    gateway = request.app[GATEWAY_KEY]
+    await gateway.store.catch_up()
+    started_s = gateway.tick()
+    await asyncio.sleep(0)
+    now_s = gateway.tick()
+    samples: dict[str, list[tuple[str, tuple[str, ...], float]]] = {
+        name: [("", (), value)] for name, value in gauge_values(gateway, now_s - started_s).items()
+    }
+    samples["build_info"] = [("", (__version__,), 1)]
+    samples["breaker_open"] = [
+        ("", target, BREAKER_NUMBERS[health.state(now_s)]) for target, health in gateway.router.health.items()
+    ]
+    text = "".join(family_text(family, samples[name]) for name, family in GAUGES.items())
+    text += await asyncio.to_thread(gateway.store.metrics.text)
+    headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8", "cache-control": "no-store"}
+    return web.Response(body=text.encode(), headers=headers)
+
+
 def list_dialect(request: web.Request) -> Dialect:
     """Whose list of models a client expects: Gemini's and Anthropic's SDKs name themselves in a header."""
     if (
@@ -20900,7 +21084,7 @@ QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 SUCCESSES: Final[Mapping[str, int]] = {"POST /api/keys": 201, "POST /api/requests/{id}/feedback": 201}
 ANSWER_KINDS: Final[Mapping[str, str]] = {
-    "/api/events": "text/event-stream", "/": "text/html", "/ui": "text/html", "/ui/{name}": "text/javascript",
+    "/metrics": "text/plain", "/api/events": "text/event-stream", "/": "text/html", "/ui": "text/html", "/ui/{name}": "text/javascript",
 }  # fmt: skip
 STATUS_WORDS: Final[Mapping[str, str]] = {
     "400": "The request is not understood, or a guardrail refuses it; `param` and `code` name what.",
@@ -21019,6 +21203,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/health", get_health, "anyone"),
     RouteRow("GET", "/ready", get_ready, "anyone"),
     RouteRow("GET", "/openapi.json", get_openapi, "anyone"),
+    RouteRow("GET", "/metrics", get_metrics, "viewer"),
     RouteRow("GET", "/", get_root, "anyone"),
     RouteRow("GET", "/ui", get_dashboard, "anyone"),
     RouteRow("GET", "/ui/{name}", get_dashboard, "anyone"),
