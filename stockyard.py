@@ -85,6 +85,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -14895,76 +14896,114 @@ FAMILIES: Final = {family.name: family for family in (
 HISTOGRAMS: Final = {"latency_seconds": "latency_ms", "first_token_seconds": "first_token_ms", "overhead_seconds": "overhead_ms"}  # fmt: skip
 
 
-class Metrics:
-    """The counts since this process began. `add` and `text` may be called from different threads."""
+#: The columns of a log row that are counted.
+COUNTED: Final = (
+    "provider", "upstream_model", "key_id", "status", "cache", "error", *(f"{bucket}_tokens" for bucket in TOKEN_BUCKETS),
+    "cost_nanousd", "saved_nanousd", *HISTOGRAMS.values(),
+)  # fmt: skip
+
+
+class Series:
+    """The counts of one provider, model and key."""
+
+    __slots__ = ("cached", "cost_nanousd", "saved_nanousd", "statuses", "times", "tokens", "unpriced")
 
     def __init__(self) -> None:
-        self._counts: dict[str, dict[tuple[str, ...], int]] = {name: {} for name in FAMILIES}
-        self._histograms: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in HISTOGRAMS}
-        self._who: set[tuple[str, ...]] = set()
-        self._errors: set[str] = set()
+        self.statuses: collections.Counter[int] = collections.Counter()
+        self.cached: collections.Counter[str] = collections.Counter()
+        self.tokens = [0] * len(TOKEN_BUCKETS)
+        self.cost_nanousd = self.saved_nanousd = self.unpriced = 0
+        #: For each histogram: calls up to each bound and above them all, then the sum in seconds.
+        self.times: list[list[float]] = [[0] * (len(BOUNDS_S) + 1) + [0.0] for _ in HISTOGRAMS]
+
+
+class Metrics:
+    """The counts since this process began, from log rows with these `columns`. `add` and `text` may be called from
+    different threads."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._pick = operator.itemgetter(*map(columns.index, COUNTED))
+        self._series: dict[tuple[str, ...], Series] = {}
+        self._errors: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
         self.uncounted = 0
 
-    def add(self, rows: Iterable[Json]) -> None:
-        """Count finished calls, given as their columns."""
+    def add(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Count finished calls."""
         with self._lock:
             for row in rows:
                 try:
-                    self._add(row)
+                    self._add(*self._pick(row))
                 except Exception:  # a row that cannot be counted must not end the thread that writes the log
                     self.uncounted += 1
 
-    def _add(self, row: Json) -> None:
-        who = (row["provider"], row["upstream_model"], row["key_id"])
-        if who not in self._who:
-            if len(self._who) < SERIES_MAX:
-                self._who.add(who)
-            else:
-                who = (OTHER, OTHER, OTHER)
-        self._count("requests_total", (*who, str(row["status"])), 1)
-        self._count("cache_requests_total", (*who, row["cache"]), 1)
-        for bucket in TOKEN_BUCKETS:
-            self._count("tokens_total", (*who, bucket), row[f"{bucket}_tokens"] or 0)
-        self._count("cost_usd_total", who, row["cost_nanousd"] or 0)
-        self._count("unpriced_requests_total", who, row["cost_nanousd"] is None and row["status"] < 400)
-        self._count("saved_usd_total", who, row["saved_nanousd"])
-        if row["error"]:
-            known = row["error"] in self._errors or len(self._errors) < SERIES_MAX // 10
-            self._errors |= {row["error"]} if known else set()
-            self._count("errors_total", (row["error"] if known else OTHER,), 1)
-        for name, column in HISTOGRAMS.items():
-            if row[column] is not None:
-                self._observe(name, who[:2], row[column] / 1000)
-
-    def _count(self, name: str, labels: tuple[str, ...], by: int) -> None:
-        if by:
-            counts = self._counts[name]
-            counts[labels] = counts.get(labels, 0) + by
-
-    def _observe(self, name: str, labels: tuple[str, ...], value_s: float) -> None:
-        """The counts of each bound and of what is above them all, then the sum."""
-        counts = self._histograms[name].setdefault(labels, [0] * (len(BOUNDS_S) + 1) + [0.0])
-        counts[bisect.bisect_left(BOUNDS_S, value_s)] += 1
-        counts[-1] += value_s
+    def _add(
+        self, provider: str, model: str, key: str, status: int, cache: str, error: str, input_tokens: int | None,
+        output_tokens: int | None, cached_tokens: int | None, cache_write_tokens: int | None, reasoning_tokens: int | None,
+        cost_nanousd: int | None, saved_nanousd: int, *times_ms: float | None,
+    ) -> None:  # fmt: skip
+        who = (provider, model, key)
+        series = self._series.get(who)
+        if series is None:
+            who = who if len(self._series) < SERIES_MAX else (OTHER,) * 3
+            series = self._series.setdefault(who, Series())
+        series.statuses[status] += 1
+        series.cached[cache] += 1
+        if input_tokens is not None:
+            told = (input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens)
+            series.tokens = [count + (more or 0) for count, more in zip(series.tokens, told, strict=True)]
+        if cost_nanousd is not None:
+            series.cost_nanousd += cost_nanousd
+        elif status < 400:
+            series.unpriced += 1
+        series.saved_nanousd += saved_nanousd
+        if error:
+            self._errors[error if error in self._errors or len(self._errors) < SERIES_MAX // 10 else OTHER] += 1
+        for counts, time_ms in zip(series.times, times_ms, strict=True):
+            if time_ms is not None:
+                counts[bisect.bisect_left(BOUNDS_S, time_ms / 1000)] += 1
+                counts[-1] += time_ms / 1000
 
     def text(self) -> str:
         """All families in the text format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
         with self._lock:
-            return "".join(family_text(family, self._samples(family)) for family in FAMILIES.values())
+            samples = {name: [*self._samples(family)] for name, family in FAMILIES.items()}
+        return "".join(family_text(family, samples[name]) for name, family in FAMILIES.items())
 
     def _samples(self, family: Family) -> Iterator[tuple[str, tuple[str, ...], float]]:
-        if family.kind == "counter":
-            scale = NANOUSD_PER_USD if "_usd_" in family.name else 1
-            yield from (("", labels, count / scale) for labels, count in self._counts[family.name].items())
-            return
-        for labels, counts in self._histograms[family.name].items():
-            total = 0.0
-            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), counts[:-1], strict=True):
-                total += count
-                yield "_bucket", (*labels, bound), total
-            yield "_sum", labels, counts[-1]
-            yield "_count", labels, total
+        if family.name == "errors_total":
+            yield from (("", (error,), count) for error, count in self._errors.items())
+        elif family.kind == "counter":
+            tell = COUNTERS[family.name]
+            for who, series in self._series.items():
+                yield from (("", (*who, *more), count) for more, count in tell(series) if count)
+        else:
+            yield from self._histogram([*HISTOGRAMS].index(family.name))
+
+    def _histogram(self, at: int) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        by_model: dict[tuple[str, ...], list[float]] = {}
+        for who, series in self._series.items():
+            before, more = by_model.get(who[:2]), series.times[at]
+            by_model[who[:2]] = [*map(operator.add, before, more)] if before else more
+        for labels, counts in by_model.items():
+            bounds = zip((*map(str, BOUNDS_S), "+Inf"), itertools.accumulate(counts[:-1]), strict=True)
+            if any(counts):
+                yield from (("_bucket", (*labels, bound), count) for bound, count in bounds)
+                yield "_sum", labels, counts[-1]
+                yield "_count", labels, sum(counts[:-1])
+
+
+#: What each counter tells of a series: further label values, and the count.
+COUNTERS: Final[Mapping[str, Callable[[Series], Iterable[tuple[tuple[str, ...], float]]]]] = {
+    "requests_total": lambda series: [((str(status),), count) for status, count in series.statuses.items()],
+    "tokens_total": lambda series: [
+        ((bucket,), count) for bucket, count in zip(TOKEN_BUCKETS, series.tokens, strict=True)
+    ],
+    "cost_usd_total": lambda series: [((), series.cost_nanousd / NANOUSD_PER_USD)],
+    "unpriced_requests_total": lambda series: [((), series.unpriced)],
+    "saved_usd_total": lambda series: [((), series.saved_nanousd / NANOUSD_PER_USD)],
+    "cache_requests_total": lambda series: [((cache,), count) for cache, count in series.cached.items()],
+}
 
 
 def family_text(family: Family, samples: Iterable[tuple[str, tuple[str, ...], float]]) -> str:
@@ -15423,7 +15462,7 @@ class LogStore:
         self._upkeep_at_s = self._forget_at_s = 0.0
         self._reader: sqlite3.Connection | None = None
         self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
-        self.metrics = Metrics()
+        self.metrics = Metrics((*LABEL_FIELDS, *OWN_FIELDS))
         self.journal = self._replay()
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
@@ -15554,7 +15593,7 @@ class LogStore:
             if not self._give_way(group, error):
                 return False
         self._group = None
-        self.metrics.add(call.row.fields() for call in group.rows if not call.is_old)
+        self.metrics.add((*call.row.label, *call.row.own) for call in group.rows if not call.is_old)
         self._written_bytes += group.size_bytes
         self.last_error = ""
         for barrier in group.barriers:

@@ -19,6 +19,10 @@ ROW: dict[str, Any] = {
 }  # fmt: skip
 
 
+def row(**changed: Any) -> list[Any]:
+    return [*({**ROW, **changed}).values()]
+
+
 def parse(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Samples by name and labels; each stands in the text once."""
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -88,8 +92,8 @@ async def test_breakers_of_routes_are_told(start: Start) -> None:
 
 
 def test_histograms_are_cumulative_and_bounds_belong_to_their_bucket() -> None:
-    metrics = stockyard.Metrics()
-    metrics.add([{**ROW, "latency_ms": value} for value in (1.0, 1.1, 1e9)])
+    metrics = stockyard.Metrics([*ROW])
+    metrics.add(row(latency_ms=value) for value in (1.0, 1.1, 1e9))
     found = parse(metrics.text())
     assert [of(found, "latency_seconds_bucket", le=le) for le in ("0.001", "0.0025", "300.0", "+Inf")] == [1, 2, 2, 3]
     assert of(found, "latency_seconds_sum") == 1000000.0021
@@ -97,9 +101,9 @@ def test_histograms_are_cumulative_and_bounds_belong_to_their_bucket() -> None:
 
 
 def test_labels_are_bounded_and_nothing_goes_uncounted() -> None:
-    metrics, calls = stockyard.Metrics(), stockyard.SERIES_MAX + 50
-    metrics.add({**ROW, "upstream_model": f"m{n}", "error": f"e{n}"} for n in range(calls))
-    metrics.add([{**ROW, "upstream_model": "m0"}])
+    metrics, calls = stockyard.Metrics([*ROW]), stockyard.SERIES_MAX + 50
+    metrics.add(row(upstream_model=f"m{n}", error=f"e{n}") for n in range(calls))
+    metrics.add([row(upstream_model="m0")])
     found = parse(metrics.text())
     assert of(found, "requests_total") == calls + 1 and of(found, "requests_total", model="m0") == 2
     assert of(found, "requests_total", model="other", provider="other", key="other") == 50
@@ -107,16 +111,16 @@ def test_labels_are_bounded_and_nothing_goes_uncounted() -> None:
 
 
 def test_odd_label_values_are_escaped() -> None:
-    metrics = stockyard.Metrics()
+    metrics = stockyard.Metrics([*ROW])
     name = 'a"b\\n\nstockyard_forged 1\n'
-    metrics.add([{**ROW, "upstream_model": name}, {**ROW, "upstream_model": "\ud800"}])
+    metrics.add([row(upstream_model=name), row(upstream_model="\ud800")])
     found = parse(metrics.text())
     assert of(found, "requests_total", model=name) == 1 and of(found, "requests_total", model="?") == 1
     assert of(found, "forged") == 0
 
 
 def test_a_row_that_cannot_be_counted_takes_no_other_with_it() -> None:
-    metrics = stockyard.Metrics()
-    metrics.add([{**ROW, "cost_nanousd": object()}, ROW])
+    metrics = stockyard.Metrics([*ROW])
+    metrics.add([row(cost_nanousd=object()), row()])
     assert metrics.uncounted == 1
     assert of(parse(metrics.text()), "cost_usd_total") == 1500 / 1e9
