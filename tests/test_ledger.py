@@ -6,6 +6,7 @@ import base64
 import datetime
 import json
 import math
+import os
 import re
 import unicodedata
 from typing import ClassVar
@@ -833,7 +834,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=30)
+# LEDGER_STEPS=50000 in the environment makes a long run of it.
+TestLedgerMachine.settings = settings(
+    max_examples=int(os.environ.get("LEDGER_STEPS", "1800")) // 30, stateful_step_count=30, deadline=None
+)
 
 
 # ----- rate windows

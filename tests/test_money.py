@@ -6,8 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -207,3 +211,46 @@ async def test_200_calls_at_once_on_five_and_a_half_worst_cases_admit_exactly_fi
             statuses = await asyncio.gather(*(ask() for _ in range(200)))
         assert (provider.calls, statuses.count(429)) == (5, 195)
         assert provider.billed_nanousd <= worst * 11 // 2
+
+
+@contextlib.asynccontextmanager
+async def process(directory: Path, **variables: str) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    """A proxy of its own, killed at the end if it still lives."""
+    environment = {"PATH": os.environ["PATH"], "STOCKYARD_DATA_DIR": str(directory), "STOCKYARD_PORT": "0", **variables}
+    run = await asyncio.create_subprocess_exec(
+        sys.executable, stockyard.__file__, "serve", env=environment, cwd=directory, stdout=PIPE, stderr=DEVNULL
+    )
+    assert run.stdout is not None
+    line = (await run.stdout.readline()).decode()
+    try:
+        yield next(word.rstrip(",") for word in line.split() if "://" in word), run
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            run.kill()
+        await run.wait()
+
+
+async def test_killed_under_load_it_charges_what_was_under_way(tmp_path: Path) -> None:
+    """KILL_ROUNDS=100 in the environment makes a long run of it."""
+    rounds = int(os.environ.get("KILL_ROUNDS", "3"))
+    limit = WORST_NANOUSD * 25 * rounds
+    (tmp_path / "stockyard.toml").write_text(
+        PRICES + ROUTE + f'[[budgets]]\nusd = "{stockyard.format_usd(limit)}"\nperiod = "total"\n'
+    )
+    async with adversary(7) as provider:
+        given = {
+            "OPENAI_BASE_URL": provider.url, "GROQ_BASE_URL": provider.url, "OPENAI_API_KEY": "k", "GROQ_API_KEY": "k",
+            "STOCKYARD_CACHE": "off", "STOCKYARD_FIRST_BYTE_TIMEOUT": "0.5", "STOCKYARD_ADMIN_KEY": "an-admin-key",
+        }  # fmt: skip
+        for number in range(rounds):
+            async with process(tmp_path, **given) as (url, run):
+                clients = asyncio.create_task(storm(url, number, 60))
+                await asyncio.sleep(provider.random.uniform(0.05, 0.4))
+                run.kill()
+                await clients
+        async with process(tmp_path, **given) as (url, _), aiohttp.ClientSession() as session:
+            headers = {"authorization": "Bearer an-admin-key"}
+            async with session.get(f"{url}/api/budgets", headers=headers) as answer:
+                [told] = (await answer.json())["data"]
+        assert told["held_nanousd"] == 0
+        assert 0 < provider.billed_nanousd <= told["settled_nanousd"] <= limit
