@@ -10191,7 +10191,7 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {"workers": frozenset({"1"})}
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
 TOML_TABLES: Final = frozenset(
-    {"providers", "prices", "budgets", "routes", "aliases", "keys", "guardrails", "recognisers"}
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers"}
 )
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
@@ -10200,7 +10200,7 @@ LIVE_SETTINGS: Final = frozenset({
     "guard_secrets",
 })  # fmt: skip
 LIVE_TABLES: Final = frozenset(
-    {"providers", "prices", "budgets", "routes", "aliases", "keys", "guardrails", "recognisers"}
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers"}
 )
 
 
@@ -12892,6 +12892,8 @@ ALARM_PERCENTS: Final = (50, 80, 100)
 MAX_BUDGET_NANOUSD: Final = 1_000_000_000 * NANOUSD_PER_USD
 MAX_RATE: Final = 10**12
 HELD_RETRY_S: Final = 1.0
+MAX_QUEUE_MS: Final = 600_000
+MAX_QUEUED: Final = 1000
 PERIOD_WORDS: Final = {"day": "a day", "week": "a week", "month": "a month", "total": "in all"}
 
 
@@ -13066,6 +13068,35 @@ def read_rate_limit(value: Any, param: str) -> RateLimit:
     if not any(members.values()):
         raise _invalid(param, "an object with at least one of rpm, tpm, parallel")
     return RateLimit(**members)
+
+
+class Limits(NamedTuple):
+    """`[limits]` of stockyard.toml: rates for all and by model pattern, and how long a call may wait for its turn."""
+
+    everything: RateLimit | None = None
+    models: Mapping[str, RateLimit] = {}
+    queue_ms: int = 0
+
+
+def read_limits(table: Any) -> Limits:
+    """The table as {"rpm", "tpm", "parallel", "models": {pattern: rates}, "queue_ms"}; InvalidRequest if bad."""
+    rates = ("rpm", "tpm", "parallel")
+    members = _read_object(table, "limits", (*rates, "models", "queue_ms"))
+    models = members.get("models", {})
+    queue_ms = members.get("queue_ms", 0)
+    if type(queue_ms) is not int or not 0 <= queue_ms <= MAX_QUEUE_MS:
+        raise _invalid("limits.queue_ms", f"whole milliseconds up to {MAX_QUEUE_MS}")
+    everything = {name: members[name] for name in rates if name in members}
+    return Limits(
+        read_rate_limit(everything, "limits") if everything else None,
+        {
+            pattern: read_rate_limit(row, f"limits.models.{pattern}")
+            for pattern, row in _read_object(
+                models, "limits.models", models if isinstance(models, dict) else ()
+            ).items()
+        },
+        queue_ms,
+    )
 
 
 def parse_budget(text: str) -> Budget:
@@ -17953,6 +17984,10 @@ class Gateway:
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
+        self.limits = Limits()
+        self.lines: collections.OrderedDict[str, collections.deque[tuple[Call, int | None, asyncio.Future[None]]]]
+        self.lines = collections.OrderedDict()
+        self._next_look: asyncio.TimerHandle | None = None
         self.key_required = True
         self.decide_keys()
         self.placeholder_secret = self.random.randbytes(32)
@@ -18018,7 +18053,10 @@ class Gateway:
             if call.endpoint.dialect == "responses":
                 await self.recall(call)
             self.interpret(call)
-            self.limit(call)
+            if self.limits.queue_ms:
+                await self.take_turn(call)
+            else:
+                self.limit(call)
             if call.stream:
                 await self.stream(call, self.restoring(call, client))
                 return None
@@ -18142,14 +18180,71 @@ class Gateway:
             mode == "auto" and (len(self.keys) > 0 or not self.settings.is_loopback)
         )
 
+    def set_limits(self, limits: Limits) -> None:
+        self.limits, self.has_rates = limits, limits.everything is not None or bool(limits.models)
+        self.rates = RateLimiter(limits.everything, limits.models, int(time.monotonic() * 1000))
+
+    async def take_turn(self, call: Call, body_bytes: int | None = None) -> None:
+        """`limit`, but a call that only comes too soon waits for up to `queue_ms`, in a line of its key's calls."""
+        queue_s = self.limits.queue_ms / 1000
+        if not self.lines:
+            try:
+                return self.limit(call, body_bytes)
+            except LimitExceeded as error:
+                wait_s = error.retry_after_s
+                if not queue_s or wait_s is None or wait_s > max(PARALLEL_RETRY_S, queue_s + 1):
+                    raise
+        line = self.lines.setdefault(call.key_id, collections.deque())
+        if sum(map(len, self.lines.values())) >= MAX_QUEUED:
+            return self.limit(call, body_bytes)
+        turn = (call, body_bytes, self.loop.create_future())
+        line.append(turn)
+        self.serve_lines()
+        try:
+            async with asyncio.timeout(queue_s):
+                await turn[2]
+        except TimeoutError:
+            if call.rate_hold is None:
+                self.limit(call, body_bytes)
+        finally:
+            if turn in line:
+                line.remove(turn)
+            if not line and self.lines.get(call.key_id) is line:
+                del self.lines[call.key_id]
+
+    def serve_lines(self) -> None:
+        """Let the first of each line in, one line after the other, as long as any fits; then look again in time."""
+        wait_s, stuck = 1.0, 0
+        while self.lines and stuck < len(self.lines):
+            key_id, line = next(iter(self.lines.items()))
+            self.lines.move_to_end(key_id)
+            stuck += 1
+            if not line:
+                continue
+            call, body_bytes, turn = line[0]
+            try:
+                if not turn.done():
+                    self.limit(call, body_bytes)
+                    turn.set_result(None)
+                line.popleft()
+                stuck = 0
+            except LimitExceeded as error:
+                wait_s = min(wait_s, error.retry_after_s or wait_s)
+        if self.lines and self._next_look is None:
+            self._next_look = self.loop.call_later(wait_s, self._look_again)
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self.serve_lines()
+
     def limit(self, call: Call, body_bytes: int | None = None) -> None:
         """Take the call's place in its rate limits; LimitExceeded where there is none. Its body may be yet to come."""
         if self.has_rates or (call.key is not None and call.key.rate_limit is not None):
             asked = call.canonical or call.request
             cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
             tokens = token_estimate(len(call.body) if body_bytes is None else body_bytes, cap)
-            call.rate_hold = self.rates.admit(call.key, call.model, tokens, int(time.monotonic() * 1000))
             call.rated = True
+            call.rate_hold = self.rates.admit(call.key, call.model, tokens, int(time.monotonic() * 1000))
 
     def read(self, call: Call) -> None:
         """The body as JSON, strictly, and what routing needs of it."""
@@ -18980,6 +19075,8 @@ class Gateway:
         if call.rate_hold is not None:
             told = call.usage.prompt_tokens + call.usage.completion_tokens if call.usage else None
             self.rates.settle(call.rate_hold, told if call.attempts else 0)
+            if self.lines:
+                self.serve_lines()
         self.store.put(call)
         if self.watchers:
             self.tell(call)
@@ -20215,7 +20312,7 @@ async def forward(
     if call.key is not None:
         call.key.check(provider.id, call.model or "*")
     # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
-    gateway.limit(call, request.content_length or 0 if request.content_type == "application/json" else 0)
+    await gateway.take_turn(call, request.content_length or 0 if request.content_type == "application/json" else 0)
     hold = gateway.hold(call, target, bounded=False)
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
@@ -21533,9 +21630,15 @@ def configured_budgets(settings: Settings) -> list[Budget]:
         raise SettingsError(f"budget: {getattr(error, 'message', error)}") from None
 
 
-def configured_rates(settings: Settings) -> RateLimit | None:
+def configured_limits(settings: Settings) -> Limits:
+    """Rates of the setting and of `[limits]` in stockyard.toml; SettingsError where one is not understood."""
     try:
-        return parse_rate_limit(settings.rate_limit) if settings.rate_limit else None
+        limits = read_limits(settings.tables.get("limits", {}))
+        if not settings.rate_limit:
+            return limits
+        if limits.everything is not None:
+            raise ValueError("give the limits of all calls once: in [limits], or as rate_limit")
+        return limits._replace(everything=parse_rate_limit(settings.rate_limit))
     except (InvalidRequest, ValueError) as error:
         raise SettingsError(f"rate_limit: {getattr(error, 'message', error)}") from None
 
@@ -21572,9 +21675,7 @@ def open_ledger(gateway: Gateway) -> None:
         print_error(
             f"{len(orphans)} calls were cut off by the last stop; their holds are charged whole (${format_usd(total)})"
         )
-    rates = configured_rates(settings)
-    gateway.has_rates = rates is not None
-    gateway.rates = RateLimiter(rates, {}, int(time.monotonic() * 1000))
+    gateway.set_limits(configured_limits(settings))
 
 
 @contextlib.asynccontextmanager
@@ -21642,15 +21743,14 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
     """What changes a running gateway to other settings; all that can fail is done here, before anything changes."""
     prices = with_own_prices(gateway.prices, settings)
     router = load_router(settings, environment, prices, gateway.router)
-    budgets, rates = configured_budgets(settings), configured_rates(settings)
+    budgets, limits = configured_budgets(settings), configured_limits(settings)
     keys = configured_keys(gateway, settings, environment)
     guardrails = guardrails_of(settings, gateway.placeholder_secret)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
 
     def apply() -> None:
-        if settings.rate_limit != gateway.settings.rate_limit:  # else what was counted in this minute stays counted
-            gateway.has_rates = rates is not None
-            gateway.rates = RateLimiter(rates, {}, int(time.monotonic() * 1000))
+        if limits != gateway.limits:  # else what was counted in this minute stays counted
+            gateway.set_limits(limits)
         for budget_id in gone:
             gateway.drop_budget(budget_id)
         for budget in budgets:
@@ -21959,6 +22059,10 @@ EXAMPLE_TOML: Final = """\
 # hedge_after_ms = 3000               # ask the next target as well; min_bytes_per_s = 20 ends streams that crawl
 # shadow = ["openai/gpt-4.1-mini"]    # gets a copy of shadow_fraction of the calls; its answers are thrown away
 # defaults = {temperature = 0.2}      # also forced, system_prefix, max_output_tokens, headers
+
+# [limits]                            # rates of all calls, beside those of keys
+# rpm = 6000                          # also tpm, parallel; queue_ms = 2000 lets calls that come too soon wait
+# models."gpt-5*" = {rpm = 600, parallel = 32}
 
 # [keys.team-a]                       # a virtual key as code, with the members of POST /api/keys
 # key_env = "TEAM_A_STOCKYARD_KEY"    # the variable with its secret; or digest = "sha256:..."

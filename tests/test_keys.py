@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import hashlib
 import json
 import tomllib
@@ -198,3 +200,67 @@ def test_a_literal_in_the_file_is_masked_where_the_file_is_shown() -> None:
     assert "canary-sk" not in json.dumps(shown)
     assert "d" * 20 not in json.dumps(shown)
     assert shown["b"]["provider_keys"]["openai"]["env"] == "TEAM_KEY"
+
+
+def shown_limits(headers: Any) -> tuple[str, str]:
+    return headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]
+
+
+async def test_rates_by_model_and_for_all_are_told_and_held(start: Start) -> None:
+    toml = '[limits]\nrpm = 3\nmodels."gpt-4o*" = {rpm = 2}\n'
+    async with start(toml=toml) as proxy:
+        told = [await proxy.post(CHAT_PATH, CHAT) for _ in range(3)]
+        other, *_ = await proxy.post(CHAT_PATH, {**CHAT, "model": "gpt-4.1-mini"})
+        last = await proxy.post(CHAT_PATH, {**CHAT, "model": "gpt-4.1-mini"})
+    assert [status for status, _, _ in told] == [200, 200, 429]
+    assert [shown_limits(headers) for _, headers, _ in told] == [("2", "1"), ("2", "0"), ("2", "0")]
+    assert (other, last[0]) == (200, 429)
+    assert 55 <= int(told[2][1]["retry-after"]) <= 61
+    assert "the model gpt-4o*" in told[2][2]["error"]["message"]
+    assert "this Stockyard" in last[2]["error"]["message"]
+
+
+async def test_calls_that_come_too_soon_wait_in_turns_by_key(start: Start) -> None:
+    async with start(toml="[limits]\nparallel = 1\nqueue_ms = 20000\n") as proxy:
+        keys = [await make_key(proxy, name=name) for name in "ab"]
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.05)]
+        greedy = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **keys[0])) for _ in range(6)]
+        await asyncio.sleep(0.02)
+        modest = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **keys[1])) for _ in range(2)]
+        assert {(await call)[0] for call in greedy + modest} == {200}
+        rows = await proxy.rows()
+        assert not proxy.gateway.lines
+    order = "".join(proxy.gateway.keys.by_id[row["key_id"]].name for row in sorted(rows, key=ended))
+    assert order.rindex("b") < 5, "the second key waits for its turns, not for all of the first"
+
+
+def ended(row: dict[str, Any]) -> float:
+    return stockyard.datetime.datetime.fromisoformat(row["ts"]).timestamp() * 1000 + row["latency_ms"]
+
+
+async def test_the_line_has_an_end_and_whoever_hangs_up_leaves_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "MAX_QUEUED", 2)
+    async with start(toml="[limits]\nparallel = 1\nqueue_ms = 300\n") as proxy:
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=1)]
+        calls = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT)) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        calls[1].cancel()
+        async with asyncio.timeout(5):
+            while proxy.gateway.lines:
+                await asyncio.sleep(0.01)
+        late, *_ = await proxy.post(CHAT_PATH, CHAT)
+        assert late == 429
+        assert (await calls[0])[0] == 200
+        status, *_ = await proxy.post("/proxy/openai/v1/chat/completions", CHAT)
+        assert (status, proxy.gateway.lines) == (200, {})
+    assert len(proxy.upstream.seen) == 2
+
+
+@pytest.mark.parametrize(
+    "toml", ["[limits]\nrps = 1", "[limits]\nqueue_ms = -1", '[limits]\nmodels."a" = {rpm = 0}', "limits = 5"]
+)
+def test_wrong_limits_are_refused_with_their_place(toml: str) -> None:
+    with pytest.raises(stockyard.SettingsError, match="limits"):
+        stockyard.configured_limits(stockyard.read_settings({}, {}, toml))
