@@ -16440,6 +16440,47 @@ def logged_usage(found: Json) -> Usage | None:
     return Usage(**same, **rare, cache_write_5m_tokens=written)
 
 
+REPRICED_AT_ONCE: Final = 10_000
+
+
+def reprice(store: LogStore, prices: PriceBook, wanted: Mapping[str, str], now_ms: int) -> list[Json]:
+    """What logged calls cost, and would cost by the prices of now, by provider, model and price id; dearest first.
+
+    `now_usd` and `now_price_id` are null where there is no price now. Calls without usage, and kept answers, are left out.
+    """
+    where, parameters = rows_where(log_filter(wanted, now_ms, ("since", "until", *LABEL_FILTERS)))
+    found: dict[tuple[str, str, str], Json] = {}
+    while rows := store.read(
+        "SELECT seq, provider, upstream_model, price_id, input_tokens, output_tokens, cached_tokens, reasoning_tokens, "  # noqa: S608 - clauses of LABEL_FILTERS
+        "cache_write_tokens, usage, cost_nanousd FROM calls CROSS JOIN labels USING (label) "
+        f"WHERE {where} AND input_tokens IS NOT NULL AND cache NOT IN ('hit', 'coalesced') ORDER BY seq LIMIT :many",
+        {**parameters, "many": REPRICED_AT_ONCE},
+    ):
+        for row in rows:
+            told = {**dict(row), "usage": orjson.loads(row["usage"] or "{}")}
+            usage, price = logged_usage(told), prices.find(row["provider"], row["upstream_model"], now_ms / 1000)
+            at = (row["provider"], row["upstream_model"], row["price_id"])
+            line = found.setdefault(at, {
+                "provider": at[0], "model": at[1], "price_id": at[2] or None, "now_price_id": price.id if price else None,
+                "requests": 0, "cost_nanousd": None, "now_nanousd": None,
+            })  # fmt: skip
+            line["requests"] += 1
+            for name, nanousd in (
+                ("cost_nanousd", row["cost_nanousd"]), ("now_nanousd", price.cost(usage) if price and usage else None),
+            ):  # fmt: skip
+                line[name] = line[name] if nanousd is None else (line[name] or 0) + nanousd
+        parameters["low"] = rows[-1]["seq"] + 1
+    lines = sorted(found.values(), key=lambda line: -(line["now_nanousd"] or 0))
+    return [
+        {**line, "cost_usd": as_usd(line.pop("cost_nanousd")), "now_usd": as_usd(line.pop("now_nanousd"))} for line in lines
+    ]  # fmt: skip
+
+
+def unpriced_models(store: LogStore, now_ms: int) -> list[str]:
+    """Models of the last 30 days with calls whose cost nobody knows."""
+    return [row["model"] for row in find_spend(store, "model", {"since": "30d"}, now_ms) if row["unpriced"]]
+
+
 def explain_request(found: Json, prices: PriceBook) -> Json:
     """Why a logged call went as it did, from `find_request`: facts by subject, and `summary`, the same in sentences."""
     notes, usage = found["notes"], logged_usage(found)
@@ -20776,11 +20817,12 @@ FEEDBACK_TEXTS: Final[Mapping[str, int]] = {"label": 100, "comment": 4000}
 
 
 async def get_spend(request: web.Request) -> web.Response:
-    """Calls, tokens and cost by one dimension, the dearest first."""
+    """Calls, tokens and cost by one dimension, the dearest first; `unpriced` names the models of unknown cost."""
     gateway, by = request.app[GATEWAY_KEY], read_choice(request, "by", (*SPEND_BY, *SPEND_BY_ROWS), "model")
     await gateway.store.catch_up()
     rows = await asyncio.to_thread(find_spend, gateway.store, by, wanted_of(request), int(gateway.clock() * 1000))
-    return json_response({"data": rows, "next": None})
+    unpriced = await asyncio.to_thread(unpriced_models, gateway.store, int(gateway.clock() * 1000))
+    return json_response({"data": rows, "next": None, "unpriced": unpriced})
 
 
 async def get_backup(request: web.Request) -> web.StreamResponse:
@@ -22200,6 +22242,12 @@ def run_doctor(options: argparse.Namespace) -> int:
             None if free_mb < 2 * settings.log_mb else True,
             f"{settings.data_path}, {free_mb} MB free",
         )
+        if (settings.data_path / "stockyard.db").exists():
+            unpriced = unpriced_models(open_log(options), int(time.time() * 1000))
+            shown = (
+                f"no price for {', '.join(unpriced[:20])}; add [[prices]] to stockyard.toml" if unpriced else "complete"
+            )
+            note("prices of logged models", None if unpriced else True, shown)
         asyncio.run(check_providers_now(settings, note))
     except (SettingsError, StoreError) as error:
         note("settings", False, str(error))
@@ -22380,8 +22428,17 @@ def run_explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def repriced_line(row: Json) -> str:
+    then, now = ("unpriced" if row[name] is None else f"${row[name]:.6f}" for name in ("cost_usd", "now_usd"))
+    ids = f"{row['price_id'] or 'no price'} -> {row['now_price_id'] or 'no price'}"
+    return f"{row['provider'] + '/' + row['model']:48} {row['requests']:>8} calls {then:>14} -> {now:>14}  {ids}"
+
+
 def run_costs(options: argparse.Namespace) -> int:
     wanted = {"since": options.since} if options.since else {}
+    if options.reprice:
+        rows = reprice(open_log(options), load_prices(load_settings(options)), wanted, int(time.time() * 1000))
+        return print_rows(rows, options, repriced_line)
     rows = find_spend(open_log(options), options.by, wanted, int(time.time() * 1000))
 
     def line(row: Json) -> str:
@@ -22710,6 +22767,7 @@ VERBS: Final = (
     )),
     Verb("costs", run_costs, "print what was spent", (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
+        ("--reprice", {"action": "store_true", "help": "what logged calls would cost by today's prices, beside what they did"}),
     )),
     Verb("backup", run_backup, "write the database to a new file, whole and consistent, also while the proxy runs", (
         ("file", {"help": "the file to make"}),

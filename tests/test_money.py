@@ -254,3 +254,30 @@ async def test_killed_under_load_it_charges_what_was_under_way(tmp_path: Path) -
                 [told] = (await answer.json())["data"]
         assert told["held_nanousd"] == 0
         assert 0 < provider.billed_nanousd <= told["settled_nanousd"] <= limit
+
+
+async def test_logged_calls_are_priced_anew_and_unpriced_models_are_named(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        adversary(1, "honest") as provider,
+        start(toml=PRICES, cache="off", OPENAI_BASE_URL=provider.url) as proxy,
+    ):
+        for model in ("openai/m", "openai/m", "openai/nobody-knows"):
+            body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
+            await proxy.post("/v1/chat/completions", body)
+        rows = [row for row in await proxy.rows() if row["cost_usd"] is not None]
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        async with proxy.session.get(f"{proxy.url}/api/spend", headers=admin) as answer:
+            assert (await answer.json())["unpriced"] == ["openai/nobody-knows"]
+    assert len(rows) == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stockyard, "REPRICED_AT_ONCE", 1)
+    (tmp_path / "stockyard.toml").write_text(PRICES.replace("output = 10", "output = 20"))
+    assert stockyard.main(["costs", "--reprice", "--json", "--data-dir", str(tmp_path)]) == 0
+    priced, unpriced = json.loads(capsys.readouterr().out)
+    assert (priced["model"], priced["requests"], priced["cost_usd"]) == ("m", 2, sum(row["cost_usd"] for row in rows))
+    assert priced["now_usd"] - priced["cost_usd"] == pytest.approx(2 * 10 * 10 / 1_000_000)
+    assert (unpriced["price_id"], unpriced["cost_usd"], unpriced["now_usd"]) == (None, None, None)
+    assert stockyard.main(["costs", "--reprice", "--data-dir", str(tmp_path)]) == 0
+    assert "openai/nobody-knows" in capsys.readouterr().out
