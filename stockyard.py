@@ -771,6 +771,12 @@ class Call:
 PLAIN_DELTA: Final = re.compile(rb'"choices":\[\{"index":0,"delta":\{"content":"([^"\\]*(?:\\.[^"\\]*)*)"\}')
 
 
+def _place(item: Json) -> int:
+    """The index of a choice or tool call; 0 where it has none that is a number."""
+    index = item.get("index")
+    return index if isinstance(index, int) else 0
+
+
 class Transcript:
     """Gathers what a stream said, for the log: text, reasoning and tool calls by choice, in bounded memory.
 
@@ -806,16 +812,18 @@ class Transcript:
         blocks, self._blocks, self._size = b"".join(self._blocks), [], 0
         plain = PLAIN_DELTA.findall(blocks)
         if plain and len(plain) == blocks.count(b"\n\n"):
-            self._add_choice({"delta": {"content": orjson.loads(b'"%b"' % b"".join(plain))}})
+            with contextlib.suppress(orjson.JSONDecodeError):
+                self._add_choice({"delta": {"content": orjson.loads(b'"%b"' % b"".join(plain))}})
             return
         for block in blocks.split(b"\n\n"):
             event = parse_sse_block(block)
             if event and event[1][:1] == b"{":
-                with contextlib.suppress(orjson.JSONDecodeError):
+                # What passed by unread may have any shape, and must not keep the call from its row.
+                with contextlib.suppress(orjson.JSONDecodeError, TypeError, AttributeError):
                     self.add_chunk(orjson.loads(event[1]))
 
     def _add_choice(self, choice: Json) -> None:
-        kept = self._choices.setdefault(choice.get("index") or 0, {"parts": {}, "tools": {}, "finish_reason": None})
+        kept = self._choices.setdefault(_place(choice), {"parts": {}, "tools": {}, "finish_reason": None})
         delta = choice.get("delta") or {}
         if choice.get("finish_reason"):
             kept["finish_reason"] = choice["finish_reason"]
@@ -828,7 +836,7 @@ class Transcript:
             self._add_tool_call(kept["tools"], call)
 
     def _add_tool_call(self, tools: dict[int, Json], call: Json) -> None:
-        kept = tools.setdefault(call.get("index") or 0, {"id": "", "type": "function", "name": "", "arguments": []})
+        kept = tools.setdefault(_place(call), {"id": "", "type": "function", "name": "", "arguments": []})
         function = call.get("function") or {}
         kept["id"] = call.get("id") or kept["id"]
         kept["name"] = function.get("name") or kept["name"]
@@ -17538,6 +17546,9 @@ class Relay:
         except MalformedStream as error:
             self._end(UpstreamError(str(error), code="upstream_malformed"))
             return
+        except Exception as error:  # valid JSON of a shape that no decoder foresaw
+            self._end(unforeseen_shape(error))
+            return
         if self.sent_content:
             if out:
                 self._client.send(out)
@@ -17582,6 +17593,9 @@ class Relay:
         except UpstreamError as error:
             self._end(error)
             return
+        except Exception as error:
+            self._end(unforeseen_shape(error))
+            return
         if not self.sent_content:  # an answer may be empty, and still be whole
             if self._call.race is not None and not self._call.race.wins(self._call):
                 return
@@ -17598,6 +17612,12 @@ class Relay:
     def _end(self, error: UpstreamError) -> None:
         if not self.done.done():
             self.done.set_exception(error)
+
+
+def unforeseen_shape(error: Exception) -> UpstreamError:
+    """What a decoder fell over is the provider's failure: told as one, and its place printed, for it may be ours too."""
+    print_error(f"a provider's answer has a shape that cannot be read: {type(error).__name__}", error)
+    return UpstreamError("the provider's answer has a shape that cannot be read", code="upstream_malformed")
 
 
 STREAM_TYPES: Final = ("text/event-stream", "application/x-ndjson", "application/vnd.amazon.eventstream", "text/plain")
@@ -18408,9 +18428,10 @@ class Gateway:
             await work
             await self.close_row(call)
             client.end_stream(broken=False)
-        except GatewayError as error:
+        except Exception as fault:
             if call.status == 0:
                 raise
+            error = fault if isinstance(fault, GatewayError) else self.internal_error(fault)
             call.status, call.error = error.status, error.code
             client.send((renderer() or self.renderer(call)).fail(error, call.id))
             await self.close_row(call)
@@ -18939,11 +18960,8 @@ class Gateway:
             answer = await self.fetch(target, self.following(target, outgoing, url))
         body = self.read_answer(call, target, outgoing, answer)
         call.status, call.answer = answer.status, body
-        kind = (
-            answer.headers.get("content-type", "application/json")
-            if outgoing.translation is None
-            else "application/json"
-        )
+        is_binary = call.endpoint.kind in BINARY_KINDS  # all else was read as JSON, whatever it came as
+        kind = answer.headers.get("content-type", "application/json") if is_binary else "application/json"
         headers = [("content-type", kind), *self.answer_headers(call)]
         names = ANSWER_HEADERS if call.rated else ANSWER_AND_LIMIT_HEADERS
         headers += [(name, answer.headers[name]) for name in names if name in answer.headers]
@@ -18966,7 +18984,10 @@ class Gateway:
             if answer.status >= 300:
                 raise read_refusal(outgoing.dialect, answer, is_first=False)
             assert outgoing.translation is not None
-            return outgoing.dialect.decode_embeddings(orjson.loads(plain_body(answer)), outgoing.translation)
+            try:
+                return outgoing.dialect.decode_embeddings(orjson.loads(plain_body(answer)), outgoing.translation)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                raise unforeseen_shape(error) from error
 
         answers = await asyncio.gather(*(embed(texts[at : at + size]) for at in range(0, len(texts), size)))
         rows = [row for answer in answers for row in answer["data"]]
@@ -19034,19 +19055,25 @@ class Gateway:
         if outgoing.translation is None:
             if document.get("error") and "choices" not in document:
                 refuse_error_event(document, outgoing.dialect)
-            usage = read_usage(outgoing.dialect, document, target.provider.row)
+            try:
+                usage = read_usage(outgoing.dialect, document, target.provider.row)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                raise unforeseen_shape(error) from error
             self.learn(call, target, usage, finish_reason_of(document))
             self.remember(call, document, native=True)
             return body
-        completion = getattr(outgoing.dialect, VERBS_OF_KIND[outgoing.kind][1])(document, outgoing.translation)
-        usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
-        for choice in completion.get("choices") or ():
-            self.keep_signatures(signatures_of(choice.get("message") or {}))
-        self.learn(call, target, usage, finish_reason_of(completion))
-        call.dropped = outgoing.translation.dropped
-        if call.endpoint.dialect == "responses":
-            completion["id"] = call.id  # it will be asked for by this id, so it must be ours and never repeat
-        answered = self.rendered(call, completion)
+        try:
+            completion = getattr(outgoing.dialect, VERBS_OF_KIND[outgoing.kind][1])(document, outgoing.translation)
+            usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
+            for choice in completion.get("choices") or ():
+                self.keep_signatures(signatures_of(choice.get("message") or {}))
+            self.learn(call, target, usage, finish_reason_of(completion))
+            call.dropped = outgoing.translation.dropped
+            if call.endpoint.dialect == "responses":
+                completion["id"] = call.id  # it will be asked for by this id, so it must be ours and never repeat
+            answered = self.rendered(call, completion)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise unforeseen_shape(error) from error
         self.remember(call, answered, native=False)
         return dump_json(answered)
 

@@ -39,6 +39,94 @@ STREAM = [
 ]
 
 
+def named(value: dict[str, Any]) -> bytes:
+    """An event as Anthropic and the Responses API write it: its type is its name."""
+    return b"event: " + value["type"].encode() + b"\n" + event(value)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One whole answer of one dialect, plain and streamed: 10 tokens in, 5 out, `Hello there`.
+
+    `terminal` stands in the event which alone proves that the stream is whole; `model` is what to ask for.
+    """
+
+    path: str
+    request: dict[str, Any]
+    plain: dict[str, Any]
+    pieces: list[bytes]
+    terminal: bytes
+
+
+_ANTHROPIC_HEAD: dict[str, Any] = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-4-5",
+                                   "stop_sequence": None}  # fmt: skip
+_RESPONSE: dict[str, Any] = {"id": "resp_1", "object": "response", "created_at": 1, "model": "gpt-4o-mini", "error": None,
+                             "incomplete_details": None, "instructions": None, "metadata": {}, "parallel_tool_calls": True,
+                             "temperature": 1.0, "tool_choice": "auto", "tools": [], "top_p": 1.0}  # fmt: skip
+_TEXT: dict[str, Any] = {"type": "output_text", "text": "Hello there", "annotations": []}
+_ITEM: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [_TEXT],
+}
+_WHOLE: dict[str, Any] = {**_RESPONSE, "status": "completed", "output": [_ITEM],
+                          "usage": {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15,
+                                    "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}}  # fmt: skip
+_PLACE: dict[str, Any] = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+
+
+def _gemini(text: str, **more: Any) -> dict[str, Any]:
+    candidate = {"content": {"parts": [{"text": text}], "role": "model"}, "index": 0, **more}
+    usage = {"promptTokenCount": 10, "candidatesTokenCount": 5, "totalTokenCount": 15}
+    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "gemini-2.5-flash", "responseId": "r1"}
+
+
+_ASK: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+GOLDENS = {
+    "openai": Golden("/v1/chat/completions", {"model": "gpt-4o-mini", "messages": _ASK}, COMPLETION, STREAM, b"[DONE]"),
+    "anthropic": Golden(
+        "/v1/messages", {"model": "claude-sonnet-4-5", "max_tokens": 50, "messages": _ASK},
+        {**_ANTHROPIC_HEAD, "content": [{"type": "text", "text": "Hello there"}], "stop_reason": "end_turn",
+         "usage": {"input_tokens": 10, "output_tokens": 5}},
+        [named(value) for value in (
+            {"type": "message_start", "message": {**_ANTHROPIC_HEAD, "content": [], "stop_reason": None,
+                                                  "usage": {"input_tokens": 10, "output_tokens": 1}}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "ping"},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hello"}},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": " there"}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 5}},
+            {"type": "message_stop"},
+        )],
+        b"event: message_stop",
+    ),
+    "responses": Golden(
+        "/v1/responses", {"model": "gpt-4o-mini", "input": "Hi"}, _WHOLE,
+        [named({**value, "sequence_number": at}) for at, value in enumerate((
+            {"type": "response.created", "response": {**_RESPONSE, "status": "in_progress", "output": [], "usage": None}},
+            {"type": "response.output_item.added", "output_index": 0, "item": {**_ITEM, "status": "in_progress", "content": []}},
+            {"type": "response.content_part.added", **_PLACE, "part": {**_TEXT, "text": ""}},
+            {"type": "response.output_text.delta", **_PLACE, "delta": "Hello", "logprobs": []},
+            {"type": "response.output_text.delta", **_PLACE, "delta": " there", "logprobs": []},
+            {"type": "response.output_text.done", **_PLACE, "text": "Hello there", "logprobs": []},
+            {"type": "response.content_part.done", **_PLACE, "part": _TEXT},
+            {"type": "response.output_item.done", "output_index": 0, "item": _ITEM},
+            {"type": "response.completed", "response": _WHOLE},
+        ))],
+        b"event: response.completed",
+    ),
+    "gemini": Golden(
+        "/v1beta/models/gemini-2.5-flash:", {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+        _gemini("Hello there", finishReason="STOP"),
+        [event(_gemini("Hello")), event(_gemini(" there")), event(_gemini("", finishReason="STOP"))],
+        b'"finishReason"',
+    ),
+}  # fmt: skip
+
+
 @dataclass
 class Answer:
     """One scripted answer. `pieces` are body bytes; `cut` closes without the proper end; `hang_s` waits before it."""
