@@ -192,8 +192,8 @@ FAULTS: dict[str, Fault] = {
     "no usage": Fault(lambda g, s: without_usage(g, s), FINE, FINE, False, "yes"),
     "400": refusal(400, "*", False), "403": refusal(403, "upstream_authentication", False, 502), "404": refusal(404, "*", False), "413": refusal(413, "*", False),
     "422": refusal(422, "*", False), "401": refusal(401, "upstream_authentication", False, 502),
-    "408": refusal(408, "*", True), "409": refusal(409, "*", True), "429": refusal(429, "*", True), "500": refusal(500, "*", True),
-    "502": refusal(502, "*", True), "503": refusal(503, "*", True), "529": refusal(529, "*", True),
+    "408": refusal(408, "*", True), "409": refusal(409, "*", True), "429": refusal(429, "*", True), "500": refusal(500, "*", True, billed="perhaps"),
+    "502": refusal(502, "*", True, billed="perhaps"), "503": refusal(503, "*", True), "529": refusal(529, "*", True),
 }  # fmt: skip
 
 
