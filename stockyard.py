@@ -12199,8 +12199,11 @@ class Verdict:
 #: Members that hold no text of anybody's: names, kinds and ids that providers compare with what they know.
 STRUCTURAL: Final = frozenset({
     "model", "type", "role", "id", "object", "status", "call_id", "tool_call_id", "tool_use_id", "item_id", "file_id", "file_ids",
-    "response_id", "previous_response_id", "conversation", "container", "media_type", "mime_type", "mimeType", "responseMimeType",
-    "encoding_format", "signature", "thought_signature", "thoughtSignature", "encrypted_content", "b64_json", "service_tier",
+    "response_id", "previous_response_id", "conversation", "container", "media_type", "mime_type", "mimeType",
+    "responseMimeType",
+    "finish_reason", "stop_reason", "finishReason",
+    "system_fingerprint", "created_at", "encoding_format", "signature", "thought_signature", "thoughtSignature", "encrypted_content", "b64_json",
+    "service_tier",
     "cachedContent", "fileUri", "file_uri", "anthropic_version", "stream",
 })  # fmt: skip
 #: Members whose value is the application's: in there nothing is structure.
@@ -12521,11 +12524,67 @@ def _goes_on(candidate: Json, thought: bool) -> bool:
     return all(isinstance(part.get("text"), str) and bool(part.get("thought")) is thought for part in parts)
 
 
+#: The longest finding that a stream's watch sees whole, with what must stand around it: emails are the longest but for
+#: keys, which have no white space in them, and key blocks, whose end is waited for.
+LOOK_BACK_CHARS: Final = 320
+LOOK_BACK_MAX_CHARS: Final = 65_536
+SPACE_BEFORE: Final = re.compile(r".*\s", re.DOTALL)
+
+
+class Watch:
+    """Judges and hides what a stream says, by rules that find places in text. Text goes on once nothing that begins in it
+    can grow any more: up to white space, LOOK_BACK_CHARS before its end. GuardrailBlocked from any method."""
+
+    def __init__(self, rules: Sequence[Rule], broken: Callable[[Rule], None]) -> None:
+        self._judges = [rule for rule in rules if rule.spans is not None and rule.action != "redact"]
+        self._redactor = Redactor("mask", [rule for rule in rules if rule.action == "redact"])
+        self._broken = broken
+        self._before: dict[tuple[Any, ...], str] = {}
+        self.hidden = Hidden("mask", b"", "")
+
+    def held_back(self, slot: tuple[Any, ...], text: str) -> int:
+        before = self._before.get(slot, "")
+        self._judge(before + text)
+        found = SPACE_BEFORE.match(text, 0, max(len(text) - LOOK_BACK_CHARS, 0))
+        cut = found.end() if found else 0
+        if (block := text.find("-----BEGIN")) >= 0 and "-----END" not in text[block:]:
+            cut = min(cut, block)
+        for start, end, _ in self._redactor.find(before + text):
+            if start < cut + len(before) < end:
+                cut = max(start - len(before), 0)
+        if len(text) - cut > LOOK_BACK_MAX_CHARS:
+            raise GuardrailBlocked("the answer has a word too long to be checked by the guardrails")
+        return len(text) - cut
+
+    def told(self, slot: tuple[Any, ...], text: str) -> str:
+        before = self._before.get(slot, "")
+        self._judge(before + text)
+        size = len(before)
+        found = [
+            (max(start - size, 0), end - size, entity)
+            for start, end, entity in self._redactor.find(before + text)
+            if end > size
+        ]
+        self._before[slot] = (before + text)[-CONTEXT_CHARS:]
+        return self.hidden.hide(text, found)
+
+    def repeated(self, event: Json) -> None:
+        """What stands in an event as a whole: final forms of what was said, complete calls."""
+        texts = Texts(event)
+        self._judge(BETWEEN_TEXTS.join(texts.texts))
+        self._redactor.redact(texts, Hidden("mask", b"", ""))
+
+    def _judge(self, text: str) -> None:
+        for rule in self._judges:
+            if rule.spans is not None and rule.spans(text):
+                self._broken(rule)
+
+
 class EventRestorer:
     """Restores one stream's events. Text is held back only while it could be the beginning of a known placeholder."""
 
-    def __init__(self, hidden: Hidden, is_json: bool) -> None:
-        self._hidden, self._is_json = hidden, is_json
+    def __init__(self, hidden: Hidden, is_json: bool, watch: Watch | None = None) -> None:
+        self._hidden, self._is_json, self._watch = hidden, is_json, watch
         self._held: dict[tuple[Any, ...], tuple[str, Json]] = {}
 
     def feed(self, event: Json) -> list[Json]:
@@ -12535,6 +12594,8 @@ class EventRestorer:
         out = self._release([slot for slot in self._held if slot not in going and ends_slot(event, slot)])
         for piece, _ in pieces:
             piece.holder[piece.name] = ""
+        if self._watch is not None:
+            self._watch.repeated(event)
         restore_in(event, self._hidden.restore, self._is_json)
         for piece, text in pieces:
             piece.holder[piece.name] = self._next(event, piece, text)
@@ -12547,17 +12608,25 @@ class EventRestorer:
     def _next(self, event: Json, piece: Piece, text: str) -> str:
         if piece.slot in self._held:
             text = self._held.pop(piece.slot)[0] + text
-        if (size := self._hidden.held_back(text)) and not ends_slot(event, piece.slot):
-            self._held[piece.slot] = text[-size:], bare_event(event, piece.slot)
+        watch, is_last = self._watch, ends_slot(event, piece.slot)
+        size = self._hidden.held_back(text) if watch is None else watch.held_back(piece.slot, text)
+        if size and not is_last:
+            self._held[piece.slot] = text[-size:], event
             text = text[:-size]
+        return self._told(piece, text)
+
+    def _told(self, piece: Piece, text: str) -> str:
+        if self._watch is not None:
+            text = self._watch.told(piece.slot, text)
         return self._hidden.restore(text, piece.is_json or self._is_json)
 
     def _release(self, slots: Iterable[tuple[Any, ...]]) -> list[Json]:
         out = []
         for slot in slots:
             text, event = self._held.pop(slot)
+            event = bare_event(event, slot)
             piece = next(piece for piece in pieces_of(event) if piece.slot == slot)
-            piece.holder[piece.name] = text
+            piece.holder[piece.name] = self._told(piece, text)
             out.append(event)
         return out
 
@@ -12638,6 +12707,29 @@ def entity_spans(scanner: Scanner, entities: Sequence[str]) -> Callable[[str], l
         (at.start, at.end, at.entity) for at in scanner.find(text)
         if "all" in wanted or at.entity in wanted or (at.secret and "secrets" in wanted)
     ]  # fmt: skip
+
+
+def answer_texts(document: Json) -> list[str]:
+    """What an answer says to its reader, of any dialect: no reasoning, no tool calls."""
+    said = [(choice.get("message") or choice) for choice in document.get("choices") or ()]
+    blocks = [one for message in said for one in _blocks_in(message.get("content", message.get("text")))]
+    blocks += _blocks_in(document.get("content"))
+    blocks += [
+        one
+        for item in _blocks_in(document.get("output"))
+        if item.get("type") == "message"
+        for one in _blocks_in(item.get("content"))
+    ]
+    blocks += [
+        one
+        for found in document.get("candidates") or ()
+        for one in _blocks_in((found.get("content") or {}).get("parts"))
+    ]
+    return [one["text"] for one in blocks if isinstance(one.get("text"), str) and not one.get("thought")]
+
+
+def _blocks_in(content: Any) -> list[Json]:
+    return [{"text": content}] if isinstance(content, str) else content if isinstance(content, list) else []
 
 
 def names_topic(topics: Mapping[str, Sequence[str]]) -> Callable[[Texts], bool]:
@@ -12843,6 +12935,25 @@ class Guardrails:
         call.redactions = hidden.counts.total()
         return True
 
+    def watch(self, call: Call, rules: Sequence[Rule]) -> Watch | None:
+        """What looks at a stream's text as it comes; None where no rule finds places in text."""
+        if all(rule.spans is None for rule in rules):
+            return None
+        return Watch(rules, lambda rule: self.rule_broken(call, rule, "output"))
+
+    def check_output(self, call: Call, document: Json, rules: Sequence[Rule]) -> tuple[bool, str]:
+        """Judge and hide what an answer says: whether it was changed, and what does not fit its schema."""
+        texts, fault = Texts(document), ""
+        self._judge(call, texts, rules, "output")
+        for rule in rules:
+            if rule.schema is not None:
+                faults = (json_fault(text, rule.schema) for text in answer_texts(document) or [""])
+                fault = fault or next(filter(None, faults), "")
+        hidden = Hidden("mask", b"", "")
+        changed = Redactor("mask", [rule for rule in rules if rule.action == "redact"]).redact(texts, hidden)
+        call.redactions += hidden.counts.total()
+        return changed, fault
+
     def _judge(self, call: Call, texts: Texts, rules: Iterable[Rule], side: str) -> None:
         whole = BETWEEN_TEXTS.join(texts.texts)
         for rule in rules:
@@ -12867,10 +12978,6 @@ GUARD_TABLES: Final = ("guardrails", "recognisers")
 def guardrails_of(settings: Settings, secret: bytes) -> Guardrails | None:
     """None where nothing is to be checked, so that calls do not pay for it. `secret` makes this process's placeholders."""
     guards = Guardrails(settings, secret)
-    if late := [rule.name for rule in guards.rules if rule.webhook or "output" in rule.on]:
-        raise SettingsError(
-            f"[guardrails.{late[0]}]: rules on output and webhooks are not built into version {__version__} yet"
-        )
     return guards if guards.rules or settings.log_bodies == "redacted" else None
 
 
@@ -14849,10 +14956,16 @@ class StreamRestorer:
     Events in which nothing can begin pass as they came.
     """
 
-    def __init__(self, hidden: Hidden, is_json: bool, is_array: bool) -> None:
+    def __init__(self, hidden: Hidden, is_json: bool, is_array: bool, watch: Watch | None = None) -> None:
         self._events = WholeEvents()
-        self._restorer = EventRestorer(hidden, is_json)
+        self._restorer = EventRestorer(hidden, is_json, watch)
+        self._watch = watch
         self._is_array, self._tail, self._name = is_array, b"", ""
+
+    @property
+    def redactions(self) -> int:
+        """How much of the answer was hidden."""
+        return self._watch.hidden.counts.total() if self._watch is not None else 0
 
     def feed(self, data: bytes) -> bytes:
         if self._is_array:
@@ -14866,7 +14979,7 @@ class StreamRestorer:
         return last + b"".join(map(self._written, self._restorer.close()))
 
     def _event(self, block: bytes) -> bytes:
-        if not self._restorer.holds and not MAY_BE_HIDDEN.search(block):
+        if not self._restorer.holds and self._watch is None and not MAY_BE_HIDDEN.search(block):
             return block + b"\n\n"
         self._name, payload = parse_sse_block(block) or (self._name, b"")
         if payload[:1] != b"{":
@@ -17428,29 +17541,80 @@ class Client(Protocol):
     throttle: Callable[[bool], None] | None
 
 
-class RestoredClient:
-    """A client whose stream is restored on its very last step, so that all before it sees placeholders only."""
+class GuardedClient:
+    """A client whose stream is restored, and judged, on its very last step; all before it sees placeholders only.
 
-    def __init__(self, client: Client, restorer: StreamRestorer) -> None:
-        self._client, self._restorer = client, restorer
-        self.begin_stream = client.begin_stream
+    With `waits` nothing is sent until the whole answer was judged (heartbeats are). A rule that blocks is kept in `error`
+    and ends the work by `stop`, since bytes arrive outside of it.
+    """
+
+    def __init__(
+        self, client: Client, restorer: StreamRestorer, last: StreamRestorer, heartbeat: bytes, waits: bool
+    ) -> None:
+        self.client, self._restorer, self._last, self._heartbeat, self._waits = client, restorer, last, heartbeat, waits
+        self.error: GuardrailBlocked | None = None
+        self.stop: Callable[[], object] | None = None
+        self._headers: list[tuple[str, str]] | None = None
+        self.has_begun = False
+        self._kept: list[bytes] = []
+
+    @property
+    def redactions(self) -> int:
+        return self._restorer.redactions
 
     @property
     def throttle(self) -> Callable[[bool], None] | None:
-        return self._client.throttle
+        return self.client.throttle
 
     @throttle.setter
     def throttle(self, value: Callable[[bool], None] | None) -> None:
-        self._client.throttle = value
+        self.client.throttle = value
+
+    def begin_stream(self, headers: list[tuple[str, str]]) -> None:
+        self._headers = headers
+        if not self._waits:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._headers is not None and not self.has_begun:
+            self.has_begun = True
+            self.client.begin_stream(self._headers)
 
     def send(self, data: bytes) -> None:
-        if out := self._restorer.feed(data):
-            self._client.send(out)
+        if self.error is not None:
+            return
+        if data == self._heartbeat:
+            self._begin()
+            self.client.send(data)
+            return
+        try:
+            self._give(self._restorer.feed(data))
+        except GuardrailBlocked as error:
+            self.error = error
+            if self.stop is not None:
+                self.stop()
+
+    def _give(self, data: bytes) -> None:
+        if self._waits:
+            self._kept.append(data)
+        elif data:
+            self.client.send(data)
+
+    def fail(self, data: bytes) -> None:
+        """The end of a stream that failed; what it repeats of the answer is hidden, not judged again."""
+        self._begin()
+        self.client.send(self._last.feed(data) + self._last.close())
+
+    def release(self) -> None:
+        """The whole answer was judged: what is left of it may go. GuardrailBlocked where its very end breaks a rule."""
+        self._give(self._restorer.close())
+        self._waits = False
+        self._begin()
+        if kept := b"".join(self._kept):
+            self.client.send(kept)
 
     def end_stream(self, broken: bool) -> None:
-        if last := self._restorer.close():
-            self._client.send(last)
-        self._client.end_stream(broken)
+        self.client.end_stream(broken)
 
 
 @dataclass(slots=True)
@@ -18110,7 +18274,7 @@ class Gateway:
             self.admit(call)
             self.read(call)
             if self.guardrails is not None:
-                self.guardrails.check_input(call)
+                await self.check_input(call)
             if call.endpoint.dialect == "responses":
                 await self.recall(call)
             self.interpret(call)
@@ -18119,11 +18283,11 @@ class Gateway:
             else:
                 self.limit(call)
             if call.stream:
-                await self.stream(call, self.restoring(call, client))
+                await self.stream(call, self.guarded(call, client))
                 return None
             if call.endpoint.kind == "count_tokens":
                 return await self.count(call)
-            return self.restored(call, await self.complete(call))
+            return self.restored(call, await self.judged(call, await self.complete(call)))
         except GatewayError as error:
             return self.restored(call, self.refuse(call, error))
         except asyncio.CancelledError:
@@ -18149,13 +18313,134 @@ class Gateway:
             body = hidden.restore(reply.body.decode("utf-8", "replace")).encode()
         return Reply(reply.status, reply.headers, body)
 
-    @staticmethod
-    def restoring(call: Call, client: Client) -> Client:
-        """The client of a stream, behind a restorer where its request hid something."""
-        if call.hidden is None or not call.hidden.values:
+    def guarded(self, call: Call, client: Client) -> Client:
+        """The client of a stream, behind what restores and judges it where there is anything to restore or to judge."""
+        hidden, rules = call.hidden, self.output_rules(call)
+        if (hidden is None or not hidden.values) and not rules:
             return client
-        is_array = "json" in DIALECTS[call.endpoint.dialect].stream_type_of(call.request)
-        return RestoredClient(client, StreamRestorer(call.hidden, asks_json(call.request), is_array))
+        dialect = DIALECTS[call.endpoint.dialect]
+        watch = self.guardrails.watch(call, rules) if self.guardrails is not None else None
+        is_array = "json" in dialect.stream_type_of(call.request)
+        hidden = hidden or Hidden("mask", b"", "")
+        waits = any(rule.spans is None for rule in rules)
+        restorer = StreamRestorer(hidden, asks_json(call.request), is_array, watch)
+        found = [dataclasses.replace(rule, action="redact") for rule in rules if rule.spans is not None]
+        last = StreamRestorer(hidden, False, is_array, Watch(found, lambda rule: None) if found else None)
+        return GuardedClient(client, restorer, last, dialect.heartbeat, waits)
+
+    def output_rules(self, call: Call) -> list[Rule]:
+        return [] if self.guardrails is None else self.guardrails.covering(call, "output")
+
+    async def judge_stream(self, call: Call, client: GuardedClient, work: Awaitable[None]) -> None:
+        """The work of a guarded stream, cut off where a rule blocks; what waits for a judgement goes on after it."""
+        task = asyncio.ensure_future(work)
+        client.stop = task.cancel
+        try:
+            await task
+        except asyncio.CancelledError:
+            if client.error is None:
+                raise
+        finally:
+            call.redactions += client.redactions
+        try:
+            if client.error is not None:
+                raise client.error
+            rules = self.output_rules(call)
+            if any(rule.spans is None for rule in rules):
+                document = call.transcript.completion() if call.transcript is not None else {}
+                _, fault = await self.judge_output(call, document, [rule for rule in rules if rule.spans is None])
+                if fault:
+                    self.refuse_schema(call, rules, fault)
+            client.release()
+        except GuardrailBlocked:
+            call.status = call.status if client.has_begun else 0
+            raise
+
+    async def check_input(self, call: Call) -> None:
+        """What guardrails have to say of a request, those outside last: they see what goes upstream."""
+        assert self.guardrails is not None
+        self.guardrails.check_input(call)
+        if rules := [rule for rule in self.guardrails.covering(call, "input") if rule.webhook]:
+            await self.ask_webhooks(call, rules, "input", Texts(call.request).texts)
+
+    async def judge_output(self, call: Call, document: Json, rules: Sequence[Rule]) -> tuple[bool, str]:
+        assert self.guardrails is not None
+        changed, fault = self.guardrails.check_output(call, document, rules)
+        await self.ask_webhooks(call, rules, "output", Texts(document).texts)
+        return changed, fault
+
+    def refuse_schema(self, call: Call, rules: Sequence[Rule], fault: str) -> None:
+        """GuardrailBlocked, or the note, of the first rule that has a schema."""
+        rule = next(rule for rule in rules if rule.schema is not None)
+        with contextlib.suppress(GuardrailBlocked):
+            Guardrails.rule_broken(call, rule, "output")
+        if rule.action == "block":
+            raise rule.refusal("output", f": {fault}")
+
+    async def judged(self, call: Call, reply: Reply) -> Reply:
+        """A plain answer that keeps the rules. One that does not fit its schema is asked for once more."""
+        rules = self.output_rules(call)
+        if not rules or reply.status >= 300 or not reply.body.startswith(b"{"):
+            return reply
+        document = orjson.loads(reply.body)
+        changed, fault = await self.judge_output(call, document, rules)
+        if fault and call.canonical is not None and call.endpoint.kind == "chat":
+            reply = await self.asked_again(call, document, fault)
+            document = orjson.loads(reply.body)
+            changed, fault = await self.judge_output(call, document, rules)
+        if fault:
+            self.refuse_schema(call, rules, fault)
+        return Reply(reply.status, reply.headers, dump_json(document)) if changed else reply
+
+    async def asked_again(self, call: Call, document: Json, fault: str) -> Reply:
+        """One more attempt, told what was wrong with the first; both are paid for."""
+        assert call.canonical is not None
+        said, cost, usage = "\n".join(answer_texts(document)), call.cost_nanousd, call.usage
+        turns = [{"role": "assistant", "content": said}, {"role": "user", "content": REPAIR.format(fault)}]
+        call.canonical = {**call.canonical, "messages": [*call.canonical["messages"], *turns]}
+        call.must_translate, call.added_bytes = True, call.added_bytes + len(dump_json(turns))
+        call.cost_nanousd = call.usage = None
+        try:
+            return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
+        finally:
+            both = [usage or Usage(), call.usage or Usage()]
+            call.usage = Usage(*map(sum, zip(*both, strict=True)))
+            if call.cost_nanousd is not None:  # one that is not known is never a silent zero
+                call.cost_nanousd += cost or 0
+
+    async def ask_webhooks(self, call: Call, rules: Sequence[Rule], side: str, texts: Sequence[str]) -> None:
+        """Let the guardrails outside judge; one that is down, slow or unclear refuses."""
+        for rule in rules:
+            if rule.webhook:
+                told = {"rule": rule.name, "where": side, "model": call.model, "key_id": call.key_id, "texts": texts}
+                verdict = await self.ask_webhook(rule, dump_json(told), side)
+                if verdict != "allow":
+                    action = "flag" if "flag" in (verdict, rule.action) else "block"
+                    Guardrails.rule_broken(call, dataclasses.replace(rule, action=action), side)
+
+    async def ask_webhook(self, rule: Rule, body: bytes, side: str) -> str:
+        """`allow`, `flag` or `block`, as `{"action": ...}` of a 200 says; no redirect is followed."""
+        url = urllib.parse.urlsplit(rule.webhook)
+        path = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        lines = [f"POST {path} HTTP/1.1", f"host: {url.netloc.rpartition('@')[2]}", f"user-agent: stockyard/{__version__}",
+                 "content-type: application/json", f"content-length: {len(body)}"]  # fmt: skip
+        answer, timeout_s = PlainAnswer(self.loop), rule.timeout_ms / 1000
+        exchange: UpstreamConnection | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                origin = self.upstream.origin(f"{url.scheme}://{url.netloc}")
+                request = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+                exchange = await self.upstream.send(origin, request, answer, Deadlines(*[timeout_s] * 4))
+                await answer.done
+            verdict = orjson.loads(plain_body(answer))["action"] if answer.status == 200 else ""
+        except (TimeoutError, GatewayError, OSError, ValueError, LookupError, TypeError):
+            verdict = ""
+        finally:
+            if exchange is not None and not answer.done.done():
+                exchange.abort()
+        if verdict not in ("allow", "flag", "block"):
+            raise rule.refusal(side, ", because its webhook did not answer as it must")
+        return str(verdict)
 
     def finish(self, call: Call) -> None:
         self.in_flight -= 1
@@ -18369,7 +18654,7 @@ class Gateway:
             call.must_translate = True
         if self.guardrails is not None and request is not call.request:
             call.request = request
-            self.guardrails.check_input(call)
+            await self.check_input(call)
         call.request = request
 
     def remember(self, call: Call, response: Json | None, native: bool) -> None:
@@ -18383,7 +18668,7 @@ class Gateway:
 
     async def complete(self, call: Call) -> Reply:
         """A plain call: kept, or shared with an equal one under way, or the first attempt that succeeds."""
-        key = await self.cache_key(call) if self.cache.covers(call) else None
+        key = await self.cache_key(call) if self.keeps(call) else None
         if key is None:
             return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
         if (entry := await self.kept(call, key)) is not None:
@@ -18409,13 +18694,16 @@ class Gateway:
 
     async def stream(self, call: Call, client: Client) -> None:
         """A streamed call: kept, or shared with an equal one under way, or asked for."""
-        key = await self.cache_key(call) if self.cache.covers(call) else None
+        key = await self.cache_key(call) if self.keeps(call) else None
         if key is None:
             streamed = StreamedCall(self, call, client)
             await self.end_stream(call, client, self.run_stream(streamed, call), lambda: streamed.renderer)
         elif (entry := await self.kept(call, key)) is not None:
             self.credit(call, entry, "hit")
             self.replay_stream(call, client, entry)
+            if isinstance(client, GuardedClient):
+                client.release()
+            client.end_stream(broken=False)
         else:
             rider = Rider(call, client)
             await self.end_stream(call, client, self.share_stream(call, rider, key), lambda: rider.renderer)
@@ -18425,7 +18713,7 @@ class Gateway:
     ) -> None:
         """End a client's stream as its work ends: a failure after its headers went out is an event of the stream."""
         try:
-            await work
+            await (self.judge_stream(call, client, work) if isinstance(client, GuardedClient) else work)
             await self.close_row(call)
             client.end_stream(broken=False)
         except Exception as fault:
@@ -18433,7 +18721,8 @@ class Gateway:
                 raise
             error = fault if isinstance(fault, GatewayError) else self.internal_error(fault)
             call.status, call.error = error.status, error.code
-            client.send((renderer() or self.renderer(call)).fail(error, call.id))
+            last = (renderer() or self.renderer(call)).fail(error, call.id)
+            (client.fail if isinstance(client, GuardedClient) else client.send)(last)
             await self.close_row(call)
             client.end_stream(broken=True)
 
@@ -18458,6 +18747,10 @@ class Gateway:
         return DIALECTS[call.endpoint.dialect].renderer(call.request, self.new_id, int(self.clock()))
 
     # -- answers kept and shared
+
+    def keeps(self, call: Call) -> bool:
+        """Whether the call's answer may be kept. What rules on output judge is judged anew each time."""
+        return self.cache.covers(call) and (self.guardrails is None or not self.output_rules(call))
 
     async def cache_key(self, call: Call) -> bytes | None:
         """The key of the call's answer; None where the client wants nothing to do with the cache."""
@@ -18559,7 +18852,6 @@ class Gateway:
         self.commit(call, client)
         call.first_token_s = self.tick()
         client.send(events)
-        client.end_stream(broken=False)
 
     async def share(self, call: Call, rider: Rider, key: bytes) -> Flight:
         """Ride along with an equal call under way, or lead.
@@ -19472,6 +19764,9 @@ class Gateway:
             "owned_by": row.get("owned_by") or provider_id,
         }
         return {**public, "provider": provider_id, "price": price.per_million_usd() if price is not None else None}
+
+
+REPAIR: Final = "Your answer cannot be used: {}. Answer again, with the whole answer as JSON that is right in this and nothing else."
 
 
 class Nobody:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Start
+from conftest import Proxy, Start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from upstreams import COMPLETION, plain
+from upstreams import COMPLETION, DONE, Answer, chunk, fake_upstream, plain, stream
 
 import stockyard as s
 
@@ -113,7 +113,7 @@ def test_two_keys_with_one_mask_both_stay() -> None:
 
 # ----- Mask, end to end
 
-MESSAGES = {"model": "gpt-4o-mini", "max_tokens": 50, "messages": [{"role": "user", "content": f"I am {EMAIL}"}]}
+MESSAGES = {"model": "gpt-4o-mini", "max_tokens": 500, "messages": [{"role": "user", "content": f"I am {EMAIL}"}]}
 GEMINI = {"contents": [{"role": "user", "parts": [{"text": f"I am {EMAIL}"}]}]}
 DOORS = [
     (PATH, chat(f"I am {EMAIL}")), ("/v1/messages", MESSAGES), ("/v1beta/models/gpt-4o-mini:generateContent", GEMINI),
@@ -303,12 +303,17 @@ def test_ordinary_text_is_never_held_back() -> None:
         assert out.get((0, "content"), "").removeprefix("[") == text.removeprefix("[").removesuffix(held)
 
 
-def test_a_call_without_placeholders_is_relayed_as_it_is(start: Start) -> None:
+async def test_a_call_without_placeholders_is_relayed_as_it_is(start: Start) -> None:
+    async with start(redact="reversible") as proxy:
+        check_no_wrapper(proxy)
+
+
+def check_no_wrapper(proxy: Proxy) -> None:
     call = s.Call("req_1", 0, 0.0, s.Endpoint("chat", PATH), {}, b"{}")
     client = s.Nobody()
-    assert s.Gateway.restoring(call, client) is client
+    assert proxy.gateway.guarded(call, client) is client
     call.hidden = s.Hidden("reversible", SECRET, "")
-    assert s.Gateway.restoring(call, client) is client
+    assert proxy.gateway.guarded(call, client) is client
 
 
 def test_placeholders_tell_tenants_processes_and_kinds_apart() -> None:
@@ -475,3 +480,138 @@ async def test_a_reload_changes_what_is_guarded(start: Start, tmp_path: Path) ->
         assert (await proxy.post(PATH, chat("project falcon", model="echo")))[0] == 400
         told = (await proxy.post(PATH, chat(EMAIL, model="echo")))[2]
         assert "[EMAIL]" in json.dumps(told)
+
+
+# ----- Answers
+
+OUTPUT = """
+[guardrails.tongue]
+on = "output"
+words = ["falcon"]
+"""
+
+
+@pytest.mark.parametrize(("path", "body"), ECHO_DOORS)
+async def test_an_answer_that_breaks_a_rule_reaches_nobody(start: Start, path: str, body: dict[str, Any]) -> None:
+    async with start(toml=OUTPUT) as proxy:
+        body = json.loads(json.dumps(body).replace(f"I am {EMAIL}", "one two three falcon " + "four " * 80))
+        status, _, told = await proxy.post(path, body)
+        assert status == 400 and "`tongue`" in json.dumps(told) and "falcon" not in json.dumps(told).lower()
+        streamed = {**body, "stream": True} if "Content" not in path else body
+        _, _, told = await proxy.post(path.replace("generateContent", "streamGenerateContent"), streamed)
+        said = told.decode() if isinstance(told, bytes) else json.dumps(told)
+        assert "`tongue`" in said and "falcon" not in said and "[DONE]" not in said and "message_stop" not in said
+        for row in await proxy.rows():
+            assert (row["status"], row["error"], row["verdicts"]) == (400, "content_filter", "tongue:block:output")
+
+
+HIDING = """
+[guardrails.answers]
+on = "output"
+entities = ["all"]
+action = "redact"
+"""
+
+
+@pytest.mark.parametrize(("path", "body"), ECHO_DOORS)
+async def test_answers_are_redacted_in_streams_and_in_the_log(start: Start, path: str, body: dict[str, Any]) -> None:
+    async with start(toml=HIDING, cache="all") as proxy:
+        body = json.loads(json.dumps(body).replace("I am", "word " * 150 + CARD + " I am"))
+        _, headers, told = await proxy.post(path, body)
+        assert (
+            EMAIL not in json.dumps(told) and "[EMAIL]" in json.dumps(told) and headers["x-stockyard-cache"] == "bypass"
+        )
+        streamed = {**body, "stream": True} if "Content" not in path else body
+        _, _, told = await proxy.post(path.replace("generateContent", "streamGenerateContent"), streamed)
+        said = told.decode() if isinstance(told, bytes) else json.dumps(told)
+        assert EMAIL not in said and "4111" not in said and "[EMAIL]" in said and "[CARD]" in said
+        for row in await proxy.rows():
+            found = json.dumps(s.find_request(proxy.gateway.store, row["id"]))
+            assert EMAIL not in found and "4111" not in found
+
+
+WORDS = st.lists(
+    st.sampled_from([EMAIL, CARD, "falcon", "a", "word " * 40, "x" * 30, ".", KEY, "\n", "4111", "@", "10.1.2.3"]),
+    max_size=30,
+)
+
+
+@given(words=WORDS, deltas=st.lists(st.integers(0, 5000), max_size=30))
+@settings(max_examples=150, deadline=None)
+def test_a_watched_stream_hides_what_a_plain_answer_hides(words: list[str], deltas: list[int]) -> None:
+    text = " ".join(words)
+    rules = [
+        s.Rule("r", "redact", spans=s.entity_spans(s.Scanner(), ["all"])),
+        s.Rule("c", "redact", spans=s.word_spans("c", ["falcon"])),
+    ]
+    restorer = s.StreamRestorer(s.Hidden("mask", b"", ""), False, False, s.Watch(rules, lambda rule: None))
+    data = as_sse(events_openai([(0, "content", piece) for piece in cut(text, deltas)]))
+    out = gathered(read_sse(restorer.feed(data) + restorer.close()))
+    plain_ = {"content": text}
+    s.Redactor("mask", rules).redact(s.Texts(plain_), s.Hidden("mask", b"", ""))
+    assert out.get((0, "content"), "") == plain_["content"]
+
+
+SCHEMA = """
+[guardrails.shape]
+json_schema = {type = "object", required = ["n"], properties = {n = {type = "integer", minimum = 1}}}
+"""
+
+
+def answering(text: str) -> dict[str, Any]:
+    return {**COMPLETION, "choices": [{**COMPLETION["choices"][0], "message": {"role": "assistant", "content": text}}]}
+
+
+async def test_an_answer_that_does_not_fit_its_schema_is_asked_for_once_more(start: Start) -> None:
+    async with start(toml=SCHEMA) as proxy:
+        proxy.upstream.answers = [plain(answering('{"n": "x"}')), plain(answering('{"n": 3}'))]
+        status, _, told = await proxy.post(PATH, chat("count"))
+        assert status == 200 and told["choices"][0]["message"]["content"] == '{"n": 3}'
+        again = proxy.upstream.seen[1].json["messages"]
+        assert (
+            again[-2] == {"role": "assistant", "content": '{"n": "x"}'} and "n must be integer" in again[-1]["content"]
+        )
+        [row] = await proxy.rows()
+        assert (row["attempts"], row["input_tokens"] + row["cached_tokens"]) == (2, 20)
+        proxy.upstream.answers = [plain(answering("no"))]
+        status, _, told = await proxy.post(PATH, chat("count"))
+        assert status == 400 and "`shape`" in told["error"]["message"]
+
+
+async def test_a_stream_that_does_not_fit_its_schema_says_nothing(start: Start) -> None:
+    async with start(toml=SCHEMA) as proxy:
+        status, _, told = await proxy.post(PATH, chat("count", stream=True))
+        assert status == 400 and "`shape`" in json.dumps(told)
+        proxy.upstream.answers = [
+            stream([chunk({"content": '{"n":'}), chunk({"content": "3}"}), chunk({}, "stop"), DONE])
+        ]
+        status, _, told = await proxy.post(PATH, chat("count", stream=True))
+        assert (
+            status == 200
+            and told.endswith(b"[DONE]\n\n")
+            and gathered(read_sse(told[: -len(DONE)])) == {(0, "content"): '{"n":3}'}
+        )
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (plain({"action": "allow"}), 200), (plain({"action": "flag"}), 200), (plain({"action": "block"}), 400), (plain({}), 400),
+        (plain({"action": "allow"}, 500), 400), (plain([1]), 400), (Answer(302, {"location": "http://127.0.0.1:1/"}), 400),
+        (Answer(raw=b""), 400), (Answer(hang_s=3.0), 400),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("side", s.SIDES)
+async def test_a_webhook_judges_and_one_that_fails_refuses(
+    start: Start, side: str, answer: Answer, status: int
+) -> None:
+    async with fake_upstream() as judge:
+        judge.answers = [answer]
+        toml = f"[guardrails.outside]\non = '{side}'\nwebhook = 'http://127.0.0.1:{judge.port}/judge?x=1'\ntimeout_ms = 300\n"
+        async with start(toml=toml, redact="mask") as proxy:
+            told = [
+                await proxy.post(PATH, chat(f"I am {EMAIL}", model="echo", stream=stream)) for stream in (False, True)
+            ]
+            assert [one[0] for one in told] == [status, status]
+            assert all(seen.path == "/judge?x=1" and EMAIL.encode() not in seen.body for seen in judge.seen)
+            assert judge.seen[0].json["where"] == side and "I am [EMAIL]" in json.dumps(judge.seen[0].json["texts"])
