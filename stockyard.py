@@ -12677,7 +12677,7 @@ class Rule:
 
     def covers(self, call: Call) -> bool:
         return (
-            (not self.models or call.model in self.models)
+            (not self.models or not call.model or call.model in self.models)  # what names no model could be any
             and (not self.keys or call.key_id in self.keys or (call.key is not None and call.key.name in self.keys))
             and all(call.tag_map.get(name) == value for name, value in self.tags.items())
         )
@@ -12711,6 +12711,8 @@ def entity_spans(scanner: Scanner, entities: Sequence[str]) -> Callable[[str], l
 
 def answer_texts(document: Json) -> list[str]:
     """What an answer says to its reader, of any dialect: no reasoning, no tool calls."""
+    if not isinstance(document, dict):
+        return []
     said = [(choice.get("message") or choice) for choice in document.get("choices") or ()]
     blocks = [one for message in said for one in _blocks_in(message.get("content", message.get("text")))]
     blocks += _blocks_in(document.get("content"))
@@ -18380,7 +18382,7 @@ class Gateway:
     async def judged(self, call: Call, reply: Reply) -> Reply:
         """A plain answer that keeps the rules. One that does not fit its schema is asked for once more."""
         rules = self.output_rules(call)
-        if not rules or reply.status >= 300 or not reply.body.startswith(b"{"):
+        if not rules or reply.status >= 300 or not reply.body.startswith((b"{", b"[")):
             return reply
         document = orjson.loads(reply.body)
         changed, fault = await self.judge_output(call, document, rules)
@@ -20664,14 +20666,17 @@ async def forward(
     key = gateway.next_key(provider)
     if key:
         headers[provider.row.auth_header] = provider.row.auth_prefix + key
-    body = upload_body(request, read_ahead) if request.can_read_body or read_ahead else None
+    body: AsyncIterator[bytes] | bytes | None = None
+    if request.can_read_body or read_ahead:
+        body = upload_body(request, read_ahead)
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
     timeout = aiohttp.ClientTimeout(
         total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
     )
-    if gateway.guardrails is not None and gateway.guardrails.hides_requests and body is not None:
-        raise GuardrailBlocked("bodies of this endpoint cannot be redacted; send it while STOCKYARD_REDACT is off")
+    if body is not None and gateway.guardrails is not None and gateway.guardrails.covering(call, "input"):
+        body = await guarded_body(request, gateway, call, read_ahead)
+        headers["content-length"] = str(len(body))
     if call.key is not None:
         call.key.check(provider.id, call.model or "*")
     # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
@@ -20720,6 +20725,20 @@ def forwarded_query(request: web.Request, joined: bool) -> str:
     return ("&" if joined else "?") + "&".join(pairs) if pairs else ""
 
 
+async def guarded_body(request: web.Request, gateway: Gateway, call: Call, read_ahead: bytes) -> bytes:
+    """A body as guardrails leave it. One that is no JSON cannot be judged, so it is refused."""
+    if request.content_type != "application/json" or read_ahead:
+        raise GuardrailBlocked("guardrails are on for this call, and they can read JSON only: no forms, files or audio")
+    call.body = await read_body(request, gateway)
+    try:
+        call.request = parse_json_object(call.body)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is no JSON that guardrails can read: {error}") from error
+    await gateway.check_input(call)
+    body, call.body = call.body, b""  # of what passes through, the log keeps answers only
+    return body
+
+
 async def upload_body(request: web.Request, read_ahead: bytes) -> AsyncIterator[bytes]:
     if read_ahead:
         yield read_ahead
@@ -20739,7 +20758,10 @@ async def pass_answer(
     headers = {name.lower(): value for name, value in answer.headers.items() if name.lower() in PROXY_ANSWER_HEADERS}
     if answer.headers.get("content-encoding"):
         headers["content-encoding"] = answer.headers["content-encoding"]
-    response = web.StreamResponse(status=answer.status, headers={**headers, **dict(gateway.answer_headers(call))})
+    headers |= dict(gateway.answer_headers(call))
+    if gateway.output_rules(call) or (call.hidden is not None and call.hidden.values):
+        return await pass_guarded(request, gateway, call, target, answer, headers)
+    response = web.StreamResponse(status=answer.status, headers=headers)
     if answer.content_length is not None and answer.status not in (204, 304):
         response.content_length = answer.content_length
     await response.prepare(request)
@@ -20748,6 +20770,40 @@ async def pass_answer(
         if len(watched) < WATCHED_ANSWER_BYTES:
             watched += piece
         await response.write(piece)
+    watch_answer(gateway, call, target, answer.content_type, bytes(watched))
+    await response.write_eof()
+    return response
+
+
+async def pass_guarded(
+    request: web.Request,
+    gateway: Gateway,
+    call: Call,
+    target: Target,
+    answer: aiohttp.ClientResponse,
+    headers: dict[str, str],
+) -> web.StreamResponse:
+    """An answer that is to be restored or judged: whole, or event by event where it only needs to be restored."""
+    if answer.headers.get("content-encoding", "identity") != "identity":
+        raise UpstreamError("the provider sent a compressed answer unasked", code="upstream_malformed")
+    if answer.content_type != "text/event-stream":
+        body = await answer.read()
+        watch_answer(gateway, call, target, answer.content_type, body)
+        reply = gateway.restored(call, await gateway.judged(call, Reply(answer.status, list(headers.items()), body)))
+        return to_response(reply)
+    if gateway.output_rules(call):
+        raise GuardrailBlocked(
+            "guardrails on answers are on for this call, and streams of /proxy cannot be judged; use /v1"
+        )
+    assert call.hidden is not None
+    restorer, watched = StreamRestorer(call.hidden, asks_json(call.request), is_array=False), bytearray()
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    await response.prepare(request)
+    async for piece in answer.content.iter_any():
+        if len(watched) < WATCHED_ANSWER_BYTES:
+            watched += piece
+        await response.write(restorer.feed(piece))
+    await response.write(restorer.close())
     watch_answer(gateway, call, target, answer.content_type, bytes(watched))
     await response.write_eof()
     return response
@@ -21426,6 +21482,64 @@ async def put_budgets(request: web.Request) -> web.Response:
     return await get_budgets(request)
 
 
+async def get_guardrails(request: web.Request) -> web.Response:
+    """What is guarded: `redact`, `guard_injection`, `guard_secrets`, `log_bodies`, `rules` and `recognisers` (names and tables)."""
+    settings = request.app[GATEWAY_KEY].settings
+    told = {name: getattr(settings, name) for name in (*GUARD_SETTINGS, "log_bodies")}
+    tables = {
+        name: settings.tables.get(table, {})
+        for name, table in (("rules", "guardrails"), ("recognisers", "recognisers"))
+    }
+    return json_response({**told, **tables})
+
+
+async def put_guardrails(request: web.Request) -> web.Response:
+    """Set `redact`, `guard_injection` and `guard_secrets` (null: the default), kept in stockyard.toml. All or nothing.
+
+    What is not named stays. Rules and recognisers are rows of stockyard.toml; POST /api/config/reload reads them anew.
+    """
+    body = await body_json_of(request)
+    if odd := next(
+        (name for name, value in body.items() if name not in GUARD_SETTINGS or not isinstance(value, str | None)), None
+    ):
+        raise InvalidRequest(f"{odd!r} cannot be set here; what can: {', '.join(GUARD_SETTINGS)}", param=odd)
+    reload_now(request, body)
+    return await get_guardrails(request)
+
+
+GUARD_SETTINGS: Final = ("redact", "guard_injection", "guard_secrets")
+
+
+async def try_guardrails(request: web.Request) -> web.Response:
+    """What guardrails make of a text: `{"text"}`, or a whole request as `{"request", "model"}`. Nothing is sent or logged.
+
+    Answers `{"action": allow, flag, redact or block, "verdicts": [{"rule", "action", "where"}], "redactions": {entity: count},
+    "request" or "text": as it would go upstream}`.
+    """
+    gateway, body = request.app[GATEWAY_KEY], await body_json_of(request)
+    asked = body.get("request", {"text": body.get("text")})
+    if not isinstance(asked, dict) or ("request" not in body and not isinstance(asked["text"], str)):
+        raise InvalidRequest("send `text`, or a `request` as a client would", param="text")
+    call = gateway.begin(PROXY_ENDPOINT, {}, b"", peer_ip(request))
+    call.request, call.model = asked, str(body.get("model") or asked.get("model") or "-")
+    try:
+        if gateway.guardrails is not None:
+            await gateway.check_input(call)
+    except GuardrailBlocked as error:
+        if not call.verdicts:
+            raise error
+    verdicts = [
+        dict(zip(("rule", "action", "where"), one.split(":"), strict=True)) for one in call.verdicts.split(",") if one
+    ]
+    actions = {one["action"] for one in verdicts} | ({"redact"} if call.redactions else set())
+    told = {
+        "action": next((one for one in ("block", "redact", "flag") if one in actions), "allow"),
+        "verdicts": verdicts,
+    }
+    shown = {"request": call.request} if "request" in body else {"text": call.request["text"]}
+    return json_response({**told, "redactions": dict(call.hidden.counts) if call.hidden else {}, **shown})
+
+
 async def get_cache(request: web.Request) -> web.Response:
     """Sizes, hits, misses and what the cache saved."""
     return json_response(await request.app[GATEWAY_KEY].cache.view())
@@ -21572,6 +21686,8 @@ BODIES: Final[Mapping[str, Mapping[str, str]]] = {
     "POST /api/requests/{id}/feedback": {"score": "number", "label": "string", "comment": "string"},
     "POST /api/keys": dict.fromkeys(KEY_MEMBERS, ""), "PATCH /api/keys/{id}": dict.fromkeys(KEY_MEMBERS, ""),
     "POST /api/keys/{id}/rotate": {"grace_s": "integer"},
+    "PUT /api/guardrails": dict.fromkeys(("redact", "guard_injection", "guard_secrets"), "string"),
+    "POST /api/guardrails/try": {"text": "string", "request": "object", "model": "string"},
     "PUT /api/budgets": {"budgets": "array"}, "POST /api/config": dict.fromkeys(sorted(LIVE_SETTINGS), ""),
 }  # fmt: skip
 PAGE_FILTERS: Final = tuple(name for name in LOG_FILTERS if name != "before")
@@ -21737,6 +21853,9 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/keys/{id}/rotate", rotate_key, "admin"),
     RouteRow("GET", "/api/budgets", get_budgets, "admin"),
     RouteRow("PUT", "/api/budgets", put_budgets, "admin"),
+    RouteRow("GET", "/api/guardrails", get_guardrails, "admin"),
+    RouteRow("PUT", "/api/guardrails", put_guardrails, "admin"),
+    RouteRow("POST", "/api/guardrails/try", try_guardrails, "admin"),
 )
 
 
@@ -22438,6 +22557,16 @@ EXAMPLE_TOML: Final = """\
 # provider = "openai_compatible"
 # input = 0.10
 # output = 0.40
+
+# [guardrails.NAME]                    # one of: words, regex, entities, allow, topics, max_chars, max_bytes, json_schema, webhook
+# words = ["Project Falcon"]           # topics = {weapons = ["rifle", "gun"]}; entities = ["email", "secrets"] or ["all"]
+# on = "input"                         # or "output", or both in a list; a stream that must be judged whole waits for its end
+# action = "block"                     # or flag, or redact (words, regex, entities); models, keys and tags narrow a rule down
+# webhook gets {"rule", "where", "model", "key_id", "texts"} and answers {"action": "allow", "flag" or "block"} in timeout_ms
+
+# [recognisers.badge]                  # what redaction finds beside its own: a pattern, keywords, examples and counterexamples
+# pattern = "B-[0-9]{5}"
+# examples = ["B-12345"]
 """
 
 
@@ -22934,11 +23063,31 @@ def run_config(options: argparse.Namespace) -> int:
         return 0
     settings = load_settings(options)
     load_router(settings, os.environ, load_prices(settings))
+    guardrails_of(settings, b"")
     return print_rows(
         config_view(settings),
         options,
         lambda row: f"{row['name']:20} {row['value']!s:28} {row['source']:28} {row['help']}",
     )
+
+
+def run_redact(options: argparse.Namespace) -> int:
+    """Show a text as it would go upstream: masked, or with placeholders where the settings say reversible."""
+    settings = load_settings(options)
+    text = sys.stdin.read() if options.file == "-" else Path(options.file).read_text(encoding="utf-8", errors="replace")
+    mode = settings.redact if settings.redact != "off" else "mask"
+    guards = guardrails_of(dataclasses.replace(settings, redact=mode), secrets.token_bytes(32))
+    assert guards is not None
+    texts, hidden = Texts({"text": text}), Hidden(mode, secrets.token_bytes(32), "")
+    shown = texts.places[0].holder
+    Redactor(mode, [rule for rule in guards.rules if rule.action == "redact"]).redact(texts, hidden)
+    if options.json:
+        print(json.dumps({"text": shown["text"], "redactions": dict(hidden.counts)}, ensure_ascii=False))
+        return 0
+    sys.stdout.write(shown["text"])
+    counts = ", ".join(f"{count} {entity}" for entity, count in sorted(hidden.counts.items()))
+    print(f"hidden: {counts or 'nothing'}", file=sys.stderr)
+    return 0
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -23078,6 +23227,9 @@ VERBS: Final = (
         ("--q", {"help": "only those whose request or answer holds this text"}),
         ("--limit", {"type": int, "default": 50, "help": "how many at the most (50); 0 is all, the newest first"}), _JSON,
         ("--csv", {"action": "store_true", "help": "print CSV"}),
+    )),
+    Verb("redact", run_redact, "print a text with what redaction would hide hidden, and count it on stderr", (
+        ("file", {"help": "a file, or - for standard input"}), _JSON,
     )),
     Verb("show", run_show, "print one logged call with its attempts and bodies", (("id", {"help": "the id from x-stockyard-request-id"}),)),
     Verb("explain", run_explain, "say why a logged call went where it went, and the arithmetic of its cost", (
