@@ -14465,12 +14465,18 @@ def output_allowed(body: Json) -> int | None:
                 if name not in UNREAD_MEMBERS:
                     left.append(value)
             elif isinstance(value, int | float | str) and not isinstance(value, bool):
-                plain = name.replace("_", "").lower()
-                if (plain in CAP_NAMES or plain in ANSWER_COUNT_NAMES) and (number := _as_count(value)) is not None:
-                    (caps if plain in CAP_NAMES else counts).append(number)
+                kind = _cap_kind(name)
+                if kind and (number := _as_count(value)) is not None:
+                    (caps if kind == "cap" else counts).append(number)
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     return max(caps) * max(counts) * prompts if caps else None
+
+
+@functools.lru_cache(1024)
+def _cap_kind(name: str) -> str:
+    plain = name.replace("_", "").lower()
+    return "cap" if plain in CAP_NAMES else "count" if plain in ANSWER_COUNT_NAMES else ""
 
 
 def _as_count(value: float | str) -> int | None:
@@ -16808,6 +16814,7 @@ class Journal:
         self._directory, self.generation, self._full_sync = directory, generation, full_sync
         self._file = self._open()
         self._size = 0
+        self._deferred = b""
 
     def _path(self, generation: int) -> Path:
         return self._directory / f"{self.NAME}-{generation:08d}.journal"
@@ -16817,7 +16824,20 @@ class Journal:
 
     def append(self, record: Json) -> None:
         """Write one record; StorageUnavailable where it cannot be kept, and then nothing may be spent on it."""
-        line = orjson.dumps(record) + b"\n"
+        self._write(self._deferred + orjson.dumps(record) + b"\n")
+
+    def defer(self, record: Json) -> bool:
+        """Keep the end of a hold for the next write, or `flush`: lost, it is charged whole. True for the first kept."""
+        is_first = not self._deferred
+        self._deferred += orjson.dumps(record) + b"\n"
+        return is_first
+
+    def flush(self) -> None:
+        """Write what was deferred; StorageUnavailable where it cannot be kept."""
+        if self._deferred:
+            self._write(self._deferred)
+
+    def _write(self, line: bytes) -> None:
         try:
             if os.write(self._file, line) != len(line):
                 raise OSError("short write")
@@ -16828,6 +16848,7 @@ class Journal:
                 "spending cannot be recorded, so calls under a budget are refused; see the disk"
             ) from error
         self._size += len(line)
+        self._deferred = b""
 
     @property
     def is_long(self) -> bool:
@@ -16835,6 +16856,8 @@ class Journal:
 
     def turn(self) -> int:
         """Go on in a new journal; its number. Where none can be opened, the old one goes on; OSError."""
+        with contextlib.suppress(StorageUnavailable):  # the balances that go to SQLite now hold it all
+            self.flush()
         before = self._file
         self.generation += 1
         self._size = 0
@@ -16852,6 +16875,9 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        with contextlib.suppress(StorageUnavailable):
+            self.flush()
+        self._deferred = b""
         os.close(self._file)
 
     @classmethod
@@ -17852,6 +17878,8 @@ ANSWER_AND_LIMIT_HEADERS: Final = (*ANSWER_HEADERS, *LIMIT_HEADERS)
 #: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
 BOUNDED_KINDS: Final = frozenset({"chat", "completions", "embeddings"})
 MIN_CLAMPED_TOKENS: Final = 16
+#: A settlement waits for the next hold's write, but no longer than this.
+SETTLED_WITHIN_S: Final = 0.02
 #: How a target was found where the client itself named its provider.
 NAMING_WAYS: Final = frozenset({"x-stockyard-provider", "provider prefix", "path"})
 #: What a header that turns something on may say.
@@ -19204,15 +19232,20 @@ class Gateway:
 
     def record_end(self, ended: Settlement) -> None:
         if ended.record is not None and self.journal is not None:
-            try:
-                self.journal.append(ended.record)
-            except StorageUnavailable as error:  # the hold stays on disk: the next start charges it whole, never less
-                print_error(f"a settlement could not be recorded: {error.message}")
+            if self.journal.defer(ended.record):
+                self.loop.call_later(SETTLED_WITHIN_S, self.write_settlements, self.journal)
             if self.journal.is_long:
                 self.checkpoint()
         for event in ended.events:
             spent = f"${format_usd(event.settled_nanousd)} of ${format_usd(event.limit_nanousd)}"
             print_error(f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})")
+
+    @staticmethod
+    def write_settlements(journal: Journal) -> None:
+        try:
+            journal.flush()
+        except StorageUnavailable as error:  # the holds stay on disk: the next start charges them whole, never less
+            print_error(f"settlements could not be recorded: {error.message}")
 
     def checkpoint(self) -> None:
         """Keep the balances in SQLite and go on in a new journal; the old ones go once that is committed."""

@@ -281,3 +281,20 @@ async def test_logged_calls_are_priced_anew_and_unpriced_models_are_named(
     assert (unpriced["price_id"], unpriced["cost_usd"], unpriced["now_usd"]) == (None, None, None)
     assert stockyard.main(["costs", "--reprice", "--data-dir", str(tmp_path)]) == 0
     assert "openai/nobody-knows" in capsys.readouterr().out
+
+
+def test_settlements_go_with_the_next_hold_and_none_is_written_twice(tmp_path: Path) -> None:
+    journal = stockyard.Journal(tmp_path, 1, full_sync=False)
+    ends = [{"op": "settle", "id": name} for name in "abc"]
+    assert [journal.defer(ends[0]), journal.defer(ends[1])] == [True, False]
+    assert list(stockyard.Journal.read(tmp_path, 1)) == []
+    journal.append({"op": "hold", "id": "d"})
+    journal.flush()
+    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 1)] == ["a", "b", "d"]
+    assert journal.defer(ends[2])
+    journal.turn()
+    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 1)] == ["a", "b", "d", "c"]
+    journal.defer(ends[0])
+    journal.close()
+    journal.flush()
+    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 2)] == ["a"]
