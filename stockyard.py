@@ -21,6 +21,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Echo                     the built-in provider
     Streams                  flows: provider bytes in, client bytes out
     Metrics                  counts of finished calls, as Prometheus reads them
+    Audit                    a chain over what operators did and what was logged
     ~~~ waterline: everything above is pure; below, things happen ~~~
     Store                    SQLite: one writer, grouped commits, queries
     Upstream                 the only code that opens connections for calls
@@ -10154,6 +10155,7 @@ class Settings:
     )
     log_retention: float = _row(30.0, "days that log rows are kept", _number(0.01, 36500))
     log_mb: float = _row(1024.0, "size bound of the log in MB", _number(1, 10_000_000))
+    audit_file: str = _row("", "append a signed checkpoint of the audit chain to this file every hour and at a stop")
     durability: str = _row(
         "process", "process: rows survive kill -9; full: also power loss (fsync)", _one_of("process", "full")
     )
@@ -15183,6 +15185,84 @@ def escape_label(value: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+# ===== Audit ==========================================================================================================
+# A chain over what operators did and what was logged: each entry's digest covers the one before, so that nothing in the
+# middle can be edited, deleted or reordered. Pure arithmetic. Calls are covered by the digests of their rows and bodies;
+# `rows` of an entry lists them and goes when all its calls have gone by age, its own digest stays.
+# Who can write the database can write a whole new chain: only a checkpoint kept elsewhere tells that, and a cut-off end.
+
+AUDIT_GENESIS: Final = bytes(32)
+AUDIT_ROW: Final = struct.Struct(
+    "<q16s16s"
+)  # seq of a call, digest of its row, digest of its bodies (zeros: none kept)
+AUDIT_MAX_BYTES: Final = 1000 * AUDIT_ROW.size
+AUDIT_SPAN_MS: Final = 60_000
+
+
+class AuditEntry(NamedTuple):
+    """One link. `record` is JSON; `rows` is set for the kind `calls`, and None once those calls are gone."""
+
+    seq: int
+    ts_ms: int
+    kind: str
+    record: str
+    rows: bytes | None
+    digest: bytes
+
+
+def audit_entry(previous: bytes, seq: int, ts_ms: int, kind: str, record: Json, rows: bytes = b"") -> AuditEntry:
+    if kind == "calls":
+        record = {"count": len(rows) // AUDIT_ROW.size, "rows": hashlib.sha256(rows).hexdigest()}
+    text = dump_json(record).decode()
+    return AuditEntry(seq, ts_ms, kind, text, rows, audit_link(previous, seq, ts_ms, kind, text))
+
+
+def audit_link(previous: bytes, seq: int, ts_ms: int, kind: str, record: str) -> bytes:
+    return hashlib.sha256(previous + dump_json((seq, ts_ms, kind, record))).digest()
+
+
+def audit_digest(*pieces: bytes) -> bytes:
+    """Of a call's row, or of its bodies: 16 bytes, lengths included."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8) + piece)
+    return digest.digest()
+
+
+def sign_checkpoint(entry: AuditEntry, key: bytes) -> Json:
+    """What can be kept elsewhere: how far the chain went, its digest there, signed with HMAC-SHA256."""
+    told: Json = {"seq": entry.seq, "ts_ms": entry.ts_ms, "digest": entry.digest.hex()}
+    return {**told, "signature": hmac.digest(key, dump_json(told), "sha256").hex()}
+
+
+def audit_fault(
+    entries: Iterable[AuditEntry], checkpoint: Json | None, key: bytes, row_fault: Callable[[int, bytes, bytes], str]
+) -> str:
+    """The first thing wrong with a chain, as a sentence; empty where nothing is. `row_fault` looks at one call."""
+    if checkpoint is not None:
+        told = {name: checkpoint.get(name) for name in ("seq", "ts_ms", "digest")}
+        if not hmac.compare_digest(hmac.digest(key, dump_json(told), "sha256").hex(), str(checkpoint.get("signature"))):
+            return "the checkpoint was not signed with this data directory's audit.key, or was changed"
+    previous, last = AUDIT_GENESIS, 0
+    for entry in entries:
+        if entry.seq != last + 1:
+            return f"entry {last + 1} is missing"
+        if audit_link(previous, *entry[:4]) != entry.digest:
+            return f"entry {entry.seq} ({entry.kind}) was changed, or does not follow the one before"
+        if entry.kind == "calls" and entry.rows is not None:
+            if hashlib.sha256(entry.rows).hexdigest() != orjson.loads(entry.record)["rows"]:
+                return f"the list of calls of entry {entry.seq} was changed"
+            for place in AUDIT_ROW.iter_unpack(entry.rows):
+                if fault := row_fault(*place):
+                    return f"entry {entry.seq}: {fault}"
+        if checkpoint is not None and entry.seq == checkpoint["seq"] and entry.digest.hex() != checkpoint["digest"]:
+            return f"entry {entry.seq} is not the one that the checkpoint tells of: the chain was written anew"
+        previous, last = entry.digest, entry.seq
+    if checkpoint is not None and checkpoint["seq"] > last:
+        return f"entries {last + 1} to {checkpoint['seq']}, which the checkpoint tells of, are missing"
+    return ""
+
+
 # ===== Store ==========================================================================================================
 # SQLite, and the journals that run ahead of it. Exactly one connection ever writes or checkpoints, in its own thread
 # (SQLite before 3.51.3 can corrupt a WAL database that two connections checkpoint); readers are read-only connections
@@ -15305,6 +15385,12 @@ MIGRATIONS: Final = (
         PRIMARY KEY (span_s, start_s, label)
     ) WITHOUT ROWID;
     INSERT INTO labels VALUES (0, '', '', '', '', '', '', 0, 0, '', '', '', '');
+    """,
+    """
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY, ts_ms INTEGER NOT NULL, kind TEXT NOT NULL, record TEXT NOT NULL, rows BLOB,
+        digest BLOB NOT NULL
+    );
     """,
 )
 
@@ -15514,6 +15600,13 @@ class Logged(NamedTuple):
     is_old: bool = False
 
 
+class Note(NamedTuple):
+    """An entry for the audit chain, to be committed with the rows around it."""
+
+    kind: str
+    record: Json
+
+
 class Write(NamedTuple):
     """A statement of ours for the writer thread, beside the log rows of its group."""
 
@@ -15586,6 +15679,7 @@ class Group:
 
     rows: list[Logged] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     barriers: list[Callable[[], object]] = field(default_factory=list)
     size_bytes: int = 0
 
@@ -15614,7 +15708,7 @@ class LogStore:
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
         self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
-        self._queue: collections.deque[Logged | Write | Callable[[], object]] = collections.deque()
+        self._queue: collections.deque[Logged | Note | Write | Callable[[], object]] = collections.deque()
         self._group: Group | None = None  # could not be committed, and is tried again
         self._queued_bytes = self._written_bytes = 0
         self._wake, self._hurry = threading.Event(), threading.Event()
@@ -15623,6 +15717,9 @@ class LogStore:
         self._reader: sqlite3.Connection | None = None
         self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
         self.metrics = Metrics((*LABEL_FIELDS, *OWN_FIELDS))
+        if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
+            after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
+            self._audit("began", {"after": after})
         self.journal = self._replay()
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
@@ -15681,6 +15778,11 @@ class LogStore:
         if not self._wake.is_set():
             self._wake.set()
 
+    def put_note(self, kind: str, record: Json) -> None:
+        """Add an entry to the audit chain."""
+        self._queue.append(Note(kind, record))
+        self._wake.set()
+
     def put_write(self, sql: str, *parameters: Any) -> None:
         """Hand one statement over, to be committed with the rows around it."""
         self._queue.append(Write(sql, parameters))
@@ -15737,6 +15839,8 @@ class LogStore:
             item = queue.popleft()
             if isinstance(item, Write):
                 group.writes.append(item)
+            elif isinstance(item, Note):
+                group.notes.append(item)
             elif isinstance(item, Logged):
                 group.rows.append(item)
                 group.size_bytes += len(item.asked) + len(item.answered)
@@ -15747,7 +15851,7 @@ class LogStore:
     def _commit_group(self) -> bool:
         group = self._group = self._group or self._take()
         try:
-            if group.rows or group.writes:
+            if group.rows or group.writes or group.notes:
                 self._write(group)
         except Exception as error:
             if not self._give_way(group, error):
@@ -15780,6 +15884,8 @@ class LogStore:
                 self._write_one(Group(rows=[call._replace(row=self._repaired(call.row))]))
         for write in group.writes:
             self._write_one(Group(writes=[write]))
+        for note in group.notes:
+            self._write_one(Group(notes=[note]))
 
     def _write_one(self, group: Group) -> None:
         try:
@@ -15812,6 +15918,8 @@ class LogStore:
                 self._insert([call for call in group.rows if not (call.is_old and self._has_row(call.row))])
             for write in group.writes:
                 connection.execute(write.sql, write.parameters)
+            for note in group.notes:
+                self._audit(note.kind, note.record)
             connection.execute("COMMIT")
         except Exception:
             self._labels.clear()
@@ -15824,12 +15932,17 @@ class LogStore:
         """The rows of a group, the block of their bodies, and their sums."""
         rows = [call.row for call in calls]
         labels = [self._label(row.label) for row in rows]
-        block, places = self._keep_bodies(calls)
+        block, places, digests = self._keep_bodies(calls)
         insert_rows(self._connection, [
             (row.seq, label, *row.own, block, *place) for row, label, place in zip(rows, labels, places, strict=True)
         ])  # fmt: skip
         self._roll_up(rows)
         self._spread(rows, labels)
+        listed = [
+            (row.seq, audit_digest(dump_json(tuple(row))), digest) for row, digest in zip(rows, digests, strict=True)
+        ]
+        for at in range(0, len(listed), 1000):
+            self._audit("calls", {}, b"".join(itertools.starmap(AUDIT_ROW.pack, listed[at : at + 1000])))
 
     def _spread(self, rows: list[LogRow], labels: list[int]) -> None:
         """Count the times of the rows, for quantiles; a group is of one moment, near enough for them."""
@@ -15870,20 +15983,38 @@ class LogStore:
             self._labels[values] = cast(int, label)
         return cast(int, label)
 
-    def _keep_bodies(self, calls: list[Logged]) -> tuple[int, list[tuple[int, int, int]]]:
-        """Write the bodies of a group as one block, which also tells its rows; its number, and each call's place in it.
+    def _audit(self, kind: str, record: Json, rows: bytes = b"") -> None:
+        """Add to the chain. Calls of one minute share an entry, as long as nothing else came after them."""
+        now_ms, execute = self._now_ms(), self._connection.execute
+        last, before = (*(AuditEntry(*entry) for entry in execute(NEWEST_AUDIT)), None, None)[:2]
+        previous, seq = (last.digest, last.seq + 1) if last is not None else (AUDIT_GENESIS, 1)
+        if (
+            kind == "calls" and last is not None and last.kind == kind and last.rows is not None
+            and last.ts_ms // AUDIT_SPAN_MS == now_ms // AUDIT_SPAN_MS and len(last.rows) + len(rows) <= AUDIT_MAX_BYTES
+        ):  # fmt: skip
+            previous, seq, rows = before.digest if before is not None else AUDIT_GENESIS, last.seq, last.rows + rows
+        execute(
+            "INSERT OR REPLACE INTO audit VALUES (?, ?, ?, ?, ?, ?)",
+            audit_entry(previous, seq, now_ms, kind, record, rows),
+        )
+
+    def _keep_bodies(self, calls: list[Logged]) -> tuple[int, list[tuple[int, int, int]], list[bytes]]:
+        """Write the bodies of a group as one block, which also tells its rows; its number, each call's place in it, and
+        the digests of its bodies.
 
         Of a long request the block has the numbers of its parts; its size is negative then.
         """
         block = self._last_block = max(self._last_block + 1, self._now_ms() << BLOCK_BITS)
         places: list[tuple[int, int, int]] = []
         bodies: list[bytes] = []
+        digests: list[bytes] = []
         at = 0
         for call in calls if self._bodies else ():
             answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
             asked = call.asked
             if call.hides is not None:
                 asked, answered = (call.hides(body)[:LOGGED_BODY_MAX_BYTES] for body in (asked, answered))
+            digests.append(audit_digest(asked, answered))
             is_split = len(asked) >= SPLIT_MIN_BYTES
             if is_split:
                 numbers = [self._part(piece, block) for piece in parts_of(asked)]
@@ -15895,7 +16026,7 @@ class LogStore:
         stored = zlib.compress(raw, 1) if at > 512 else raw
         seqs = struct.pack(f"<{len(calls)}q", *[call.row.seq for call in calls])
         self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (block, seqs, at > 512, stored))
-        return block, places or [(0, 0, 0)] * len(calls)
+        return block, places or [(0, 0, 0)] * len(calls), digests or [bytes(16)] * len(calls)
 
     def _part(self, piece: bytes, block: int) -> int:
         """The number of a part, which is written if it is new; its use is noted, so that it goes no sooner than its block."""
@@ -15967,14 +16098,25 @@ class LogStore:
         delete = self._connection.execute
         cutoff_ms = int(self._now_ms() - self._keep_ms) if self._keep_ms < math.inf else 0
         dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS, 16)).rowcount
-        dropped += delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
+        gone = delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
         oldest = delete("SELECT MIN(block) FROM blocks").fetchone()[0] or self._now_ms() << BLOCK_BITS
         dropped += delete(PRUNE_PARTS, (oldest - PART_STALE,)).rowcount
         dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
         dropped += delete(PRUNE_FEEDBACK, (cutoff_ms,)).rowcount
         if not dropped and self._log_bytes() > self._max_bytes:
-            dropped = delete(PRUNE_BLOCKS, (2**62, 16)).rowcount or delete(PRUNE_CALLS, (2**62, 1000)).rowcount
-        return dropped > 0
+            dropped = delete(PRUNE_BLOCKS, (2**62, 16)).rowcount
+            gone = 0 if dropped else delete(PRUNE_CALLS, (2**62, 1000)).rowcount
+        if gone:
+            self._audit_pruned()
+        return dropped + gone > 0
+
+    def _audit_pruned(self) -> None:
+        """Note up to where calls are gone by age, and forget the lists of entries that have no others."""
+        low = self._connection.execute("SELECT MIN(seq) FROM calls").fetchone()[0] or self._now_ms() << SEQ_BITS
+        self._audit("pruned", {"before": low})
+        self._connection.execute(
+            "UPDATE audit SET rows = NULL WHERE kind = 'calls' AND ts_ms < ? AND rows NOTNULL", (low >> SEQ_BITS,)
+        )
 
     def _shrink(self) -> bool:
         """Give free pages back to the disk, where they are many."""
@@ -16094,6 +16236,7 @@ PRUNE_BLOCKS: Final = (
 PRUNE_PARTS: Final = (
     "DELETE FROM parts WHERE part IN (SELECT part FROM parts WHERE used_block < ? ORDER BY used_block LIMIT 200)"
 )
+NEWEST_AUDIT: Final = "SELECT * FROM audit ORDER BY seq DESC LIMIT 2"
 PRUNE_CALLS: Final = "DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE seq < ? ORDER BY seq LIMIT ?)"
 PRUNE_FEEDBACK: Final = (  # in the order in which it was said, so the oldest are looked at first
     "DELETE FROM feedback WHERE rowid IN "
@@ -16348,7 +16491,7 @@ def find_request(store: LogStore, request_id: str) -> Json | None:
     }
 
 
-def read_block(store: LogStore, block: int | None) -> bytes:
+def read_block(store: Reads, block: int | None) -> bytes:
     """The bodies of a group of calls; empty where they have been dropped."""
     found = store.read("SELECT compressed, bodies FROM blocks WHERE block = ?", (block,))
     if not found:
@@ -16383,7 +16526,7 @@ def read_bodies(store: LogStore, row: sqlite3.Row) -> tuple[bytes, bytes]:
     return bodies_in(store, row, read_block(store, row["block"]))
 
 
-def bodies_in(store: LogStore, row: sqlite3.Row, raw: bytes) -> tuple[bytes, bytes]:
+def bodies_in(store: Reads, row: sqlite3.Row, raw: bytes) -> tuple[bytes, bytes]:
     """What was asked and what was answered, from the block they lie in and the parts it names."""
     at, size = row["request_at"], row["request_bytes"]
     asked, answered = raw[at : at + abs(size)], raw[at + abs(size) :][: row["answer_bytes"]]
@@ -16404,6 +16547,91 @@ def body_json(body: bytes) -> Any:
         return orjson.loads(body) if body else None
     except orjson.JSONDecodeError:
         return body.decode("utf-8", "replace")
+
+
+class Reads(Protocol):
+    """Whatever can run a query: the store, or a database that no process serves."""
+
+    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]: ...
+
+
+class AuditReader:
+    """A database file, read-only."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = open_reader(path)
+
+    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        return self._connection.execute(sql, parameters).fetchall()
+
+
+def audit_key(pepper: bytes) -> bytes:
+    """What checkpoints are signed with, in this data directory."""
+    return hmac.digest(pepper, b"audit checkpoint", "sha256")
+
+
+async def make_checkpoint(store: LogStore, key: bytes) -> Json:
+    """Seal the chain with an entry of its own, and sign that."""
+    store.put_note("checkpoint", {})
+    await store.flush()
+    [row] = await asyncio.to_thread(
+        store.read, "SELECT * FROM audit WHERE kind = 'checkpoint' ORDER BY seq DESC LIMIT 1"
+    )
+    return sign_checkpoint(AuditEntry(*row), key)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What `check_audit` found: how much it looked at, and the first fault."""
+
+    entries: int
+    calls: int
+    fault: str
+
+
+def read_audit(store: Reads, after: int = 0, limit: int = 500) -> Iterator[AuditEntry]:
+    """The chain from its beginning, a page at a time."""
+    while page := store.read("SELECT * FROM audit WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)):
+        yield from (AuditEntry(*row) for row in page)
+        after = page[-1]["seq"]
+
+
+def check_audit(store: Reads, key: bytes, checkpoint: Json | None) -> AuditReport:
+    """Hold the chain against itself, the log against the chain, and the chain against a checkpoint. Slow; any thread."""
+    pruned = store.read("SELECT record FROM audit WHERE kind = 'pruned' ORDER BY seq DESC LIMIT 1")
+    low = orjson.loads(pruned[0]["record"])["before"] if pruned else 0
+    began = store.read("SELECT record FROM audit WHERE kind = 'began' ORDER BY seq LIMIT 1")
+    first = max(low, orjson.loads(began[0]["record"])["after"] + 1 if began else 0)
+    there = store.read("SELECT COUNT(*) AS n FROM calls WHERE seq >= ?", (first,))[0]["n"]
+    block: tuple[int, bytes] = (0, b"")
+    seen = counted = 0
+
+    def row_fault(seq: int, row_digest: bytes, bodies_digest: bytes) -> str:
+        nonlocal block, seen
+        rows = store.read(f"{SELECT_CALLS} WHERE seq = ?", (seq,))
+        if not rows:
+            return "" if seq < low else f"the call of {format_time(seq >> SEQ_BITS)} (seq {seq}) was deleted"
+        [row] = rows
+        seen += seq >= first
+        label = [bool(row[name]) if name == "stream" else row[name] for name in LABEL_FIELDS]
+        if audit_digest(dump_json((seq, label, [row[name] for name in OWN_FIELDS]))) != row_digest:
+            return f"the row of call {row['id']} was changed"
+        if row["block"] != block[0]:
+            block = row["block"], read_block(store, row["block"])
+        if block[1] and any(bodies_digest) and audit_digest(*bodies_in(store, row, block[1])) != bodies_digest:
+            return f"the bodies of call {row['id']} were changed"
+        return ""
+
+    def counting() -> Iterator[AuditEntry]:
+        nonlocal counted
+        for entry in read_audit(store):
+            counted += 1
+            yield entry
+
+    fault = audit_fault(counting(), checkpoint, key, row_fault)
+    if not fault and seen < there:
+        fault = f"{there - seen} calls stand in the log that no entry covers"
+    return AuditReport(counted, seen, fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20360,6 +20588,7 @@ GUARD_KEY: Final = web.AppKey("guard", RequestGuard)
 UPLOADS_KEY: Final = web.AppKey("uploads", aiohttp.ClientSession)
 #: Of a request that may see or change things: the id of its virtual key, empty for the admin key.
 ACTOR_KEY: Final = web.RequestKey("actor", str)
+BODY_KEY: Final = web.RequestKey("body", dict)
 ALL_METHODS: Final = "GET POST PUT PATCH DELETE"
 
 
@@ -21375,7 +21604,8 @@ async def get_route(request: web.Request) -> web.Response:
 
 async def body_json_of(request: web.Request) -> Json:
     try:
-        return parse_json_object(await read_body(request, request.app[GATEWAY_KEY]))
+        request[BODY_KEY] = parse_json_object(await read_body(request, request.app[GATEWAY_KEY]))
+        return request[BODY_KEY]
     except ValueError as error:
         raise InvalidRequest(f"the body is no JSON object: {error}") from None
 
@@ -21402,6 +21632,7 @@ async def post_session(request: web.Request) -> web.Response:
             raise Forbidden("a key of the role client may not sign in")
         role, key_id = key.role, key.id
     secret, session = gateway.sessions.begin(role, key_id, now_ms)
+    gateway.store.put_note("session", {"actor": key_id or "admin", "role": role, "client_ip": request.remote or ""})
     response = json_response(session_view(session))
     secure = request.secure or request.headers.get("x-forwarded-proto") == "https"
     response.set_cookie(
@@ -21571,6 +21802,46 @@ async def try_guardrails(request: web.Request) -> web.Response:
     }
     shown = {"request": call.request} if "request" in body else {"text": call.request["text"]}
     return json_response({**told, "redactions": dict(call.hidden.counts) if call.hidden else {}, **shown})
+
+
+async def get_audit(request: web.Request) -> web.Response:
+    """The entries of the audit chain, the newest first."""
+    gateway, query = request.app[GATEWAY_KEY], request.query
+    limit = max(1, min(int(query["limit"]) if query.get("limit", "").isdigit() else 100, 1000))
+    before = int(query["cursor"]) if query.get("cursor", "").isdigit() else 2**62
+    sql = "SELECT seq, ts_ms, kind, record, digest FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?"
+    await gateway.store.catch_up()
+    rows = await asyncio.to_thread(gateway.store.read, sql, (before, limit))
+    entries = [
+        {"seq": row["seq"], "ts": format_time(row["ts_ms"]), "kind": row["kind"], **orjson.loads(row["record"]), "digest": row["digest"].hex()}
+        for row in rows
+    ]  # fmt: skip
+    return json_response({"data": entries, "next": str(entries[-1]["seq"]) if len(entries) == limit else None})
+
+
+async def verify_audit(request: web.Request) -> web.Response:
+    """Hold the log against the chain: `{"ok", "entries", "calls", "fault"}`. Slow on a large log."""
+    gateway = request.app[GATEWAY_KEY]
+    await gateway.store.catch_up()
+    report = await asyncio.to_thread(check_audit, gateway.store, audit_key(gateway.keys.pepper), None)
+    return json_response({"ok": not report.fault, **dataclasses.asdict(report)})
+
+
+async def post_checkpoint(request: web.Request) -> web.Response:
+    """Seal the chain: a signed checkpoint to be kept elsewhere."""
+    gateway = request.app[GATEWAY_KEY]
+    return json_response(await make_checkpoint(gateway.store, audit_key(gateway.keys.pepper)))
+
+
+def note_admin(request: web.Request, gateway: Gateway, status: int) -> None:
+    """Put what an operator did into the audit chain: who, from where, what; secrets masked."""
+    told: Json = {
+        "actor": request.get(ACTOR_KEY) or "admin", "client_ip": request.remote or "", "method": request.method,
+        "path": request.path, "status": status,
+    }  # fmt: skip
+    if BODY_KEY in request:
+        told["body"] = mask_members(request[BODY_KEY])
+    gateway.store.put_note("admin", told)
 
 
 async def get_cache(request: web.Request) -> web.Response:
@@ -21875,6 +22146,9 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
     RouteRow("GET", "/api/models", get_models, "admin"),
     RouteRow("GET", "/api/route", get_route, "admin"),
+    RouteRow("GET", "/api/audit", get_audit, "viewer"),
+    RouteRow("GET", "/api/audit/verify", verify_audit, "admin"),
+    RouteRow("POST", "/api/audit/checkpoint", post_checkpoint, "admin"),
     RouteRow("GET", "/api/cache", get_cache, "admin"),
     RouteRow("DELETE", "/api/cache", delete_cache, "admin"),
     RouteRow("GET", "/api/config", get_config, "admin"),
@@ -21907,7 +22181,10 @@ async def boundary(
             row.role in ("viewer", "admin") or (row.role == "client" and not row.spends and gateway.key_required)
         ):
             request[ACTOR_KEY] = require_role(request, gateway, row.role)
-        return await handler(request)
+        response = await handler(request)
+        if row and row.role == "admin" and request.method not in ("GET", "HEAD"):
+            note_admin(request, gateway, response.status)
+        return response
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))
         failure: GatewayError = GatewayError(
@@ -22356,6 +22633,26 @@ def harden_process() -> None:
     gc.set_threshold(25_000, 20, 50)  # cycles are rare on the data path, so they are looked for rarely
 
 
+def append_line(path: Path, line: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+
+
+async def keep_checkpoints(gateway: Gateway) -> None:
+    """Every hour, and when it is cancelled at a stop, append a checkpoint to the file that the settings name."""
+    path, stopped = Path(gateway.settings.audit_file), False
+    while not stopped:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            stopped = True
+        try:
+            checkpoint = await make_checkpoint(gateway.store, audit_key(gateway.keys.pepper))
+            await asyncio.to_thread(append_line, path, dump_json(checkpoint))
+        except (OSError, StorageUnavailable) as error:
+            print_error(f"no audit checkpoint could be kept in {path}: {error}")
+
+
 async def serve(
     settings: Settings,
     environment: Mapping[str, str],
@@ -22382,8 +22679,12 @@ async def serve(
             shown = f"[{host}]" if ":" in host else host
             gc.collect()
             gc.freeze()  # what was made so far stays: prices, routes, code
+            keeper = loop.create_task(keep_checkpoints(gateway)) if settings.audit_file else None
             await ready(gateway, f"http://{shown}:{port}")
             await stop.wait()
+            if keeper is not None:
+                keeper.cancel()
+                await keeper
     finally:
         listener.close()
 
@@ -22952,6 +23253,40 @@ def run_backup(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_audit(options: argparse.Namespace) -> int:
+    settings = load_settings(options)
+    path = settings.data_path / "stockyard.db"
+    if not path.exists():
+        raise StoreError(f"there is no database in {settings.data_path}; set STOCKYARD_DATA_DIR")
+    if options.action == "checkpoint":
+        print(dump_json(asyncio.run(ask_admin(settings, "POST", "/api/audit/checkpoint"))).decode())
+        return 0
+    reader = AuditReader(path)
+    if options.action == "export":
+        for entry in read_audit(reader):
+            told = {"seq": entry.seq, "ts_ms": entry.ts_ms, "kind": entry.kind, "record": orjson.loads(entry.record)}
+            print(dump_json({**told, "digest": entry.digest.hex()}).decode())
+        return 0
+    checkpoint = read_checkpoint(Path(options.checkpoint)) if options.checkpoint else None
+    report = check_audit(reader, audit_key(load_pepper(settings)), checkpoint)
+    print(report.fault or f"{report.entries} entries and {report.calls} calls: nothing was changed" + (
+        f", and all is there up to entry {checkpoint['seq']} of the checkpoint" if checkpoint else
+        "; only a checkpoint kept elsewhere (--checkpoint FILE) tells a chain that was cut off or written anew"
+    ))  # fmt: skip
+    return 1 if report.fault else 0
+
+
+def read_checkpoint(path: Path) -> Json:
+    """The newest checkpoint of a file; SettingsError where there is none."""
+    try:
+        checkpoint = orjson.loads(path.read_bytes().strip().rpartition(b"\n")[2])
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("seq"), int):
+            raise ValueError
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} holds no checkpoint ({type(error).__name__})") from None
+    return checkpoint
+
+
 async def ask_admin(
     settings: Settings,
     method: str,
@@ -23276,6 +23611,9 @@ VERBS: Final = (
         ("--by", {"choices": sorted(SPEND_BY), "default": "model", "help": "what to add up by (model)"}), _SINCE, _JSON,
         ("--reprice", {"action": "store_true", "help": "what logged calls would cost by today's prices, beside what they did"}),
     )),
+    Verb("audit", run_audit, "verify: hold the log against its chain of digests; checkpoint: seal and sign it; export: print it", (
+        ("action", {"choices": ["verify", "checkpoint", "export"]}),
+        ("--checkpoint", {"help": "verify: a file whose last line is a checkpoint that was kept elsewhere"}))),
     Verb("backup", run_backup, "write the database to a new file, whole and consistent, also while the proxy runs", (
         ("file", {"help": "the file to make"}),
     )),
