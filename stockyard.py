@@ -12205,6 +12205,7 @@ STRUCTURAL: Final = frozenset({
     "responseMimeType",
     "finish_reason", "stop_reason", "finishReason",
     "system_fingerprint", "created_at", "encoding_format", "signature", "thought_signature", "thoughtSignature", "encrypted_content", "b64_json",
+    "authorization", "authorization_token",
     "service_tier",
     "cachedContent", "fileUri", "file_uri", "anthropic_version", "stream",
 })  # fmt: skip
@@ -12254,6 +12255,8 @@ class Texts:
                     self._other(node, name, value, is_data, is_trusted)
 
     def _other(self, node: Any, name: Any, value: Any, is_data: bool, is_trusted: bool) -> None:
+        if name == "headers" and node.get("type") == "mcp":
+            return  # what a provider needs to call a tool server
         if isinstance(value, (dict, list)):
             is_data = is_data or (name in DATA_MEMBERS and isinstance(value, dict))
             self._walk(value, is_data, is_data or name in NAMED_MEMBERS, is_trusted or name in TRUSTED_MEMBERS)
@@ -18564,11 +18567,17 @@ class Gateway:
         if hidden is None or not hidden.values:
             return reply
         try:
-            document = orjson.loads(reply.body)
+            text = reply.body.decode()
+        except UnicodeDecodeError:  # audio, an image
+            return reply
+        try:
+            document = orjson.loads(text)
+        except ValueError:
+            return Reply(reply.status, reply.headers, hidden.restore(text).encode())
+        body = reply.body
+        if isinstance(document, (dict, list)):
             restore_in(document, hidden.restore, asks_json(call.request))
             body = dump_json(document)
-        except ValueError:
-            body = hidden.restore(reply.body.decode("utf-8", "replace")).encode()
         return Reply(reply.status, reply.headers, body)
 
     def guarded(self, call: Call, client: Client) -> Client:
@@ -18919,10 +18928,22 @@ class Gateway:
         """Keep a response that may be continued or fetched: whole, or only whose it is where the provider keeps it."""
         if response is None or call.endpoint.dialect != "responses" or call.request.get("store") is False:
             return
-        response_id = response.get("id")
+        response_id, rules = response.get("id"), self.output_rules(call)
+        if rules and not native and (response := self.keepable(call, response, rules)) is None:
+            return
         if isinstance(response_id, str) and response_id:
             kept = (None, None) if native else (response, stored_items(call.request, response))
             keep_response(self.store, call, response_id, *kept)
+
+    def keepable(self, call: Call, response: Json, rules: Sequence[Rule]) -> Json | None:
+        """A response as its client may see it, to be kept; None for one that may be refused."""
+        assert self.guardrails is not None
+        response, judged = copy.deepcopy(response), copy.copy(call)
+        try:
+            _, fault = self.guardrails.check_output(judged, response, rules)
+        except GuardrailBlocked:
+            return None
+        return None if fault or any(rule.webhook for rule in rules) else response
 
     async def complete(self, call: Call) -> Reply:
         """A plain call: kept, or shared with an equal one under way, or the first attempt that succeeds."""

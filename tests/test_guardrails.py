@@ -715,3 +715,20 @@ def test_the_command_shows_what_would_be_hidden(
     config.write_text("[recognisers.badge]\npattern = 'B-[0-9]{5}'\nexamples = ['C-12345']\n")
     assert s.main(["config", "check"]) != 0
     assert "C-12345" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_refused_response_cannot_be_fetched_later(start: Start, streams: bool) -> None:
+    async with start(toml=OUTPUT) as proxy:
+        body = {"model": "echo", "input": "one falcon " + "two " * 90, "stream": streams}
+        await proxy.post("/v1/responses", body)
+        await proxy.gateway.store.flush()
+        count = proxy.gateway.store.read("SELECT COUNT(*) FROM responses")[0][0]
+        assert count == 0
+
+
+async def test_audio_passes_unchanged_though_its_request_was_hidden(start: Start) -> None:
+    async with start(redact="reversible") as proxy:
+        proxy.upstream.answers = [Answer(headers={"content-type": "audio/mpeg"}, pieces=[b"\xff\xfb[EMAIL_\x00\x80"])]
+        _, _, told = await proxy.post("/v1/audio/speech", {"model": "gpt-4o-mini", "input": EMAIL, "voice": "alloy"})
+        assert told == b"\xff\xfb[EMAIL_\x00\x80" and EMAIL.encode() not in proxy.upstream.seen[0].body
