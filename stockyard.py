@@ -85,6 +85,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -132,6 +133,7 @@ T = TypeVar("T")
 
 NANOUSD_PER_USD: Final = 1_000_000_000
 JSON_MAX_DEPTH: Final = 100
+JSON_MAX_CONTAINERS: Final = 250_000
 SSE_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 UPSTREAM_MAX_BODY_BYTES: Final = 256 * 1024 * 1024
 HEARTBEAT_S: Final = 15.0
@@ -206,6 +208,12 @@ def dump_json(value: Any) -> bytes:
 SPACED_KEY: Final = re.compile(rb'"\s+:')
 
 
+JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+#: Makes each bracket its step in depth, as a signed byte.
+BRACKET_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+
+
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     members = dict(pairs)
     if len(members) != len(pairs):
@@ -231,15 +239,12 @@ def _count_keys(value: Any) -> int:
 
 
 def _json_depth(body: bytes) -> int:
-    """The nesting depth of `body`; strings are removed first, so that brackets in text do not count."""
-    depth = deepest = 0
-    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body, flags=re.DOTALL):
-        if byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest
+    """The nesting depth of `body`; strings are removed first, so that brackets in text do not count. ValueError where
+    there are so many objects and arrays that looking at them would keep everybody else waiting."""
+    brackets = JSON_STRING.sub(b"", body).translate(BRACKET_STEPS, NO_BRACKETS)
+    if len(brackets) > 2 * JSON_MAX_CONTAINERS:
+        raise ValueError(f"it holds more than {JSON_MAX_CONTAINERS} objects and arrays")
+    return max(itertools.accumulate(memoryview(brackets).cast("b")), default=0)
 
 
 def parse_json_object(body: bytes) -> Json:
@@ -17458,7 +17463,7 @@ class UpstreamConnection(asyncio.Protocol):
         """Which deadline has passed, if one has."""
         if not self.answered and now_s - self.began_s > self.deadlines.first_byte_s:
             return "first byte"
-        if self.answered and now_s - self.touched_s > self.deadlines.idle_s:
+        if self.answered and not self._held and now_s - self.touched_s > self.deadlines.idle_s:
             return "next byte"
         if self.pace is not None and self.answered and not self._held and self.pace.is_stalled(now_s, self.deadlines):
             return "share of bytes"
@@ -20323,7 +20328,18 @@ def hot_endpoint(message: Any, max_body_bytes: int) -> Endpoint | None:
 class Lane(RequestHandler):
     """One client connection. `gateway` and `guard` are set on the class that `open_server` makes for a gateway."""
 
-    __slots__ = ("_awaited", "_body_timer", "_call", "_handed", "_keep", "_sent_head", "_task", "_waiting", "throttle")
+    __slots__ = (
+        "_awaited",
+        "_body_timer",
+        "_call",
+        "_handed",
+        "_keep",
+        "_sent_head",
+        "_stuck_timer",
+        "_task",
+        "_waiting",
+        "throttle",
+    )
 
     gateway: ClassVar[Gateway]
     guard: ClassVar[RequestGuard]
@@ -20335,6 +20351,7 @@ class Lane(RequestHandler):
         self._awaited: tuple[Any, Any, Endpoint] | None = None
         self._task: asyncio.Task[None] | None = None
         self._body_timer: asyncio.TimerHandle | None = None
+        self._stuck_timer: asyncio.TimerHandle | None = None
         self._keep = True
         self._handed = False
         self._sent_head = False
@@ -20458,8 +20475,8 @@ class Lane(RequestHandler):
             self.close_now()
 
     def _next(self) -> None:
-        """Go on with what waited behind the call."""
-        if self.transport is None:
+        """Go on with what waited behind the call, once the client takes what it was answered."""
+        if self.transport is None or self._paused:
             return
         if not self._keep or self._force_close or self.gateway.draining:
             self.close_now()
@@ -20484,8 +20501,9 @@ class Lane(RequestHandler):
         super()._process_keepalive()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._body_timer is not None:
-            self._body_timer.cancel()
+        for timer in (self._body_timer, self._stuck_timer):
+            if timer is not None:
+                timer.cancel()
         if self._task is not None:
             self._task.cancel()
         super().connection_lost(exc)
@@ -20518,17 +20536,19 @@ class Lane(RequestHandler):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._stuck_timer = self._loop.call_later(self.gateway.settings.idle_timeout, self._reader_is_stuck)
         if self.throttle is not None:
             self.throttle(True)
-            self._body_timer = self._loop.call_later(self.gateway.settings.idle_timeout, self._reader_is_stuck)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
         if self.throttle is not None:
             self.throttle(False)
+        if self._task is None and not self._is_aiohttp_busy():
+            self._next()
 
     def _reader_is_stuck(self) -> None:
         """A client that reads nothing for so long is gone; its provider is cut off with it."""
@@ -20703,12 +20723,7 @@ async def read_body(request: web.Request, gateway: Gateway) -> bytes:
                 if len(body) > gateway.max_body_bytes:
                     raise too_large_error(gateway)
     except TimeoutError:
-        raise GatewayError(
-            "the request's body did not arrive in time",
-            status=408,
-            type="invalid_request_error",
-            code="request_timeout",
-        ) from None
+        raise late_body() from None
     return bytes(body)
 
 
@@ -20766,7 +20781,10 @@ async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.St
         response = web.StreamResponse(headers=dict(client.headers))
         await response.prepare(request)
         async for piece in client.pieces():
-            await response.write(piece)
+            async with asyncio.timeout(
+                gateway.settings.idle_timeout
+            ):  # a client that reads nothing for so long is gone
+                await response.write(piece)
         await task
         if client.broken:
             response.force_close()
@@ -20809,12 +20827,8 @@ async def pass_upload(request: web.Request) -> web.StreamResponse:
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
-        head = bytearray()
-        while (
-            not (found := MODEL_PART.search(head))
-            and len(head) < 262_144
-            and (piece := await request.content.readany())
-        ):
+        head, pieces = bytearray(), paced(request, gateway)
+        while not (found := MODEL_PART.search(head)) and len(head) < 262_144 and (piece := await anext(pieces, b"")):
             head += piece
         if found is None:
             raise InvalidRequest(
@@ -20922,6 +20936,33 @@ async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.
         gateway.settle(call)
 
 
+MIN_UPLOAD_BYTES_PER_S: Final = 1024
+
+
+def late_body() -> GatewayError:
+    what = "the request's body did not arrive in time"
+    return GatewayError(what, status=408, type="invalid_request_error", code="request_timeout")
+
+
+async def paced(request: web.Request, gateway: Gateway) -> AsyncIterator[bytes]:
+    """The pieces of an upload, which may be long but not slow; only waiting for the client counts."""
+    waited_s, size = 0.0, 0
+    while True:
+        began_s = gateway.tick()
+        try:
+            async with asyncio.timeout(gateway.settings.body_timeout):
+                piece = await request.content.readany()
+        except TimeoutError:
+            raise late_body() from None
+        waited_s += gateway.tick() - began_s
+        size += len(piece)
+        if size < (waited_s - gateway.settings.body_timeout) * MIN_UPLOAD_BYTES_PER_S:
+            raise late_body()
+        if not piece:
+            return
+        yield piece
+
+
 async def forward(
     request: web.Request,
     gateway: Gateway,
@@ -20951,7 +20992,7 @@ async def forward(
         headers[provider.row.auth_header] = provider.row.auth_prefix + key
     body: AsyncIterator[bytes] | bytes | None = None
     if request.can_read_body or read_ahead:
-        body = upload_body(request, read_ahead)
+        body = upload_body(request, gateway, read_ahead)
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
     timeout = aiohttp.ClientTimeout(
@@ -20991,6 +21032,8 @@ async def forward(
             code="upstream_unreachable",
         ) from error
     except aiohttp.ClientError as error:
+        if isinstance(error.__cause__, GatewayError):  # the client's own body failed
+            raise error.__cause__ from None
         raise UpstreamError(
             f"the provider's answer broke off ({type(error).__name__})", code="upstream_disconnected"
         ) from error
@@ -21022,10 +21065,10 @@ async def guarded_body(request: web.Request, gateway: Gateway, call: Call, read_
     return body
 
 
-async def upload_body(request: web.Request, read_ahead: bytes) -> AsyncIterator[bytes]:
+async def upload_body(request: web.Request, gateway: Gateway, read_ahead: bytes) -> AsyncIterator[bytes]:
     if read_ahead:
         yield read_ahead
-    async for piece in request.content.iter_any():
+    async for piece in paced(request, gateway):
         yield piece
 
 
@@ -21049,10 +21092,18 @@ async def pass_answer(
         response.content_length = answer.content_length
     await response.prepare(request)
     watched = bytearray()
-    async for piece in answer.content.iter_any():
-        if len(watched) < WATCHED_ANSWER_BYTES:
-            watched += piece
-        await response.write(piece)
+    try:
+        async for piece in answer.content.iter_any():
+            if len(watched) < WATCHED_ANSWER_BYTES:
+                watched += piece
+            async with asyncio.timeout(gateway.settings.idle_timeout):
+                await response.write(piece)
+    except (aiohttp.ClientPayloadError, TimeoutError) as error:  # half an answer is out: only breaking off tells so
+        cut = isinstance(error, aiohttp.ClientPayloadError)
+        call.status, call.error = (502, "upstream_truncated") if cut else (504, "upstream_timeout")
+        if request.transport is not None:
+            request.transport.abort()
+        return response
     watch_answer(gateway, call, target, answer.content_type, bytes(watched))
     await response.write_eof()
     return response
@@ -22296,6 +22347,10 @@ def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
     return app
 
 
+#: How long a connection may be idle, or take to send the head of a request.
+KEEPALIVE_S: Final = 75.0
+
+
 @contextlib.asynccontextmanager
 async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
     """Serve on a bound socket until the block ends; then finish what is under way, to a deadline."""
@@ -22303,7 +22358,8 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
     runner = web.AppRunner(
         make_app(gateway, guard),
         access_log=None,
-        keepalive_timeout=75.0,
+        keepalive_timeout=KEEPALIVE_S,
+        logger=logging.Logger("quiet", logging.CRITICAL),  # else every malformed request prints its bytes, keys and all
         handler_cancellation=True,
         auto_decompress=False,
     )
