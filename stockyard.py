@@ -25,6 +25,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     ~~~ waterline: everything above is pure; below, things happen ~~~
     Store                    SQLite: one writer, grouped commits, queries
     Upstream                 the only code that opens connections for calls
+    Reports                  what operators are told unasked: lines on stderr, signed webhooks
     Gateway                  the life of a call
     Lane                     the short way in for hot requests
     Server                   routes, roles, the error boundary, passthrough, admin JSON
@@ -10206,7 +10207,7 @@ NOT_YET: Final[Mapping[str, frozenset[Any]]] = {"workers": frozenset({"1"})}
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
 TOML_TABLES: Final = frozenset(
-    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers"}
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers", "alerts"}
 )
 #: What a reload changes in a running process, see `prepare_settings`; a change of any other setting or table needs a restart.
 LIVE_SETTINGS: Final = frozenset({
@@ -10215,7 +10216,7 @@ LIVE_SETTINGS: Final = frozenset({
     "guard_secrets",
 })  # fmt: skip
 LIVE_TABLES: Final = frozenset(
-    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers"}
+    {"providers", "prices", "budgets", "routes", "aliases", "keys", "limits", "guardrails", "recognisers", "alerts"}
 )
 
 
@@ -15096,7 +15097,7 @@ class Metrics:
         self._series: dict[tuple[str, ...], Series] = {}
         self._errors: collections.Counter[str] = collections.Counter()
         self._lock = threading.Lock()
-        self.uncounted = 0
+        self.uncounted = self.ended = self.failed = 0
 
     def add(self, rows: Iterable[Sequence[Any]]) -> None:
         """Count finished calls."""
@@ -15118,6 +15119,8 @@ class Metrics:
             who = who if len(self._series) < SERIES_MAX else (OTHER,) * 3
             series = self._series.setdefault(who, Series())
         series.statuses[status] += 1
+        self.ended += 1
+        self.failed += status >= 500
         series.cached[cache] += 1
         if input_tokens is not None:
             told = (input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens)
@@ -17779,6 +17782,185 @@ class GoogleTokens:
         self._tokens[path] = (document["access_token"], self._clock() + float(document.get("expires_in") or 3600))
 
 
+# ===== Reports ========================================================================================================
+# What operators are told unasked: lines on stderr, and webhooks. Nothing here may delay or fail a call: telling is a task
+# made, or a count of what was dropped; bounded, with deadlines, no redirects, and no proxy of the environment. What is told
+# are names, counts and sums, never a text or a key. A new event is a row of ALERT_EVENTS, and a condition in
+# `Gateway.conditions` or one `Alerts.tell`.
+
+
+def print_error(message: str, error: BaseException | None = None) -> None:
+    """One line on stderr; the traceback's place, never its values, which may hold a client's text."""
+    place = ""
+    if error is not None and error.__traceback__ is not None:
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        place = " at " + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    print(f"stockyard: {message}{place}", file=sys.stderr, flush=True)
+
+
+ALERT_EVENTS: Final[Mapping[str, str]] = {
+    "budget": "50, 80 or 100 % of a budget are spent",
+    "error_rate": "half of at least 20 calls within a minute failed with a 5xx",
+    "breaker_open": "a target of a route is not asked for a while, since it failed too often",
+    "log_failing": "the log cannot be written",
+    "crash_recovered": "the last stop cut calls off; their rows are closed and their holds charged",
+    "bound_violation": "a call cost more than was held for it",
+}
+ALERT_MEMBERS: Final = ("url", "events", "secret_env")
+
+
+@dataclass(frozen=True, slots=True)
+class AlertRow:
+    """Where to post which events; with a `secret` they are signed."""
+
+    url: str = field(repr=False)
+    events: frozenset[str]
+    secret: bytes = field(repr=False)
+
+    @property
+    def host(self) -> str:
+        """All of the URL that may be shown: the rest of a webhook's address is often a secret."""
+        return str(yarl.URL(self.url).origin())
+
+
+def read_alerts(table: Any, environment: Mapping[str, str]) -> tuple[AlertRow, ...]:
+    """The rows of `[[alerts]]`; SettingsError says which is wrong."""
+    if not isinstance(table, list):
+        raise SettingsError("alerts: write each as a table of its own under [[alerts]]")
+    return tuple(_read_alert(row, f"alerts[{at}]", environment) for at, row in enumerate(table))
+
+
+def _read_alert(row: Any, where: str, environment: Mapping[str, str]) -> AlertRow:
+    unknown = next((name for name in row if name not in ALERT_MEMBERS), None) if isinstance(row, dict) else ""
+    if unknown is not None:
+        raise SettingsError(f"{where}: {unknown!r} is not known; a row may hold {', '.join(ALERT_MEMBERS)}")
+    events, variable = row.get("events", [*ALERT_EVENTS]), row.get("secret_env", "")
+    if not isinstance(events, list) or not events or any(event not in [*ALERT_EVENTS] for event in events):
+        raise SettingsError(f"{where}: events must be a list with some of {', '.join(ALERT_EVENTS)}")
+    try:
+        url = yarl.URL(row.get("url", ""))
+    except (TypeError, ValueError):
+        url = yarl.URL()
+    if url.scheme not in ("http", "https") or not url.host or url.user or url.password:
+        raise SettingsError(f"{where}: url must be an http:// or https:// address without a user name")
+    if not isinstance(variable, str) or (variable and not environment.get(variable)):
+        raise SettingsError(f"{where}: secret_env must name a variable that is set")
+    return AlertRow(str(url), frozenset(events), environment.get(variable, "").encode() if variable else b"")
+
+
+def sign_alert(secret: bytes, now_s: int, body: bytes) -> str:
+    """The value of `x-stockyard-signature`: `v1` is HMAC-SHA256 over the decimal time, a dot, and the body, in hex."""
+    return f"t={now_s},v1={hmac.new(secret, b'%d.%b' % (now_s, body), hashlib.sha256).hexdigest()}"
+
+
+class Poster:
+    """Posts JSON for reports, over a client session that is made at first need."""
+
+    #: The waits between tries.
+    WAITS_S: ClassVar[tuple[float, ...]] = (1.0, 5.0, 25.0)
+    TIMEOUT_S: ClassVar[float] = 10.0
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(
+        self, url: str, body: bytes, headers: Callable[[], Mapping[str, str]], may_pass: Iterable[int]
+    ) -> tuple[int, str]:
+        """Tries made, and how the last ended: an empty text is an answer of the 2xx. Statuses of `may_pass` are tried again."""
+        tries, ended = 0, ""
+        for wait_s in (*self.WAITS_S, None):
+            tries, (status, ended) = tries + 1, await self._post_once(url, body, headers())
+            if not ended or wait_s is None or status not in may_pass:
+                break
+            await asyncio.sleep(wait_s)
+        return tries, ended
+
+    async def _post_once(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, str]:
+        """Status (503 where there was no answer) and what was wrong with it."""
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=self.TIMEOUT_S)
+            jar = aiohttp.DummyCookieJar()
+            self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False, cookie_jar=jar)
+        headers = {"content-type": "application/json", "user-agent": f"stockyard/{__version__}", **headers}
+        try:
+            async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+                return answer.status, "" if 200 <= answer.status < 300 else f"HTTP {answer.status}"
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:  # its text may hold the whole address
+            return 503, type(error).__name__
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+class Alerts:
+    """Tells events to the webhooks that want them; one task a delivery, at most MAX_WAITING to one receiver."""
+
+    MAX_WAITING: ClassVar[int] = 50
+    MAX_KEPT: ClassVar[int] = 200
+    STOP_S: ClassVar[float] = 2.0
+    MAY_PASS: ClassVar[frozenset[int]] = frozenset({408, 425, 429, *range(500, 600)})
+
+    def __init__(self, poster: Poster, new_id: Callable[[str], str], clock: Callable[[], float]) -> None:
+        self.rows: tuple[AlertRow, ...] = ()
+        self.dropped = 0
+        self._poster, self._new_id, self._clock = poster, new_id, clock
+        self._log: collections.deque[Json] = collections.deque(maxlen=self.MAX_KEPT)
+        self._tasks: dict[asyncio.Task[None], AlertRow] = {}
+
+    def tell(self, event: str, text: str, **more: Any) -> None:
+        """Post `{"id", "event", "ts", "text", ...}` to every row that wants the event; `test` goes to all."""
+        for row in self.rows:
+            if event not in row.events and event != "test":
+                continue
+            if sum(row == to for to in self._tasks.values()) >= self.MAX_WAITING:
+                self.dropped += 1
+                continue
+            alert = {
+                "id": self._new_id("alert_"),
+                "event": event,
+                "ts": format_time(int(self._clock() * 1000)),
+                "text": text,
+                **more,
+            }
+            task = asyncio.get_running_loop().create_task(self._deliver(row, alert))
+            self._tasks[task] = row
+            task.add_done_callback(self._tasks.pop)
+
+    async def _deliver(self, row: AlertRow, alert: Json) -> None:
+        entry = {
+            **{name: alert[name] for name in ("id", "event", "ts", "text")},
+            "to": row.host,
+            "tries": 0,
+            "state": "waiting",
+        }
+        self._log.append(entry)
+        body = dump_json(alert)
+
+        def headers() -> dict[str, str]:
+            return {"x-stockyard-signature": sign_alert(row.secret, int(self._clock()), body)} if row.secret else {}
+
+        entry["tries"], ended = await self._poster.post(row.url, body, headers, self.MAY_PASS)
+        entry["state"] = ended or "delivered"
+        if ended:
+            print_error(f"alert {alert['event']} was not delivered to {row.host}: {ended}")
+
+    async def settled(self, timeout_s: float) -> None:
+        """Wait for the deliveries under way."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=timeout_s)
+
+    async def close(self) -> None:
+        await self.settled(self.STOP_S)
+        for task in list(self._tasks):
+            task.cancel()
+
+    def view(self) -> Json:
+        """The rows, and the last deliveries, the newest first."""
+        rows = [{"to": row.host, "events": sorted(row.events), "signed": bool(row.secret)} for row in self.rows]
+        return {"data": rows, "next": None, "deliveries": [*reversed(self._log)], "dropped": self.dropped}
+
+
 # ===== Gateway ========================================================================================================
 # One object holds what a process needs, and `answer` is the life of a call. It takes and gives plain values and knows no
 # web framework: whatever carries a request in (the lane, or aiohttp) makes a `Call` and offers a `Client` to stream to.
@@ -18472,6 +18654,8 @@ class Gateway:
         self.keys = KeyRing(b"")
         self.sessions = Sessions(self.random.randbytes)
         self.watchers: list[Watcher] = []
+        self.poster = Poster()
+        self.alerts = Alerts(self.poster, self.new_id, clock)
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
@@ -19492,7 +19676,37 @@ class Gateway:
                 self.checkpoint()
         for event in ended.events:
             spent = f"${format_usd(event.settled_nanousd)} of ${format_usd(event.limit_nanousd)}"
-            print_error(f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})")
+            text = f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})"
+            print_error(text)
+            self.alerts.tell("budget", text, budget=event.budget_id, window=event.window, percent=event.percent)
+
+    async def watch_conditions(self) -> None:
+        """Tell each condition once as it begins, by looking every second: no call pays for it."""
+        known: set[tuple[Any, ...]] = set()
+        ends: collections.deque[tuple[int, int]] = collections.deque(maxlen=60)
+        while True:
+            ends.append((self.store.metrics.ended, self.store.metrics.failed))
+            found = self.conditions(ends[-1][0] - ends[0][0], ends[-1][1] - ends[0][1])
+            for key in found.keys() - known:
+                self.alerts.tell(key[0], found[key])
+            known = {*found}
+            await asyncio.sleep(1)
+
+    def conditions(self, ended: int, failed: int) -> dict[tuple[Any, ...], str]:
+        """What is wrong now, by event and what it is about; `ended` and `failed` are calls of the last minute."""
+        found: dict[tuple[Any, ...], str] = {}
+        for (provider, model), health in self.router.health.items():
+            if health.open_until_s:
+                found["breaker_open", provider, model] = f"{provider} fails for {model}: its breaker is open"
+        if trouble := self.store.trouble():
+            found["log_failing",] = f"the log cannot be written: {trouble}"
+        if ended >= 20 and failed * 2 >= ended:
+            found["error_rate",] = f"{failed} of the {ended} calls of the last minute failed"
+        if count := self.store.crashed_rows:
+            found["crash_recovered",] = f"{count} calls were cut off by the last stop"
+        if count := self.ledger.bound_violations:
+            found["bound_violation", count] = f"{count} calls cost more than was held for them"
+        return found
 
     @staticmethod
     def write_settlements(journal: Journal) -> None:
@@ -20271,15 +20485,6 @@ def header_value(text: str) -> str:
 
 
 _NO_CONTROLS: Final = dict.fromkeys([*range(32), 127], "?")
-
-
-def print_error(message: str, error: BaseException | None = None) -> None:
-    """One line on stderr; the traceback's place, never its values, which may hold a client's text."""
-    place = ""
-    if error is not None and error.__traceback__ is not None:
-        frames = traceback.extract_tb(error.__traceback__)[-3:]
-        place = " at " + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
-    print(f"stockyard: {message}{place}", file=sys.stderr, flush=True)
 
 
 # ===== Lane ===========================================================================================================
@@ -21929,6 +22134,21 @@ async def delete_cache(request: web.Request) -> web.Response:
     return json_response({"deleted": entries})
 
 
+async def get_alerts(request: web.Request) -> web.Response:
+    """Who is told of what (`data`), the last deliveries with tries and state, and how many were dropped."""
+    return json_response(request.app[GATEWAY_KEY].alerts.view())
+
+
+async def try_alerts(request: web.Request) -> web.Response:
+    """Send the event `test` to every receiver, and wait a while for it. Answers as GET /api/alerts."""
+    alerts = request.app[GATEWAY_KEY].alerts
+    if not alerts.rows:
+        raise InvalidRequest("no receiver is set; write [[alerts]] with a url into stockyard.toml")
+    alerts.tell("test", "this is a test")
+    await alerts.settled(Poster.TIMEOUT_S)
+    return json_response(alerts.view())
+
+
 async def get_config(request: web.Request) -> web.Response:
     """Every setting: `{"name", "value", "source", "default", "live": changed by a reload, "help"}`; secrets masked."""
     return json_response({"data": config_view(request.app[GATEWAY_KEY].settings), "next": None})
@@ -21971,7 +22191,7 @@ def shown_value(settings: Settings, name: str) -> Any:
     return mask_secret(value) if name in SECRET_SETTINGS and value else value
 
 
-SECRET_MEMBER: Final = re.compile(r"(^|_)(keys?|secret|token|password|digest)$")
+SECRET_MEMBER: Final = re.compile(r"(^|_)(keys?|secret|token|password|digest)$|^url$")  # a webhook's address is one
 
 
 def mask_members(value: Any, name: str = "") -> Any:
@@ -22232,6 +22452,8 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/keys/{id}/rotate", rotate_key, "admin"),
     RouteRow("GET", "/api/budgets", get_budgets, "admin"),
     RouteRow("PUT", "/api/budgets", put_budgets, "admin"),
+    RouteRow("GET", "/api/alerts", get_alerts, "admin"),
+    RouteRow("POST", "/api/alerts/test", try_alerts, "admin"),
     RouteRow("GET", "/api/guardrails", get_guardrails, "admin"),
     RouteRow("PUT", "/api/guardrails", put_guardrails, "admin"),
     RouteRow("POST", "/api/guardrails/try", try_guardrails, "admin"),
@@ -22570,13 +22792,20 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
     try:
         gateway = Gateway(settings, router, prices, store, upstream, load_admin_key(settings))
         gateway.environment = environment
+        gateway.alerts.rows = read_alerts(settings.tables.get("alerts", []), environment)
         open_ledger(gateway)
         if not settings.is_loopback and settings.require_key == "auto" and not len(gateway.keys):
             raise SettingsError(
                 f"{settings.host} can be reached by others, and there is no virtual key yet: make one with "
                 "`stockyard keys create --name me`, or listen on this machine alone with `--host 127.0.0.1`"
             )
-        yield gateway
+        looking = gateway.loop.create_task(gateway.watch_conditions())
+        try:
+            yield gateway
+        finally:
+            looking.cancel()
+            await gateway.alerts.close()
+            await gateway.poster.close()
         gateway.checkpoint()
         try:
             await store.flush()
@@ -22615,6 +22844,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
     router = load_router(settings, environment, prices, gateway.router)
     budgets, limits = configured_budgets(settings), configured_limits(settings)
     keys = configured_keys(gateway, settings, environment)
+    alerts = read_alerts(settings.tables.get("alerts", []), environment)
     guardrails = guardrails_of(settings, gateway.placeholder_secret)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
 
@@ -22627,6 +22857,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
             gateway.put_budget(budget)
         gateway.adopt(settings, router, prices, guardrails)
         gateway.declare_keys(keys)
+        gateway.alerts.rows = alerts
 
     return apply
 
@@ -22968,6 +23199,11 @@ EXAMPLE_TOML: Final = """\
 # provider = "openai_compatible"
 # input = 0.10
 # output = 0.40
+
+# [[alerts]]                          # a webhook; Slack understands it as it is; without events it gets all
+# url = "https://example.com/hook"
+# events = ["budget", "error_rate", "breaker_open", "log_failing", "crash_recovered", "bound_violation"]
+# secret_env = "ALERT_SECRET"         # signs: x-stockyard-signature: t=TIME,v1=hex HMAC-SHA256 of TIME.BODY
 
 # [guardrails.NAME]                    # one of: words, regex, entities, allow, topics, max_chars, max_bytes, json_schema, webhook
 # words = ["Project Falcon"]           # topics = {weapons = ["rifle", "gun"]}; entities = ["email", "secrets"] or ["all"]
@@ -23509,6 +23745,7 @@ def run_config(options: argparse.Namespace) -> int:
     settings = load_settings(options)
     load_router(settings, os.environ, load_prices(settings))
     guardrails_of(settings, b"")
+    read_alerts(settings.tables.get("alerts", []), os.environ)
     return print_rows(
         config_view(settings),
         options,
