@@ -1,0 +1,276 @@
+"""Who may do what on every route, whatever the path or the headers pretend; and what must never be connected to, or written.
+
+Host and Origin alone are test_lane.py's, sessions test_api.py's, that every spending route is admitted test_gateway.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from typing import Any
+
+import aiohttp
+import pytest
+from conftest import Proxy, Start
+from test_gateway import SAMPLE_BODY, sample_paths
+from test_lane import HEAD, talk
+from upstreams import COMPLETION, STREAM, Answer, plain, stream
+
+import stockyard
+
+WHO = (
+    "nobody",
+    "wrong key",
+    "expired key",
+    "client key",
+    "viewer key",
+    "admin key",
+    "viewer session",
+    "admin session",
+    "admin session, no token",
+)
+
+
+def may(row: stockyard.RouteRow, method: str, who: str) -> bool:
+    """The table: what a role means, written once more and apart from the code that keeps it."""
+    if row.role == "anyone":
+        return True
+    if who in ("nobody", "wrong key", "expired key"):
+        return False
+    if row.role == "client" and row.spends:
+        return who in ("client key", "admin key", "admin session")
+    if row.role == "client":
+        return True
+    if who == "admin session, no token":
+        return method == "GET"
+    if who == "viewer key":
+        return method == "GET" or row.role == "viewer"
+    if who == "viewer session":
+        return method == "GET" or row.role == "viewer"
+    return who in ("admin key", "admin session")
+
+
+def credentials(proxy: Proxy) -> dict[str, dict[str, str]]:
+    gateway = proxy.gateway
+    now_ms = int(gateway.clock() * 1000)
+    secrets = {}
+    for name, more in (
+        ("client key", {}),
+        ("viewer key", {"role": "viewer"}),
+        ("expired key", {"expires_at": now_ms // 1000 - 60}),
+    ):
+        secrets[name] = gateway.create_key({"name": name, **more})[1]
+    viewer = next(key for key in gateway.keys.by_id.values() if key.role == "viewer")
+    sessions = {"viewer session": ("viewer", viewer.id), "admin session": ("admin", "")}
+    told: dict[str, dict[str, str]] = {"nobody": {}, "wrong key": {"authorization": "Bearer sy-wrong"}}
+    told |= {name: {"authorization": f"Bearer {secret}"} for name, secret in secrets.items()}
+    told["admin key"] = {"authorization": f"Bearer {gateway.admin_key}"}
+    for name, (role, key_id) in sessions.items():
+        secret, session = gateway.sessions.begin(role, key_id, now_ms)
+        told[name] = {"cookie": f"{stockyard.SESSION_COOKIE}={secret}", "x-stockyard-csrf": session.csrf}
+    told["admin session, no token"] = {"cookie": told["admin session"]["cookie"]}
+    return told
+
+
+async def ask(proxy: Proxy, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    """Status and error code; a stream without end is not read."""
+    body = {} if method == "GET" else {"json": SAMPLE_BODY}
+    async with proxy.session.request(
+        method, proxy.url + path, headers=headers, allow_redirects=False, **body
+    ) as answer:
+        if answer.status < 400 or answer.content_type != "application/json":
+            return answer.status, ""
+        return answer.status, str((await answer.json())["error"].get("code"))
+
+
+@pytest.mark.parametrize("who", WHO)
+async def test_every_route_is_open_to_whom_its_row_says_and_to_nobody_else(start: Start, who: str) -> None:
+    wrong = []
+    async with start(rate_limit="100000rpm") as proxy:
+        proxy.upstream.answers = [plain(COMPLETION)]
+        for row in stockyard.ROUTES:
+            for method in row.methods.split():
+                headers = credentials(proxy)[who]
+                path = sample_paths(row, "req_x")[0]
+                if path == "/api/session" and method == "POST":
+                    continue  # it reads its own key from its body
+                status, code = await ask(proxy, method, path, headers)
+                if (status not in (401, 403)) is not may(row, method, who):
+                    wrong.append(f"{method} {row.path}: {status} {code}")
+                if status >= 500 and code != "storage_unavailable":
+                    wrong.append(f"{method} {row.path}: {status} {code}")
+    assert not wrong, "\n".join(wrong)
+
+
+TRICKS = (
+    "//api/keys", "/api//keys", "/api/keys/", "/api/%6beys", "/%61pi/keys", "/%2fapi/keys", "/./api/keys", "/x/../api/keys", "/health/../api/keys",
+    "/ui/../api/keys", "/ui/%2e%2e/api/keys", "/ui/..%2fapi%2fkeys", "/v1/models/../../api/keys", "/api/keys;x=1", "/api/keys%00", "/api/keys%20",
+    "/API/keys", "/api\\keys", "/api/keys?x=/health", "/api/keys#/health", "/health?/api/keys", "http://localhost/api/keys", "http://127.0.0.1/api/keys",
+    "/proxy/openai/../../api/keys", "/proxy/openai/%2e%2e/%2e%2e/api/keys",
+)  # fmt: skip
+FORGED = (
+    "X-Forwarded-For: 127.0.0.1", "X-Forwarded-Host: localhost", "X-Real-IP: 127.0.0.1", "Forwarded: for=127.0.0.1", "X-Original-URL: /health",
+    "X-Rewrite-URL: /health", "X-HTTP-Method-Override: GET", "X-Forwarded-User: admin", "Cookie: stockyard_session=", "X-Api-Key: ", "Authorization: Bearer ",
+    "Authorization: Basic YWRtaW46YWRtaW4=", "X-Stockyard-Csrf: x", "X-Forwarded-Proto: https\r\nX-Forwarded-Prefix: /api",
+)  # fmt: skip
+
+
+async def test_neither_paths_nor_headers_talk_anybody_past_the_roles(start: Start) -> None:
+    async with start() as proxy:
+        proxy.gateway.create_key({"name": "sy-canary-name"})
+        lines = [(path, "X-A: b") for path in TRICKS] + [("/api/keys", forged) for forged in FORGED]
+        for path, forged in lines:
+            got = await talk(
+                proxy, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{forged}\r\nConnection: close\r\n\r\n".encode()
+            )
+            assert b"sy-canary-name" not in got, (path, forged)
+            assert got[9:10] == b"4" or path.startswith("/health?"), (path, forged, got[:60])
+        for foreign in ("Host: evil.example", "Host: localhost\r\nOrigin: http://evil.example", "Host: localhost\r\nOrigin: null",
+                        "Host: 127.0.0.1.evil.example", "Host: localhost@evil.example", "Host: "):  # fmt: skip
+            for path in ("/api/keys", "/v1/models", "/health", "/ui"):
+                got = await talk(
+                    proxy,
+                    f"GET {path} HTTP/1.1\r\n{foreign}\r\nAuthorization: Bearer {proxy.gateway.admin_key}\r\nConnection: close\r\n\r\n".encode(),
+                )
+                assert got[9:12] in (b"403", b"400"), (foreign, path, got[:60])
+
+
+async def test_a_form_of_another_site_changes_nothing(start: Start) -> None:
+    """What a browser sends across sites without asking first: simple methods and types, with cookies, without our header."""
+    async with start() as proxy:
+        cookie = credentials(proxy)["admin session"]["cookie"]
+        before = len(proxy.gateway.keys)
+        for kind in (
+            "application/x-www-form-urlencoded",
+            "text/plain",
+            "multipart/form-data; boundary=b",
+            "application/json",
+        ):
+            for path in ("/api/keys", "/api/config", "/api/cache", "/api/keys/key_x/rotate", "/v1/chat/completions"):
+                async with proxy.session.post(
+                    proxy.url + path, data=b'{"name":"x"}', headers={"content-type": kind, "cookie": cookie}
+                ) as answer:
+                    assert answer.status in (401, 403, 405), (kind, path)
+        assert len(proxy.gateway.keys) == before
+
+
+async def test_nothing_in_a_request_makes_the_proxy_connect_elsewhere(start: Start) -> None:
+    caught: list[bytes] = []
+
+    async def catch(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        caught.append(b"connected")
+        writer.close()
+
+    trap = await asyncio.start_server(catch, "127.0.0.1", 0)
+    port = trap.sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}/x"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    fields = (
+        "api_base",
+        "base_url",
+        "api_url",
+        "webhook",
+        "callback_url",
+        "file_url",
+        "custom_host",
+        "endpoint",
+        "proxy",
+        "url",
+    )
+    async with start() as proxy:
+        proxy.upstream.answers = [plain(COMPLETION)]
+        for model in ("gpt-4o-mini", "echo", url, f"openai/{url}", f"{url}/gpt-4o-mini"):
+            body = {"model": model, "messages": [{"role": "user", "content": [{"type": "text", "text": url}, image]}]}
+            await proxy.post("/v1/chat/completions", {**body, **dict.fromkeys(fields, url)})
+            await proxy.post(
+                "/v1/responses",
+                {"model": model, "input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]},
+            )
+            await proxy.post(
+                "/v1/messages",
+                {
+                    **body,
+                    "max_tokens": 5,
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": url}}]}
+                    ],
+                },
+            )
+        for name in (
+            "x-stockyard-provider",
+            "x-stockyard-base-url",
+            "x-portkey-custom-host",
+            "x-forwarded-host",
+            "x-original-url",
+            "referer",
+            "forwarded",
+        ):
+            await proxy.post(
+                "/v1/chat/completions",
+                {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]},
+                **{name: url},
+            )
+        for path in (
+            f"/proxy/{url}",
+            f"/proxy/openai/{url}",
+            f"/proxy/openai/@127.0.0.1:{port}/x",
+            f"/proxy/openai@127.0.0.1:{port}/x",
+            f"/proxy/127.0.0.1:{port}/x",
+        ):
+            await talk(
+                proxy,
+                HEAD.replace(b"/v1/chat/completions", path.encode())
+                + b"Content-Length: 2\r\nConnection: close\r\n\r\n{}",
+            )
+        proxy.upstream.answers = [Answer(307, {"location": url}, [])]
+        for path in ("/v1/chat/completions", "/proxy/openai/x", "/v1/embeddings"):
+            status, _, _ = await proxy.post(
+                path, {"model": "gpt-4o-mini", "input": "x", "messages": [{"role": "user", "content": "Hi"}]}
+            )
+            assert status == 502
+    trap.close()
+    assert caught == []
+
+
+async def test_no_secret_reaches_a_sink_on_any_route_or_fault(
+    start: Start, tmp_path: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with start(retries=0, rate_limit="100000rpm") as proxy:
+        given = credentials(proxy)
+        admin, client = proxy.gateway.admin_key, given["client key"]["authorization"].removeprefix("Bearer ")
+        secrets = {"sk-canary-openai": b"", admin: b"", client: b""}
+        told: list[str] = []
+        faults = [plain(COMPLETION), stream(STREAM[:2], cut=True), plain({"error": {"message": "no", "code": "x"}}, 500),
+                  plain({"error": "no"}, 401), Answer(200, {"content-type": "text/html"}, [b"<p>"]), Answer(raw=b"no HTTP\r\n\r\n")]  # fmt: skip
+        for fault in faults:
+            proxy.upstream.answers = [fault]
+            for row in stockyard.ROUTES:
+                method, path = row.methods.split()[0], sample_paths(row, "req_x")[0]
+                if path in ("/api/events", "/api/backup"):
+                    continue  # endless; and a copy of the database, which is looked at itself
+                for secret in (admin, client):
+                    keyed = f"{path}?key={secret}" if "v1beta" in path else path
+                    headers = {"authorization": f"Bearer {secret}", "x-stockyard-session": "s"}
+                    body = {} if method == "GET" else {"json": SAMPLE_BODY}
+                    async with proxy.session.request(method, proxy.url + keyed, headers=headers, **body) as answer:
+                        told.append(str(answer.headers))
+                        with contextlib.suppress(aiohttp.ClientPayloadError):  # a passed answer may break off
+                            told.append((await answer.read()).decode("utf-8", "replace"))
+        await proxy.rows()
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "admin.key")
+    printed = "".join(capfd.readouterr())
+    for secret in secrets:
+        assert secret.encode() not in written
+        assert secret not in printed
+        assert not [text[:200] for text in told if secret in text]
+
+
+def test_keys_are_compared_in_constant_time() -> None:
+    """By digest, then with compare_digest; a digest's place in a dict tells nothing of the key."""
+    for compared in (stockyard.is_admin_key, stockyard.KeyRing.authenticate):
+        source = inspect.getsource(compared)
+        assert "digest" in source
+        assert "== secret" not in source and "secret ==" not in source
+    assert stockyard.is_admin_key("a" * 40, "a" * 40)
+    assert not stockyard.is_admin_key("a" * 39, "a" * 40)
