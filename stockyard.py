@@ -11294,6 +11294,9 @@ class Recogniser:
 CONTEXT_CHARS: Final = 48
 CONTEXT_AFTER_CHARS: Final = 24
 SHORTEST_CHARS: Final = 6
+#: A text shorter than any key holds nothing unless one of the signs that all other rows need stands in it.
+PLAIN_CHARS: Final = 20
+SIGNS: Final = re.compile(r"[^A-Za-z ,.;!?'()\"]| is ")
 #: Matches in one spot that may fail their check before the search goes on behind them, not one character further.
 FAILED_CHECKS_MAX: Final = 100
 SHAPE: Final = bytes(
@@ -11403,23 +11406,29 @@ def digits_of(match: re.Match[str]) -> str:
 
 
 NOT_DIGITS: Final = re.compile("[^0-9]+")
-#: Issuer ranges as (first, last, lengths): the identification numbers of ISO/IEC 7812 that schemes publish.
-CARD_RANGES: Final = (
-    ("34", "34", {15}), ("37", "37", {15}), ("300", "305", {14, 16, 19}), ("3095", "3095", {14, 16, 19}), ("36", "36", {14, 16, 19}),
-    ("38", "39", {14, 16, 19}), ("35", "35", {16}), ("3528", "3589", {16, 17, 18, 19}), ("4", "4", {13, 16, 19}), ("51", "55", {16}),
-    ("2200", "2205", {16, 17, 18, 19}), ("2221", "2720", {16}), ("6", "6", {16, 17, 18, 19}), ("9792", "9792", {16}),
-    ("1800", "1800", {15}), ("81", "81", {16, 17, 18, 19}), ("2131", "2131", {15}),
-    *((prefix, prefix, set(range(12, 20))) for prefix in "50 5893 6304 6390 6759 6761 6762 6763 0604 56 57 58".split()),
-)  # fmt: skip
+#: Issuer ranges: lengths, then prefixes (`low-high` of one width), as the card schemes publish them. Maestro's old open
+#: ranges 56 to 58 are taken at the lengths issued there, so that 13-digit article numbers stay.
+CARD_RANGES: Final = tuple(
+    (low, high or low, tuple(map(int, sizes.split(","))))
+    for sizes, _, ranges in (
+        line.partition(":")
+        for line in (
+            "15:34,37,1800,2131 13,16,19:4 14,16,19:300-305,3095,36,38-39 16,17,18,19:3528-3589,2200-2205,62,6011,644-649,65,636,81,6040-6042 "
+            "16:35,51-55,2221-2720,60,637-639,82,9792,8600,9860,5019,1946 "
+            "16,19:9704 12,16,18,19:50,56-58,63,67 12,13,14,15,16,17,18,19:5018,5020,5038,5893,6304,6759,6761-6763,0604,6390"
+        ).split()
+    )
+    for low, _, high in (part.partition("-") for part in ranges.split(","))
+)
 
 
 def is_card(match: re.Match[str]) -> bool:
     digits = digits_of(match)
     size = len(digits)
     return (
-        any(low <= digits[: len(low)] <= high and size in sizes for low, high, sizes in CARD_RANGES)
+        luhn(digits)
         and len(set(digits)) > 1
-        and luhn(digits)
+        and any(low <= digits[: len(low)] <= high and size in sizes for low, high, sizes in CARD_RANGES)
     )
 
 
@@ -11437,6 +11446,11 @@ IBAN_CHARS: Final[Mapping[str, int]] = {
 }
 
 
+#: Of another length than its country's: only in capitals, in one piece or in fours, with the digits of an account.
+IBAN_ODD: Final = (
+    rf"(?<![A-Za-z0-9])(?:{'|'.join(IBAN_CHARS)})\d\d"
+    r"(?:[A-Z0-9]{11,30}|(?:([ -])[A-Z]{0,4}\d{0,4}(?<=\w{4})){2,7}(?:\1\d{1,3})?)(?![A-Za-z0-9])"
+)
 IBAN: Final = r"(?i)(?<![A-Z0-9])(?:{})(?![A-Z0-9])".format(
     "|".join(rf"{country}\d\d(?:[ -]?[A-Z0-9]){{{size - 4}}}" for country, size in IBAN_CHARS.items())
 )
@@ -11444,7 +11458,11 @@ IBAN: Final = r"(?i)(?<![A-Z0-9])(?:{})(?![A-Z0-9])".format(
 
 def is_iban(match: re.Match[str]) -> bool:
     text = match[0].replace(" ", "").replace("-", "").upper()
-    return int("".join(str(int(letter, 36)) for letter in text[4:] + text[:4])) % 97 == 1
+    return (
+        len(text) > 14
+        and len(NOT_DIGITS.sub("", text)) > 7
+        and int("".join(str(int(letter, 36)) for letter in text[4:] + text[:4])) % 97 == 1
+    )
 
 
 def is_ssn(match: re.Match[str]) -> bool:
@@ -11579,8 +11597,8 @@ def is_bech32(match: re.Match[str]) -> bool:
 
 
 def is_phone_abroad(match: re.Match[str]) -> bool:
-    digits = digits_of(match)
-    return 8 <= len(digits) <= 15 and len(set(digits)) > 2
+    digits = NOT_DIGITS.sub("", match[0].partition("x")[0])  # an extension does not count
+    return (11 if digits.startswith("00") else 7) <= len(digits) <= 15 and len(set(digits)) > 2
 
 
 def is_jwt(match: re.Match[str]) -> bool:
@@ -11646,7 +11664,8 @@ RIGHT: Final = r"(?!\w|-\w|[.,]\d)"
 EMAIL: Final = r"(?<![\w.%+'-])\w(?:[\w.+%'-]{0,62}[\w+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])"
 PHONE_WORDS: Final = (
     "phone|tel|telephone|mobile|cell|call|fax|sms|whatsapp|dial|ring|hotline|text me|handy|telefon|rufnummer|mobil|teléfono|"
-    "telefono|móvil|celular|llámame|téléphone|portable|telefone|cellulare|telefoon|puhelin|tlf|tél"
+    r"reach (?:me|us|her|him|them)|(?:contact|kontakt|contacto|contatto)(?: (?:no|nr|number))?\.?:|"
+    r"telefono|móvil|celular|llámame|téléphone|portable|telefone|cellulare|telefoon|puhelin|tlf|tél"
 )
 #: National forms that need no word beside them, by region. The others are taken near a word such as "phone".
 PHONE_FORMS: Final[Mapping[str, str]] = {
@@ -11654,10 +11673,20 @@ PHONE_FORMS: Final[Mapping[str, str]] = {
     "GB": r"\(?0(?:[127]\d{3}\)? ?\d{3} ?\d{3}|2\d\)? ?\d{4} ?\d{4}|1\d\d\)? \d{3} \d{4}|7\d{3} \d{6})",
     "DE": r"(?:\(0[1-9]\d{1,4}\) ?\d{3,4}[ -]?\d{2,5}|01[567]\d[ /-]\d{7,8})",
     "FR": r"0[1-9](?:[ .]\d\d){4}",
+    "AU": r"\(0[2-8]\) ?\d{4}[ -]?\d{4}|04\d\d[ -]\d{3}[ -]\d{3}",
+    "BR": r"\(?[1-9]\d\)? 9?\d{4}-\d{4}",
+    "CH": r"0[2-9]\d \d{3} \d\d \d\d",
+    "IN": r"\(?0?[6-9]\d{4}\)? \d{5}",
+    "JP": r"0(?:[5789]0-\d{4}|[1-9]-\d{4}|[1-9]\d-\d{3,4})-\d{4}",
+    "NL": r"\(?0[1-9]\d{1,2}\)?[ -]\d{7}|06[ -]\d{8}",
+    "RU": r"8 ?(?:\([3489]\d\d\)|[3489]\d\d) ?\d{3}[ -]\d\d[ -]?\d\d",
+    "SE": r"0[1-9]\d{0,2}-\d{2,3} \d\d \d\d",
+    "TR": r"0 ?\(?[2-5]\d\d\)? ?\d{3} \d\d ?\d\d",
 }
 CARD_DIGITS: Final = r"\d(?:[ -]?\d){11,18}"
 PERSONAL: Final[tuple[Recogniser, ...]] = (
     _row_of("iban", IBAN, validator=is_iban, spot="iban"),
+    _row_of("iban", IBAN_ODD, validator=is_iban, spot="iban"),
     _row_of("email", EMAIL, keywords=("@",), reach=255),
     _row_of("card", LEFT + CARD_DIGITS + RIGHT, validator=is_card, spot="digits"),
     _row_of("ssn", LEFT + r"\d{3}([- ])\d{2}\1\d{4}" + RIGHT, validator=is_ssn, spot="digits"),
@@ -11848,13 +11877,12 @@ class Scanner:
     def __init__(
         self, recognisers: Sequence[Recogniser] = RECOGNISERS, phone_regions: Sequence[str] = PHONE_REGIONS
     ) -> None:
-        forms = (
-            _row_of("phone", r"(?<![\w.+-])(?:" + PHONE_FORMS[region] + r")(?!\w|-\w|[.,]\d)", spot="digits")
-            for region in phone_regions
-        )
-        recognisers = (*recognisers, *forms)
+        forms = "|".join(PHONE_FORMS[region] for region in phone_regions)
+        if forms:
+            recognisers = (*recognisers, _row_of("phone", rf"(?<![\w.+-])(?:{forms})(?!\w|-\w|[.,]\d)", spot="digits"))
         self._rank = {row: rank for rank, row in reversed(list(enumerate(recognisers)))}
         self._texts = [row for row in recognisers if not row.spot]
+        self._own = bool({*self._texts} - {*RECOGNISERS})
         self._spots = [
             (SPOTS[name], _Spotted([row for row in recognisers if row.spot == name]))
             for name in SPOTS
@@ -11863,7 +11891,7 @@ class Scanner:
 
     def find(self, text: str) -> list[Finding]:
         """All findings, disjoint and in order; of two that overlap a secret stays, then the longer, then the earlier row's."""
-        if len(text) < SHORTEST_CHARS:
+        if len(text) < SHORTEST_CHARS or (len(text) < PLAIN_CHARS and not self._own and not SIGNS.search(text)):
             return []
         reading = read_through(text)
         found = [
@@ -11912,11 +11940,17 @@ class _Spotted:
     """The rows of one spot: those that always run, and those that a keyword inside the spot calls."""
 
     def __init__(self, rows: Sequence[Recogniser]) -> None:
-        self._always = tuple(row for row in rows if not row.keywords)
+        self._always = tuple(row for row in rows if not row.keywords and not row.context)
+        self._near = tuple(row for row in rows if not row.keywords and row.context)
+        self._words = re.compile(
+            "|".join({row.context.pattern for row in rows if row.context}), re.ASCII | re.IGNORECASE
+        )
         self._called = [(row, row.keywords) for row in rows if row.keywords]
 
     def rows(self, text: str, low: int, high: int) -> Iterable[Recogniser]:
         yield from self._always
+        if self._near and _stands_near(self._words, text, low, high):
+            yield from self._near
         if self._called:
             part = text[low:high].lower()
             yield from (row for row, keywords in self._called if any(word in part for word in keywords))
@@ -11932,8 +11966,14 @@ def _windows(lowered: str, keywords: tuple[str, ...], reach: int) -> Iterator[tu
             yield low, min(high, len(lowered))
 
 
+def _stands_near(words: re.Pattern[str], text: str, low: int, high: int) -> bool:
+    """Whether a word stands at either end of a spot, inside of which there are no letters."""
+    before = words.search(text, max(low - CONTEXT_CHARS, 0), min(low + CONTEXT_AFTER_CHARS, high))
+    return bool(before or words.search(text, max(high - CONTEXT_AFTER_CHARS, low), high + CONTEXT_AFTER_CHARS))
+
+
 def _spans(row: Recogniser, text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
-    if row.context and not row.context.search(text, max(low - CONTEXT_CHARS, 0), high + CONTEXT_AFTER_CHARS):
+    if row.context and not _stands_near(row.context, text, low, high):
         return
     group = row.pattern.groupindex.get("value", 0)
     failed = 0

@@ -30,6 +30,11 @@ def found(text: str) -> list[tuple[str, str]]:
         ("pay ４１１１ １１１１ １１１１ １１１１ thanks", "card", "４１１１ １１１１ １１１１ １１１１"),
         ("to DE89 3704 0044 0532 0130 00 is it", "iban", "DE89 3704 0044 0532 0130 00"),
         ("mine is 536-90-4399.", "ssn", "536-90-4399"),
+        ("to GB08HDMK4906468371470 is it", "iban", "GB08HDMK4906468371470"),
+        ("wire GB08 HDMK 4906 4683 7147 0 now", "iban", "GB08 HDMK 4906 4683 7147 0"),
+        ("Kontakt: 973 16 787, danke", "phone", "973 16 787"),
+        ("tel +90(217)468-2492x7127 ok", "phone", "+90(217)468-2492x7127"),
+        ("on 080-6727-8990.", "phone", "080-6727-8990"),
         ("from 10.2.3.4, it says", "ip", "10.2.3.4"),
         ("user%40example.com asks", "email", "user%40example.com"),
         ('{"to":"a\\nfoo@bar.com"}', "email", "foo@bar.com"),
@@ -64,6 +69,7 @@ def test_each_kind_is_found(text: str, entity: str) -> None:
     [
         "order 4111111111111112 shipped", "version 1.2.3.4", "v10.2.3.4", "pip install x==1.2.3.4", "on 2024-05-01 at 14:30:22",
         "ts 1718203948123", "id 550e8400-e29b-41d4-a716-446655440000", "commit 9fceb02d0ae598e95dc970b74767f19372d61af8", "943 476 5919 parts",
+        "article 5815157825544", "ref: 0031-8128", "contact us about order 1234567890", "gb08hdmk4906468371470", "on 01-02-2024",
         "DE89 3704 0044 0532 0130 01", "666-12-3456 000-12-3456 123-00-4567", "078-05-1120", "std::vector<a::b> x", "@property def f(self)",
         "sk-ant-api03-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", "password is required", "token: str = settings.token", "api_key=os.environ['KEY']",
         "secret = ${SECRET}", "if '-----BEGIN RSA PRIVATE KEY-----' in text", "http://localhost:8080/a@b", "price 1,234,567.89",
@@ -71,6 +77,13 @@ def test_each_kind_is_found(text: str, entity: str) -> None:
 )  # fmt: skip
 def test_what_only_looks_alike_stays(text: str) -> None:
     assert found(text) == []
+
+
+@pytest.mark.parametrize("text", ["phone " + "12 34 " * 45, "12 34 " * 45 + " phone"])
+def test_a_word_at_the_end_of_a_long_run_of_digits_counts_only_there(text: str) -> None:
+    got = SCANNER.find(text)
+    assert got and all(one.entity == "phone" for one in got)
+    assert min(abs(text.index("phone") - one.start) for one in got) < s.CONTEXT_CHARS
 
 
 def test_own_rows_are_checked_by_their_examples() -> None:
