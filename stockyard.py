@@ -10162,6 +10162,9 @@ class Settings:
     log_retention: float = _row(30.0, "days that log rows are kept", _number(0.01, 36500))
     log_mb: float = _row(1024.0, "size bound of the log in MB", _number(1, 10_000_000))
     audit_file: str = _row("", "append a signed checkpoint of the audit chain to this file every hour and at a stop")
+    log_format: str = _row(
+        "auto", "auto, text or json: lines on stderr; auto is text on a terminal", _one_of("auto", "text", "json")
+    )
     durability: str = _row(
         "process", "process: rows survive kill -9; full: also power loss (fsync)", _one_of("process", "full")
     )
@@ -17829,13 +17832,51 @@ class GoogleTokens:
 # `Gateway.conditions` or one `Alerts.tell`.
 
 
-def print_error(message: str, error: BaseException | None = None) -> None:
+_NO_CONTROLS: Final = dict.fromkeys([*range(32), 127], "?")
+
+
+class ErrorLines(logging.Handler):
+    """How lines are written on stderr: as text, or one JSON object each. It takes the log records of libraries as well."""
+
+    is_json = False
+
+    def adopt(self, log_format: str) -> None:
+        """Write all of this process's lines so; `auto` is text on a terminal."""
+        self.is_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+        logging.getLogger().addHandler(self)
+        threading.excepthook = lambda told: print_error(f"a thread ended: {told.exc_type.__name__}", told.exc_value)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A library's record: its template and the place of its error alone, as its arguments may hold a client's text."""
+        template = str(record.msg).partition("\n")[0].partition(": ")[0]
+        error = record.exc_info[1] if record.exc_info else None
+        kind = f": {type(error).__name__}" if error is not None else ""
+        print_error(f"{record.name}: {template}{kind}", error, event="library", level=record.levelname.lower())
+
+
+ERROR_LINES: Final = ErrorLines()
+
+
+def print_error(
+    message: str,
+    error: BaseException | None = None,
+    *,
+    event: str = "error",
+    level: str = "error",
+    request_id: str = "",
+    **more: Any,
+) -> None:
     """One line on stderr; the traceback's place, never its values, which may hold a client's text."""
     place = ""
     if error is not None and error.__traceback__ is not None:
         frames = traceback.extract_tb(error.__traceback__)[-3:]
         place = " at " + " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
-    print(f"stockyard: {message}{place}", file=sys.stderr, flush=True)
+    line = f"stockyard: {message}{place}".translate(_NO_CONTROLS)
+    if ERROR_LINES.is_json:
+        told = {"ts": format_time(int(time.time() * 1000)), "level": level, "event": event, "message": message + place}
+        told |= {"request_id": request_id} if request_id else {}
+        line = json.dumps(told | more).replace("\x7f", "\\u007f")
+    print(line, file=sys.stderr, flush=True)
 
 
 ALERT_EVENTS: Final[Mapping[str, str]] = {
@@ -17983,7 +18024,7 @@ class Alerts:
         entry["tries"], ended = await self._poster.post(row.url, body, headers, self.MAY_PASS)
         entry["state"] = ended or "delivered"
         if ended:
-            print_error(f"alert {alert['event']} was not delivered to {row.host}: {ended}")
+            print_error(f"alert {alert['event']} was not delivered to {row.host}: {ended}", event="alert")
 
     async def settled(self, timeout_s: float) -> None:
         """Wait for the deliveries under way."""
@@ -18784,7 +18825,7 @@ class Gateway:
             call.is_gone = True
             raise
         except Exception as error:
-            return self.refuse(call, self.internal_error(error))
+            return self.refuse(call, self.internal_error(error, call.id))
         finally:
             if not call.is_carried:
                 self.finish(call)
@@ -19227,7 +19268,7 @@ class Gateway:
         except Exception as fault:
             if call.status == 0:
                 raise
-            error = fault if isinstance(fault, GatewayError) else self.internal_error(fault)
+            error = fault if isinstance(fault, GatewayError) else self.internal_error(fault, call.id)
             call.status, call.error = error.status, error.code
             last = (renderer() or self.renderer(call)).fail(error, call.id)
             (client.fail if isinstance(client, GuardedClient) else client.send)(last)
@@ -19540,7 +19581,7 @@ class Gateway:
         except GatewayError as error:
             call.status, call.error = error.status, error.code
         except Exception as error:
-            call.status, call.error = 500, self.internal_error(error).code
+            call.status, call.error = 500, self.internal_error(error, call.id).code
         finally:
             self.finish(call)
 
@@ -19717,8 +19758,9 @@ class Gateway:
         for event in ended.events:
             spent = f"${format_usd(event.settled_nanousd)} of ${format_usd(event.limit_nanousd)}"
             text = f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})"
-            print_error(text)
-            self.alerts.tell("budget", text, budget=event.budget_id, window=event.window, percent=event.percent)
+            told: Json = {"budget": event.budget_id, "window": event.window, "percent": event.percent}
+            print_error(text, event="budget", level="warning", **told)
+            self.alerts.tell("budget", text, **told)
 
     async def watch_conditions(self) -> None:
         """Tell each condition once as it begins, by looking every second: no call pays for it."""
@@ -19962,9 +20004,9 @@ class Gateway:
         self.settle(call)
         return reply
 
-    def internal_error(self, error: Exception) -> GatewayError:
+    def internal_error(self, error: Exception, request_id: str = "") -> GatewayError:
         self.internal_errors += 1
-        print_error(f"internal error: {type(error).__name__}", error)
+        print_error(f"internal error: {type(error).__name__}", error, event="internal_error", request_id=request_id)
         return GatewayError("Stockyard met an error of its own; its log has the details under this request id")
 
     def settle(self, call: Call) -> None:
@@ -20522,9 +20564,6 @@ def header_value(text: str) -> str:
         if text.isascii() and text.isprintable() and len(text) < 200
         else text[:200].encode("ascii", "replace").decode().translate(_NO_CONTROLS)
     )
-
-
-_NO_CONTROLS: Final = dict.fromkeys([*range(32), 127], "?")
 
 
 # ===== Lane ===========================================================================================================
@@ -21175,7 +21214,7 @@ async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.
         call.status, call.error = ClientGone.status, ClientGone.code
         raise
     except Exception as error:
-        return to_response(gateway.refuse(call, gateway.internal_error(error)))
+        return to_response(gateway.refuse(call, gateway.internal_error(error, call.id)))
     finally:
         gateway.in_flight -= 1
         gateway.settle(call)
@@ -22805,7 +22844,9 @@ def open_ledger(gateway: Gateway) -> None:
     if orphans:
         total = sum(ended.cost_nanousd for ended in orphans)
         print_error(
-            f"{len(orphans)} calls were cut off by the last stop; their holds are charged whole (${format_usd(total)})"
+            f"{len(orphans)} calls were cut off by the last stop; their holds are charged whole (${format_usd(total)})",
+            event="crash_recovered",
+            level="warning",
         )
     gateway.set_limits(configured_limits(settings))
 
@@ -22941,9 +22982,13 @@ def reload_on_signal(gateway: Gateway) -> None:
     """SIGHUP: reload, and say on stderr what changed, or why nothing did."""
     try:
         assert gateway.reload is not None
-        print_error(f"settings read again; changed: {', '.join(gateway.reload({}, False)) or 'nothing'}")
+        print_error(
+            f"settings read again; changed: {', '.join(gateway.reload({}, False)) or 'nothing'}",
+            event="reload",
+            level="info",
+        )
     except SettingsError as error:
-        print_error(f"settings not changed: {error}")
+        print_error(f"settings not changed: {error}", event="reload")
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -23009,6 +23054,7 @@ async def serve(
 ) -> None:
     """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once. SIGHUP reads the settings again."""
     listener = bind(settings)
+    ERROR_LINES.adopt(settings.log_format)
     try:
         async with open_gateway(settings, environment) as gateway, open_server(gateway, listener):
             stop = asyncio.Event()
@@ -23029,7 +23075,12 @@ async def serve(
             gc.freeze()  # what was made so far stays: prices, routes, code
             keeper = loop.create_task(keep_checkpoints(gateway)) if settings.audit_file else None
             await ready(gateway, f"http://{shown}:{port}")
+            if ERROR_LINES.is_json:
+                place = f"http://{shown}:{port}, data in {settings.data_path}"
+                print_error(f"Stockyard {__version__} on {place}", event="start", level="info")
             await stop.wait()
+            if ERROR_LINES.is_json:
+                print_error(f"stopping; {gateway.in_flight} calls are under way", event="stop", level="info")
             if keeper is not None:
                 keeper.cancel()
                 await keeper
@@ -23297,7 +23348,9 @@ async def print_banner(gateway: Gateway, url: str) -> None:
     print(f"{dashboard_line(gateway, url)}\n  {curl_example(url, example_model(gateway))}\n", flush=True)
     if has_wal_bug(sqlite3.sqlite_version_info):
         print_error(
-            f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug; Stockyard keeps one writer, let no other program write to stockyard.db"
+            f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug; Stockyard keeps one writer, let no other program write to stockyard.db",
+            event="note",
+            level="warning",
         )
 
 

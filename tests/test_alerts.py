@@ -5,8 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
+import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +160,75 @@ def test_rows_that_are_not_understood_are_refused(toml: str, said: str) -> None:
     with pytest.raises(stockyard.SettingsError, match=re.escape(said)) as caught:
         stockyard.read_alerts(stockyard.read_settings({}, {}, toml).tables["alerts"], {})
     assert "canary" not in str(caught.value)
+
+
+def read_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+async def test_lines_are_json_objects_without_controls_or_values(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stockyard.ERROR_LINES, "is_json", True)
+    async with start() as proxy:
+
+        def fall(_: Any) -> None:
+            raise ValueError("canary-text of a client")
+
+        monkeypatch.setattr(proxy.gateway, "interpret", fall)
+        status, headers, _ = await proxy.post(PATH, CHAT, authorization="Bearer canary-key")
+    stockyard.print_error("a\nb\x1b[31m\x7f\u2028\x9b é", event="note", level="info")
+    raw = capsys.readouterr().err
+    assert raw.isascii() and raw.replace("\n", "").isprintable() and "canary" not in raw
+    fault, note = read_lines(raw)
+    assert status == 500 and fault["request_id"] == headers["x-stockyard-request-id"]
+    assert (fault["level"], fault["event"]) == ("error", "internal_error")
+    assert fault["message"].startswith("internal error: ValueError at fall:") and fault["ts"].endswith("Z")
+    assert note.keys() == {"ts", "level", "event", "message"} and note["message"] == "a\nb\x1b[31m\x7f\u2028\x9b é"
+
+
+def test_lines_of_text_stay_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockyard.ERROR_LINES, "is_json", False)
+    stockyard.print_error("all is well", event="note", level="info", request_id="req_1")
+    stockyard.print_error("two\nlines")
+    assert capsys.readouterr().err == "stockyard: all is well\nstockyard: two?lines\n"
+
+
+def test_records_of_libraries_lose_their_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard.ERROR_LINES, "is_json", True)
+    try:
+        raise ValueError("canary-value")
+    except ValueError as error:
+        told = (ValueError, error, error.__traceback__)
+        stockyard.ERROR_LINES.emit(
+            logging.LogRecord("asyncio", logging.ERROR, "", 0, "Task failed: %s\ncanary", ("canary",), told)
+        )
+    (line,) = read_lines(capsys.readouterr().err)
+    assert line["message"].startswith("asyncio: Task failed: ValueError at test_records") and "canary" not in str(line)
+    assert (line["level"], line["event"]) == ("error", "library")
+
+
+@pytest.mark.parametrize(("log_format", "is_json"), [("auto", True), ("json", True), ("text", False)])
+def test_a_served_process_writes_what_the_setting_says(tmp_path: Path, log_format: str, is_json: bool) -> None:
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "STOCKYARD_DATA_DIR": str(tmp_path), "STOCKYARD_PORT": "0",
+        "STOCKYARD_LOG_FORMAT": log_format, "OPENAI_API_KEY": "sk-canary", "STOCKYARD_ADMIN_KEY": "canary-admin-key-0123456789",
+    }  # fmt: skip
+    command = [sys.executable, stockyard.__file__, "serve"]
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith("  curl"):
+            assert run.poll() is None
+        run.send_signal(signal.SIGHUP)
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=40)
+    assert run.returncode == 0 and "canary" not in err and "?token=" not in err
+    if is_json:
+        events = [line["event"] for line in read_lines(err) if line["event"] != "note"]
+        assert events[0] == "start" and events[-1] == "stop"
+    else:
+        assert all(line.startswith("stockyard: ") for line in err.splitlines())
