@@ -3106,7 +3106,8 @@ class OpenAiResponses(Dialect):
             if group in ("input", "tools") and member:
                 continue
             if name == "include":
-                body["include"] = list(dict.fromkeys([*body.get("include", ()), *optional_json(value, list, name)]))
+                more = [expect_json(item, str, "include[]") for item in optional_json(value, list, name)]
+                body["include"] = list(dict.fromkeys([*body.get("include", ()), *more]))
             elif member:
                 body.setdefault(group, {})[member] = value
             else:

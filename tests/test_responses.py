@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import stockyard as s
@@ -440,6 +440,7 @@ CHAT = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(CHAT)
+@example({"model": "m", "messages": [{"role": "user", "content": "a"}], "extra_body": {"responses": {"include": [[]]}}})
 def test_a_wrong_chat_body_is_an_invalid_request_too(body: Any) -> None:
     before = json.dumps(body)
     for dialect, model in ((DIALECT, "gpt-5"), (PERPLEXITY, "sonar")):
