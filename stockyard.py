@@ -12105,11 +12105,12 @@ OVERRIDE_ABROAD: Final = (
     r"(?:zignoruj|zapomnij)[^.!?]{0,40}(?:instrukcj|polece|zasad)|(?:игнорируй|забудь|проигнорируй)\w{0,3}[^.!?]{0,40}(?:инструкци|указани|правил)|"
     r"(?:忽略|无视|忘记|忽視)[^。!?]{0,20}(?:指令|指示|规则|提示|設定)|(?:指示|命令|ルール)[^。!?]{0,12}(?:無視|忘れ)|"
     r"(?:지시|명령|규칙)[^.!?]{0,12}(?:무시|잊)|(?:talimat|kural)\w{0,8}[^.!?]{0,30}(?:yok say|unut|görmezden)|(?:تجاهل|انس)[^.!?]{0,30}(?:التعليمات|القواعد)|"
-    r"(?:निर्देश|नियम)[^.!?]{0,20}(?:अनदेखा|भूल)"
+    r"anweisungen[^.!?]{0,20}gelten nicht mehr|ne tiens pas compte[^.!?]{0,12}(?:instructions|consignes)|no hagas caso[^.!?]{0,12}instrucciones|"
+    r"non seguire[^.!?]{0,12}(?:istruzioni|regole) (?:precedenti|di prima)|(?:निर्देश|नियम)[^.!?]{0,20}(?:अनदेखा|भूल)"
 )
 ABROAD_STEMS: Final = (
     "ignor,vergiss,missacht,oublie,olvida,caso,dimentic,esque,desconsid,negeer,vergeet,zapomn,забуд,忽略,"
-    "无视,忘,忽視,無視,무시,잊,yok,unut,görmez,تجاهل,انس,अनदेखा,भूल,игнор"
+    "gelten,compte,seguire,无视,忘,忽視,無視,무시,잊,yok,unut,görmez,تجاهل,انس,अनदेखा,भूल,игнор"
 )
 INJECTION_RULES: Final[tuple[InjectionRule, ...]] = (
     _rule("override", 0.8, "ignore,disregard,forget,override,bypass,overrule,discard,dismiss", OVERRIDE),
@@ -12128,13 +12129,23 @@ INJECTION_RULES: Final[tuple[InjectionRule, ...]] = (
           r"|jailbr\w{3,6}|(?:developer|god|debug|sudo|opposite|evil|chaos|unrestricted|unfiltered|dan) mode|unrestricted|unfiltered"
           r"|uncensored|amoral)\b(?! (?:account|release|in|on|for)\b)"),
     _rule("no_limits", 0.75, "restriction,filter,limit,rules,ethic,moral,guideline,censor,polic,safety,safeguard",
-          r"\b(?:pretend|act|answer|respond|reply|imagine|behave|you|roleplay|speak|model|ai)\b[^.!?]{0,50}\b(?:without|no|free (?:of|from)"
+          r"\bpretend\b[^.!?]{0,12}\b(?:rules|polic\w{1,3}|guidelines|filters?) (?:do not|don't) exist\b"
+          r"|\b(?:pretend|act|answer|respond|reply|imagine|behave|you|roleplay|speak|model|ai)\b[^.!?]{0,50}\b(?:without|no|free (?:of|from)"
           r"|not bound by|unbound by|ha(?:s|ve) no|lacks?|any longer have)\b ?"
           r"(?:any |all |your |the |more )?(?:content |safety |ethical |moral |openai'?s? |usual )?(?:restrictions?|filters?|limits"
           r"|limitations|rules|ethic\w{0,5}|moral\w{0,4}|guidelines|censorship|safeguards|polic(?:y|ies))\b"),
     _rule("disable_safety", 0.75, "safety,filter,guard,moderation,restriction,alignment",
           r"\b(?:disable|turn off|deactivate|remove|switch off|suspend|lift|circumvent)\b[^.!?]{0,24}\b(?:your|all)"
           r"\b[^.!?]{0,20}\b(?:safety|content filter|guardrails?|moderation|restrictions|alignment|ethic\w{0,5})"),
+    _rule("rules_void", 0.75, "void,no longer,only mine,not apply,drop,erase,delete,stop,set aside,do not,don't,obey",
+          r"\byour (?:previous|earlier|prior|old|original|initial|former) (?:rules|guidelines|instructions|directives) (?:are|were|have been|no longer)\b"
+          r"|\b(?:drop|erase|delete|set aside|abandon|stop (?:following|obeying)|(?:do not|don't) (?:obey|follow))\b[^.!?]{0,12}\b(?:your (?:\w+ )?"
+          r"(?:rules|guidelines|instructions|system prompt)|the (?:rules|instructions|prompt) above|the instructions you (?:were given|got)(?= and))"),
+    _rule("first_words", 0.75, "chat,conversation,first message,word for word,system prompt,configuration,mine",
+          r"\b(?:print|show|paste|quote|repeat|give|tell)\b[^.!?]{0,40}\b(?:you (?:got|received|were given|saw)|sent to you)\b[^.!?]{0,12}\bbefore th(?:is|e) "
+          r"(?:chat|conversation)|\bwhat (?:were you|did they) (?:told|tell you|given) (?:in|at|before)\b[^.!?]{0,16}\b(?:first message|start|beginning)"
+          r"|\b(?:translate|summari[sz]e|paraphrase|spell|rhyme|encode)\b[^.!?]{0,8}\byour (?:system prompt|(?:initial|original|hidden) instructions)"
+          r"|\b(?:hidden|secret) configuration\b"),
     _rule("forged_role", 0.8, "<|im_,<<sys,[inst],</system>,<|system,<|start,<|end,[/inst],<system>",
           r"<\|(?:im_start|im_end|system|start_header_id|endoftext)|<</?sys>>|\[/?inst\]|</?system>"),
     _rule("forged_heading", 0.6, "system,instruction",
@@ -12172,6 +12183,14 @@ INJECTION_THRESHOLD: Final = 0.7
 SPELLED_OUT: Final = re.compile(r"(?<!\w)(?:\w[ ._*-]){5,200}\w(?!\w)")
 LEET: Final = str.maketrans("0134578@$", "oieastbas")
 LEET_WORD: Final = re.compile(r"[a-z][0134578@$]{1,3}[a-z]")
+#: What `SPELLED_OUT` and `LEET_WORD` need, sought in the text's bytes before either runs.
+SPELLED_SIGN: Final = b"a a a a a a"
+SPELLED_SHAPE: Final = bytes(
+    0x20 if chr(byte) in " ._*-" else 0x61 if chr(byte).isalnum() or byte == 0x3F else byte for byte in range(256)
+)
+LEET_SHAPE: Final = bytes(
+    0x30 if chr(byte) in "0134578@$" else 0x61 if chr(byte).isalpha() else 0x20 for byte in range(256)
+)
 ENCODED: Final = re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{24,4000}={0,2}")
 #: A text that speaks about attacks quotes them: what stands right after a quotation mark then weighs less.
 ABOUT_ATTACKS: Final = re.compile(r"inject|jailbreak|attack|red.team|guardrail|classif|phrase|detect")
@@ -12186,22 +12205,22 @@ def injection_score(text: str) -> tuple[float, list[str]]:
     plain = read_through(text).text
     lowered = plain.lower()
     readings = [lowered]
-    if SPELLED_OUT.search(lowered):
+    raw = lowered.encode("ascii", "replace")
+    if SPELLED_SIGN in raw.translate(SPELLED_SHAPE) and SPELLED_OUT.search(lowered):
         readings.append(SPELLED_OUT.sub(_join_letters, lowered))
-    if LEET_WORD.search(lowered):
+    leet = raw.translate(LEET_SHAPE)
+    if b"a0" in leet and LEET_WORD.search(lowered):
         readings.append(lowered.translate(LEET))
-    readings += filter(None, map(_decoded, ENCODED.findall(plain))) if LONG_WORD.search(plain) else ()
+    readings += filter(None, map(_decoded, ENCODED.findall(plain))) if LONG_TOKEN in raw.translate(TOKEN_MARK) else ()
     weights: dict[str, float] = {}
     for reading in readings:
         for rule in INJECTION_RULES:
-            if (not rule.keywords or any(word in reading for word in rule.keywords)) and (
-                match := rule.pattern.search(reading)
-            ):
-                weights[rule.name] = max(weights.get(rule.name, 0), rule.weight * _said(reading, match))
+            for word in rule.keywords:
+                if word in reading:
+                    if match := rule.pattern.search(reading):
+                        weights[rule.name] = max(weights.get(rule.name, 0), rule.weight * _said(reading, match))
+                    break
     return round(1 - math.prod(1 - weight for weight in weights.values()), 4), list(weights)
-
-
-LONG_WORD: Final = re.compile(r"[A-Za-z0-9+/]{24}")
 
 
 def _said(reading: str, match: re.Match[str]) -> float:
