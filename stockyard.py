@@ -17595,8 +17595,9 @@ class EchoExchange:
             self._sink.end()
 
     def hold(self, paused: bool) -> None:
-        self._paused = paused
-        if not paused and not self._stopped:
+        was_paused, self._paused = self._paused, paused
+        if was_paused and not paused and not self._stopped:
+            self._handle.cancel()
             self._handle = self._loop.call_soon(self._step)
 
     def abort(self) -> None:
@@ -18749,6 +18750,10 @@ class Gateway:
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
         self.cache = Cache(settings, store, lambda: int(clock() * 1000))
         self.draining = False
+        #: Set once a stop waits no longer: calls that are cancelled now are told so.
+        self.is_ending = False
+        #: The calls under way on aiohttp's side; those of the lane are their connections'.
+        self.web_calls: set[asyncio.Task[Any]] = set()
         self.in_flight = 0
         self.shadows: set[asyncio.Task[None]] = set()
         self.internal_errors = 0
@@ -18841,7 +18846,9 @@ class Gateway:
             return self.restored(call, await self.judged(call, await self.complete(call)))
         except GatewayError as error:
             return self.restored(call, self.refuse(call, error))
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as stop:
+            if self.is_ending:
+                return self.refuse(call, self.as_told(stop, call.id))
             call.is_gone = True
             raise
         except Exception as error:
@@ -18849,6 +18856,12 @@ class Gateway:
         finally:
             if not call.is_carried:
                 self.finish(call)
+
+    def as_told(self, fault: BaseException, call_id: str) -> GatewayError:
+        """What a client is told of anything that ended its call; a cancellation was the end of a stop's patience."""
+        if isinstance(fault, asyncio.CancelledError):
+            return Draining("Stockyard is shutting down and could not wait for the end of this call", retry_after_s=1)
+        return fault if isinstance(fault, GatewayError) else self.internal_error(cast(Exception, fault), call_id)
 
     @staticmethod
     def restored(call: Call, reply: Reply) -> Reply:
@@ -19285,10 +19298,10 @@ class Gateway:
             await (self.judge_stream(call, client, work) if isinstance(client, GuardedClient) else work)
             await self.close_row(call)
             client.end_stream(broken=False)
-        except Exception as fault:
-            if call.status == 0:
+        except (Exception, asyncio.CancelledError) as fault:
+            if call.status == 0 or (isinstance(fault, asyncio.CancelledError) and not self.is_ending):
                 raise
-            error = fault if isinstance(fault, GatewayError) else self.internal_error(fault, call.id)
+            error = self.as_told(fault, call.id)
             call.status, call.error = error.status, error.code
             last = (renderer() or self.renderer(call)).fail(error, call.id)
             (client.fail if isinstance(client, GuardedClient) else client.send)(last)
@@ -20778,6 +20791,11 @@ class Lane(RequestHandler):
         if not keep:
             self.close_now()
 
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The call under way."""
+        return self._task
+
     def _next(self) -> None:
         """Go on with what waited behind the call, once the client takes what it was answered."""
         if self.transport is None or self._paused:
@@ -21074,7 +21092,9 @@ async def answer_gemini(request: web.Request) -> web.StreamResponse:
 async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.StreamResponse:
     client = WebClient()
     task = asyncio.create_task(gateway.answer(call, client))
+    gateway.web_calls.add(task)
     task.add_done_callback(lambda _: client.end())
+    task.add_done_callback(gateway.web_calls.discard)
     try:
         await client.started()
         if client.headers is None:
@@ -22700,6 +22720,9 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
         for watcher in gateway.watchers:
             watcher.more.set()
         await drain(gateway, gateway.settings.drain_timeout)
+        gateway.is_ending = True
+        on_lanes = [connection.task for connection in manager.connections if isinstance(connection, Lane)]
+        await gateway.cut_off({task for task in on_lanes if task is not None} | gateway.web_calls)
         await runner.shutdown()
         await manager.shutdown(1.0)
         await runner.cleanup()
