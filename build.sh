@@ -193,8 +193,23 @@ pack_with_shiv() {
 
 # ---- The other verbs -------------------------------------------------------------------------------------------------
 
+# The dashboard is tested in Debian's Chromium: a browser of its own would be a download from nowhere we know.
+need_chromium() {
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null 2>&1; then return; fi
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        say "installing chromium, which the tests of the dashboard drive"
+        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+            say "apt-get could not install chromium; the tests of the dashboard will fail"
+    else
+        say "no chromium on PATH; the tests of the dashboard will fail (Debian: apt install chromium)"
+    fi
+}
+
 run_tests() {
     build
+    need_chromium
     ready .venv .build/requirements.txt tests/requirements.txt
     status=0
     .venv/bin/python -m pytest "$@" || status=$?
