@@ -25,7 +25,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     ~~~ waterline: everything above is pure; below, things happen ~~~
     Store                    SQLite: one writer, grouped commits, queries
     Upstream                 the only code that opens connections for calls
-    Reports                  what operators are told unasked: lines on stderr, signed webhooks
+    Reports                  what operators are told unasked: lines on stderr, signed webhooks, traces
     Gateway                  the life of a call
     Lane                     the short way in for hot requests
     Server                   routes, roles, the error boundary, passthrough, admin JSON
@@ -17847,7 +17847,7 @@ class GoogleTokens:
 
 
 # ===== Reports ========================================================================================================
-# What operators are told unasked: lines on stderr, and webhooks. Nothing here may delay or fail a call: telling is a task
+# What operators are told unasked: lines on stderr, webhooks, and traces. Nothing here may delay or fail a call: telling is a task
 # made, or a count of what was dropped; bounded, with deadlines, no redirects, and no proxy of the environment. What is told
 # are names, counts and sums, never a text or a key. A new event is a row of ALERT_EVENTS, and a condition in
 # `Gateway.conditions` or one `Alerts.tell`.
@@ -18061,6 +18061,163 @@ class Alerts:
         """The rows, and the last deliveries, the newest first."""
         rows = [{"to": row.host, "events": sorted(row.events), "signed": bool(row.secret)} for row in self.rows]
         return {"data": rows, "next": None, "deliveries": [*reversed(self._log)], "dropped": self.dropped}
+
+
+@dataclass(frozen=True, slots=True)
+class Collector:
+    """Where spans go, as the variables of OpenTelemetry say it; `headers` often hold a key.
+
+    Source: https://opentelemetry.io/docs/specs/otel/protocol/exporter/
+    """
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+    service: str
+
+
+def read_collector(environment: Mapping[str, str]) -> Collector | None:
+    """None where no endpoint is set or OTEL_SDK_DISABLED is true; SettingsError for what cannot be spoken."""
+    base, url = environment.get("OTEL_EXPORTER_OTLP_ENDPOINT"), environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    if not (base or url) or environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    url = url or f"{(base or '').rstrip('/')}/v1/traces"
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError("OTEL_EXPORTER_OTLP_ENDPOINT: must begin with http:// or https://")
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if environment.get(name, "http/json") not in ("", "http/json"):
+            raise SettingsError(f"{name}: Stockyard sends http/json alone; set that, or OTEL_SDK_DISABLED=true")
+    pairs = [
+        pair.partition("=") for pair in environment.get("OTEL_EXPORTER_OTLP_HEADERS", "").split(",") if pair.strip()
+    ]
+    if any(not name.strip() or not equals for name, equals, _ in pairs):
+        raise SettingsError("OTEL_EXPORTER_OTLP_HEADERS: must be name=value pairs with commas between")
+    headers = {name.strip().lower(): urllib.parse.unquote(value.strip()) for name, _, value in pairs}
+    return Collector(url, headers, environment.get("OTEL_SERVICE_NAME") or "stockyard")
+
+
+TRACEPARENT: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
+SPAN_SERVER: Final = 2
+SPAN_CLIENT: Final = 3
+SPAN_FAILED: Final = 2
+#: `gen_ai.operation.name` and `gen_ai.provider.name` where they are not our own words.
+#: Source: https://opentelemetry.io/docs/specs/semconv/registry/attributes/gen-ai/
+OTEL_OPERATIONS: Final = {"completions": "text_completion"}
+OTEL_PROVIDERS: Final = {
+    "azure": "azure.ai.openai", "bedrock": "aws.bedrock", "gemini": "gcp.gemini", "vertex": "gcp.vertex_ai",
+    "mistral": "mistral_ai", "xai": "x_ai",
+}  # fmt: skip
+
+
+def otel_attributes(values: Mapping[str, Any]) -> list[Json]:
+    """Attributes as OTLP's JSON has them, 64-bit integers as text; what is empty is left out.
+
+    Source: https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding
+    """
+    return [{"key": key, "value": otel_value(value)} for key, value in values.items() if value not in (None, "", [])]
+
+
+def otel_value(value: Any) -> Json:
+    if isinstance(value, list):
+        return {"arrayValue": {"values": [otel_value(member) for member in value]}}
+    kind = {bool: "boolValue", int: "intValue", float: "doubleValue"}.get(type(value), "stringValue")
+    return {kind: str(value) if type(value) is int else value}
+
+
+def otel_spans(call: Call, providers: Mapping[str, ConfiguredProvider], new_hex: Callable[[int], str]) -> list[Json]:
+    """One server span of a finished call and a client span of each attempt; none where its caller does not sample."""
+    parent = TRACEPARENT.fullmatch(call.headers.get("traceparent", ""))
+    if parent is not None and not int(parent[3], 16) & 1:
+        return []
+    trace_id, span_id = parent[1] if parent else new_hex(16), new_hex(8)
+    operation = OTEL_OPERATIONS.get(call.endpoint.kind, call.endpoint.kind)
+
+    def span(name: str, kind: int, above: str, began_ms: float, ended_ms: float, failed: bool, values: Json) -> Json:
+        times = [str(call.ts_ms * 1_000_000 + int(ms * 1_000_000)) for ms in (began_ms, ended_ms)]
+        told = {"traceId": trace_id, "spanId": new_hex(8), "name": name, "kind": kind, "startTimeUnixNano": times[0],
+                "endTimeUnixNano": times[1], "attributes": otel_attributes(values),
+                "status": {"code": SPAN_FAILED} if failed else {}}  # fmt: skip
+        return {**told, "parentSpanId": above} if above else told
+
+    server = span(call.endpoint.path, SPAN_SERVER, parent[2] if parent else "", 0, call.latency_ms, call.status >= 500, {
+        "http.route": call.endpoint.path, "http.response.status_code": call.status, "error.type": call.error,
+        "gen_ai.operation.name": operation, "gen_ai.request.model": call.model[:200], "stockyard.request_id": call.id,
+        "stockyard.cache": call.cache, "stockyard.key_id": call.key_id,
+        "stockyard.cost_usd": None if call.cost_nanousd is None else call.cost_nanousd / NANOUSD_PER_USD,
+    })  # fmt: skip
+    server["spanId"] = span_id
+    spans = [server]
+    for line in call.attempts:
+        provider = providers.get(line.provider)
+        address = yarl.URL(provider.base_url) if provider is not None else None
+        values: Json = {
+            "gen_ai.operation.name": operation, "gen_ai.provider.name": OTEL_PROVIDERS.get(line.provider, line.provider),
+            "gen_ai.request.model": line.model, "server.address": address and address.host,
+            "server.port": address and address.port, "error.type": line.error,
+        }  # fmt: skip
+        if line is call.attempts[-1] and line.status == 200:
+            values["gen_ai.response.model"] = call.upstream_model
+            values["gen_ai.response.finish_reasons"] = [call.finish_reason] if call.finish_reason else []
+            if call.usage is not None:
+                values["gen_ai.usage.input_tokens"] = call.usage.prompt_tokens
+                values["gen_ai.usage.output_tokens"] = call.usage.completion_tokens
+                values["gen_ai.usage.cache_read.input_tokens"] = call.usage.cached_tokens
+        ended_ms = line.ended_ms or call.latency_ms
+        name = f"{operation} {line.model}"
+        spans.append(span(name, SPAN_CLIENT, span_id, line.started_ms, ended_ms, bool(line.error), values))
+    return spans
+
+
+class Traces:
+    """Spans of finished calls, sent to a collector in batches; past MAX_WAITING spans they are dropped and counted."""
+
+    MAX_WAITING: ClassVar[int] = 5000
+    BATCH: ClassVar[int] = 500
+    EVERY_S: ClassVar[float] = 2.0
+    STOP_S: ClassVar[float] = 2.0
+    MAY_PASS: ClassVar[frozenset[int]] = frozenset({429, 502, 503, 504})
+
+    def __init__(self, collector: Collector, poster: Poster, randbytes: Callable[[int], bytes]) -> None:
+        self._collector, self._poster, self._randbytes = collector, poster, randbytes
+        self._spans: collections.deque[Json] = collections.deque()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self.sent = self.dropped = 0
+
+    def add(self, call: Call, providers: Mapping[str, ConfiguredProvider]) -> None:
+        """Take a finished call in."""
+        spans = otel_spans(call, providers, lambda size: self._randbytes(size).hex())
+        if len(self._spans) + len(spans) > self.MAX_WAITING:
+            self.dropped += len(spans)
+        else:
+            self._spans.extend(spans)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self.EVERY_S)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        resource = otel_attributes({"service.name": self._collector.service, "service.version": __version__})
+        scope = {"name": "stockyard", "version": __version__}
+        while self._spans:
+            spans = [self._spans.popleft() for _ in range(min(self.BATCH, len(self._spans)))]
+            scoped = {"resource": {"attributes": resource}, "scopeSpans": [{"scope": scope, "spans": spans}]}
+            body = dump_json({"resourceSpans": [scoped]})
+            _, ended = await self._poster.post(
+                self._collector.url, body, lambda: self._collector.headers, self.MAY_PASS
+            )
+            if ended:
+                self.dropped += len(spans)
+                print_error(f"{len(spans)} spans were not delivered to the collector: {ended}", event="traces")
+            else:
+                self.sent += len(spans)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.flush(), self.STOP_S)
 
 
 # ===== Gateway ========================================================================================================
@@ -18762,6 +18919,7 @@ class Gateway:
         self.watchers: list[Watcher] = []
         self.poster = Poster()
         self.alerts = Alerts(self.poster, self.new_id, clock)
+        self.traces: Traces | None = None
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
@@ -20056,6 +20214,8 @@ class Gateway:
             if self.lines:
                 self.serve_lines()
         self.store.put(call)
+        if self.traces is not None:
+            self.traces.add(call, self.router.providers)
         if self.watchers:
             self.tell(call)
 
@@ -21518,6 +21678,7 @@ GAUGES: Final = {family.name: family for family in (
     Family("held_usd", "gauge", "Money held for calls under way."),
     Family("bound_violations_total", "counter", "Calls that cost more than was held for them; must stay 0."),
     Family("event_loop_lag_seconds", "gauge", "One turn of the event loop, measured as this was read."),
+    Family("spans_dropped_total", "counter", "Trace spans that the collector did not take."),
     Family("breaker_open", "gauge", "1 open, 0.5 half open, 0 closed, by target of a route.", ("provider", "model")),
 )}  # fmt: skip
 BREAKER_NUMBERS: Final[Mapping[str, float]] = {"closed": 0.0, "half_open": 0.5, "open": 1.0}
@@ -21529,6 +21690,7 @@ def gauge_values(gateway: Gateway, lag_s: float) -> dict[str, float]:
         "in_flight": gateway.in_flight, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
         "log_failing": bool(store.trouble()), "lost_rows_total": store.lost_rows, "crashed_rows": store.crashed_rows,
         "uncounted_rows_total": store.metrics.uncounted,
+        "spans_dropped_total": gateway.traces.dropped if gateway.traces is not None else 0,
         "internal_errors_total": gateway.internal_errors, "held_usd": ledger.held_nanousd / NANOUSD_PER_USD,
         "bound_violations_total": ledger.bound_violations, "event_loop_lag_seconds": lag_s,
     }  # fmt: skip
@@ -22897,7 +23059,7 @@ def open_ledger(gateway: Gateway) -> None:
 @contextlib.asynccontextmanager
 async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Gateway]:
     """Everything a process needs to answer calls, closed in order at the end. SettingsError, StoreError."""
-    prices = load_prices(settings)
+    prices, collector = load_prices(settings), read_collector(environment)
     router = load_router(settings, environment, prices)
     prepare_data_dir(settings.data_path)
     lock = DirectoryLock(settings.data_path)
@@ -22924,11 +23086,15 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
                 "`stockyard keys create --name me`, or listen on this machine alone with `--host 127.0.0.1`"
             )
         looking = gateway.loop.create_task(gateway.watch_conditions())
+        if collector is not None:
+            gateway.traces = Traces(collector, gateway.poster, gateway.random.randbytes)
         try:
             yield gateway
         finally:
             looking.cancel()
             await gateway.alerts.close()
+            if gateway.traces is not None:
+                await gateway.traces.close()
             await gateway.poster.close()
         gateway.checkpoint()
         try:
