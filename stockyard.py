@@ -15486,6 +15486,7 @@ COMMIT_REST_S: Final = 0.25
 COMMIT_MAX_ROWS: Final = 2000
 COMMIT_RETRY_S: Final = 0.25
 UPKEEP_REST_S: Final = 5.0
+UPKEEP_STEPS_S: Final = 0.1
 #: A row's `seq` is its time and a counter, so that order, time and id need no index of their own; a block's likewise.
 SEQ_BITS: Final = 21
 BLOCK_BITS: Final = 10
@@ -16149,12 +16150,13 @@ class LogStore:
     # -- writer thread: the bounds
 
     def _keep_up(self) -> None:
-        """One small step of upkeep where one is due; the next at once where there is more to do."""
-        if time.monotonic() < self._upkeep_at_s or self._closing:
+        """Some small steps of upkeep where they are due, between two commits; the next at once where there is more to do."""
+        now_s, more = time.monotonic(), True
+        if now_s < self._upkeep_at_s or self._closing:
             return
-        more = False
         with contextlib.suppress(sqlite3.Error):  # a disk that is full or locked is told by the rows
-            more = self._prune() or self._shrink() or self._forget()
+            while more and time.monotonic() < now_s + UPKEEP_STEPS_S:
+                more = self._prune() or self._shrink() or self._forget()
         self._upkeep_at_s = time.monotonic() + (0.0 if more else UPKEEP_REST_S)
 
     def _pages(self, what: str) -> int:
