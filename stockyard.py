@@ -22630,6 +22630,7 @@ def describe_operation(row: RouteRow, method: str, path: str) -> Json:
     told = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in kinds}
     failures = {
         *ROLE_STATUSES[row.role],
+        *(("404",) if names else ()),
         *(("408", "413", "415") if body else ()),
         *(("429", "503", "4XX") if row.spends else ()),
     }

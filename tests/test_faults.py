@@ -298,7 +298,8 @@ def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", FAULTS)
 async def test_the_fault_matrix(start: Start, name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     small_bounds(monkeypatch)
-    deadlines = {"first_byte_timeout": 0.15, "idle_timeout": 0.15}
+    is_late = "upstream_timeout" in (FAULTS[name].told[1], FAULTS[name].streamed[1])
+    deadlines = dict.fromkeys(("first_byte_timeout", "idle_timeout"), 0.15 if is_late else 20)
     async with start(cache="off", **deadlines, **VARIABLES, **ADDRESSES) as proxy:
         proxy.gateway.random = NoWait()
         wrong = []
