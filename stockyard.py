@@ -21131,6 +21131,8 @@ class RouteRow:
     role: str
     spends: bool = False
     endpoint: Endpoint | None = None
+    #: Whether the audit chain, which forgets nothing, may hold what was sent; people's own texts it may not.
+    audits_body: bool = True
 
 
 class WebClient:
@@ -22393,13 +22395,13 @@ async def post_checkpoint(request: web.Request) -> web.Response:
     return json_response(await make_checkpoint(gateway.store, audit_key(gateway.keys.pepper)))
 
 
-def note_admin(request: web.Request, gateway: Gateway, status: int) -> None:
+def note_admin(request: web.Request, gateway: Gateway, status: int, with_body: bool) -> None:
     """Put what an operator did into the audit chain: who, from where, what; secrets masked."""
     told: Json = {
         "actor": request.get(ACTOR_KEY) or "admin", "client_ip": request.remote or "", "method": request.method,
         "path": request.path, "status": status,
     }  # fmt: skip
-    if BODY_KEY in request:
+    if with_body and BODY_KEY in request:
         told["body"] = mask_members(request[BODY_KEY])
     gateway.store.put_note("admin", told)
 
@@ -22712,7 +22714,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("GET", "/api/requests/{id}", get_request, "admin"),
     RouteRow("GET", "/api/requests/{id}/explain", explain, "admin"),
     RouteRow("POST", "/api/requests/{id}/replay", replay, "admin", spends=True),
-    RouteRow("POST", "/api/requests/{id}/feedback", post_feedback, "admin"),
+    RouteRow("POST", "/api/requests/{id}/feedback", post_feedback, "admin", audits_body=False),
     RouteRow("GET", "/api/sessions", get_sessions, "admin"),
     RouteRow("GET", "/api/spend", get_spend, "admin"),
     RouteRow("GET", "/api/timeseries", get_timeseries, "admin"),
@@ -22740,7 +22742,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/alerts/test", try_alerts, "admin"),
     RouteRow("GET", "/api/guardrails", get_guardrails, "admin"),
     RouteRow("PUT", "/api/guardrails", put_guardrails, "admin"),
-    RouteRow("POST", "/api/guardrails/try", try_guardrails, "admin"),
+    RouteRow("POST", "/api/guardrails/try", try_guardrails, "admin", audits_body=False),
 )
 
 
@@ -22761,7 +22763,7 @@ async def boundary(
             request[ACTOR_KEY] = require_role(request, gateway, row.role)
         response = await handler(request)
         if row and row.role == "admin" and request.method not in ("GET", "HEAD"):
-            note_admin(request, gateway, response.status)
+            note_admin(request, gateway, response.status, row.audits_body)
         return response
     except web.HTTPMethodNotAllowed as error:
         allowed = ", ".join(sorted(error.allowed_methods))

@@ -65,6 +65,19 @@ async def test_an_honest_log_passes_also_after_a_restart(start: Start, tmp_path:
     assert verify(tmp_path).calls == 5
 
 
+async def test_texts_of_people_are_not_kept_for_ever(start: Start, tmp_path: Path) -> None:
+    text = "canary@example.org"
+    async with start() as proxy:
+        await proxy.post(PATH, CHAT)
+        [row] = await proxy.rows()
+        await ask(proxy, "POST", "/api/guardrails/try", {"text": text})
+        await ask(proxy, "POST", f"/api/requests/{row['id']}/feedback", {"comment": text})
+        entries = (await ask(proxy, "GET", "/api/audit"))["data"]
+    paths = [entry["path"] for entry in entries if entry["kind"] == "admin"]
+    assert sorted(paths) == ["/api/guardrails/try", f"/api/requests/{row['id']}/feedback"]
+    assert text not in json.dumps(entries)
+
+
 LAST_CALL = "(SELECT MAX(seq) FROM calls)"
 COLUMNS = ", ".join(("label", *stockyard.OWN_FIELDS, "block", "request_at", "request_bytes", "answer_bytes"))
 FORGED_CALL = f"INSERT INTO calls SELECT seq + 7, {COLUMNS} FROM calls WHERE seq = {LAST_CALL}"  # noqa: S608 - our names
