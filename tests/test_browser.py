@@ -156,6 +156,7 @@ async def test_hostile_texts_run_nothing_and_ask_nobody(start: Start) -> None:
                 await page.goto(f"{proxy.url}/ui#/{view}")
                 await page.wait_for_timeout(100)
             await page.goto(f"{proxy.url}/ui#/requests?model=echo")
+            await page.wait_for_selector("tr.open a")
             hrefs = [str(await link.get_attribute("href")) for link in (await page.locator("tr.open a").all())[:8]]
             assert hrefs
             for href in hrefs:
