@@ -15135,6 +15135,7 @@ COUNTED: Final = (
     "provider", "upstream_model", "key_id", "status", "cache", "error", *(f"{bucket}_tokens" for bucket in TOKEN_BUCKETS),
     "cost_nanousd", "saved_nanousd", *HISTOGRAMS.values(),
 )  # fmt: skip
+LABELS_COUNTED: Final = 6
 
 
 class Series:
@@ -15163,42 +15164,51 @@ class Metrics:
         self.uncounted = self.ended = self.failed = 0
 
     def add(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Count finished calls."""
+        """Count finished calls. Those that have their labels in common are counted together, column by column."""
+        alike: dict[Any, list[Any]] = {}
+        for row in map(self._pick, rows):
+            alike.setdefault(row[:LABELS_COUNTED], []).append(row[LABELS_COUNTED:])
         with self._lock:
-            for row in rows:
-                try:
-                    self._add(*self._pick(row))
-                except Exception:  # a row that cannot be counted must not end the thread that writes the log
-                    self.uncounted += 1
+            for labels, numbers in alike.items():
+                self._add_alike(labels, numbers)
 
-    def _add(
-        self, provider: str, model: str, key: str, status: int, cache: str, error: str, input_tokens: int | None,
-        output_tokens: int | None, cached_tokens: int | None, cache_write_tokens: int | None, reasoning_tokens: int | None,
-        cost_nanousd: int | None, saved_nanousd: int, *times_ms: float | None,
-    ) -> None:  # fmt: skip
+    def _add_alike(self, labels: Sequence[Any], numbers: Sequence[Sequence[Any]]) -> None:
+        try:
+            self._add(labels, *zip(*numbers, strict=True))
+        except Exception:  # a row that cannot be counted must not end the thread that writes the log
+            for one in numbers if len(numbers) > 1 else ():
+                self._add_alike(labels, [one])
+            self.uncounted += len(numbers) == 1
+
+    def _add(self, labels: Sequence[Any], *columns: Sequence[Any]) -> None:
+        provider, model, key, status, cache, error = labels
+        calls, (costs, saved), times_ms = len(columns[0]), columns[5:7], columns[7:]
+        tokens, cost, saving = (
+            [sum(filter(None, column)) for column in columns[:5]],
+            sum(filter(None, costs)),
+            sum(saved),
+        )
         who = (provider, model, key)
         series = self._series.get(who)
         if series is None:
             who = who if len(self._series) < SERIES_MAX else (OTHER,) * 3
             series = self._series.setdefault(who, Series())
-        series.statuses[status] += 1
-        self.ended += 1
-        self.failed += status >= 500
-        series.cached[cache] += 1
-        if input_tokens is not None:
-            told = (input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens)
-            series.tokens = [count + (more or 0) for count, more in zip(series.tokens, told, strict=True)]
-        if cost_nanousd is not None:
-            series.cost_nanousd += cost_nanousd
-        elif status < 400:
-            series.unpriced += 1
-        series.saved_nanousd += saved_nanousd
+        series.statuses[status] += calls
+        self.ended += calls
+        self.failed += calls if status >= 500 else 0
+        series.cached[cache] += calls
+        series.tokens = [*map(operator.add, series.tokens, tokens)]
+        series.cost_nanousd += cost
+        series.unpriced += costs.count(None) if status < 400 else 0
+        series.saved_nanousd += saving
         if error:
-            self._errors[error if error in self._errors or len(self._errors) < SERIES_MAX // 10 else OTHER] += 1
-        for counts, time_ms in zip(series.times, times_ms, strict=True):
-            if time_ms is not None:
-                counts[bisect.bisect_left(BOUNDS_S, time_ms / 1000)] += 1
-                counts[-1] += time_ms / 1000
+            self._errors[error if error in self._errors or len(self._errors) < SERIES_MAX // 10 else OTHER] += calls
+        for counts, column in zip(series.times, times_ms, strict=True):
+            times_s = sorted(time_ms / 1000 for time_ms in column if time_ms is not None)
+            ends = [bisect.bisect_right(times_s, bound) for bound in BOUNDS_S]
+            for at, (begin, end) in enumerate(zip([0, *ends], [*ends, len(times_s)], strict=True)):
+                counts[at] += end - begin
+            counts[-1] += sum(times_s)
 
     def text(self) -> str:
         """All families in the text format of Prometheus (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
@@ -15536,6 +15546,11 @@ def seq_of(call_id: str, ts_ms: int) -> int:
     return ts_ms << SEQ_BITS | int(call_id[-15:-8], 16) & (1 << SEQ_BITS) - 1
 
 
+def whole_us(ms: float) -> float:
+    """A time to the microsecond; `round` goes through decimal text, which costs more than all else of a row's times."""
+    return int(ms * 1000 + 0.5) / 1000
+
+
 def log_row(call: Call) -> LogRow:
     """What is kept of a call that has ended, but for its bodies."""
     usage, endpoint = call.usage, call.endpoint
@@ -15549,14 +15564,19 @@ def log_row(call: Call) -> LogRow:
     )  # fmt: skip
     attempts, latency_ms = call.attempts, call.latency_ms
     own = (
-        call.id, call.tags, len(attempts), *tokens, call.cost_nanousd, round(latency_ms, 3),
-        round((call.first_token_s - call.started_s) * 1000, 3) if call.first_token_s else None,
-        round(max(0.0, latency_ms - call.upstream_s * 1000), 3), call.redactions, call.verdicts, call.client_ip,
+        call.id, call.tags, len(attempts), *tokens, call.cost_nanousd, whole_us(latency_ms),
+        whole_us((call.first_token_s - call.started_s) * 1000) if call.first_token_s else None,
+        whole_us(max(0.0, latency_ms - call.upstream_s * 1000)), call.redactions, call.verdicts, call.client_ip,
         clean_agent(call.headers.get("user-agent", "")), call.session,
         attempts_text(call), ",".join(call.dropped) if call.dropped else "", usage_text(usage, call.usage_estimated),
         call_notes(call), call.saved_nanousd,
     )  # fmt: skip
     return LogRow(seq_of(call.id, call.ts_ms), label, own)
+
+
+def row_line(row: LogRow) -> bytes:
+    """A row as one line of JSON: of the journal, and what the audit chain has the digest of."""
+    return dump_json(tuple(row))  # orjson takes no named tuples
 
 
 def intent_line(call: Call) -> bytes:
@@ -15612,6 +15632,11 @@ def attempts_text(call: Call) -> str:
     return ""
 
 
+#: What `explain` tells of a call only where it is so.
+SELDOM_NOTED: Final = ("replay_of", "shadow_of", "passed_over", "sent_dialect", "refusal")
+_seldom_noted: Final = operator.attrgetter(*SELDOM_NOTED)
+
+
 def call_notes(call: Call) -> str:
     """What `explain` tells beyond the columns, as JSON: how the name was routed, the one attempt's times, limits."""
     notes: Json = {}
@@ -15620,32 +15645,37 @@ def call_notes(call: Call) -> str:
     if call.rate_hold is not None:
         notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
         notes["estimated_tokens"] = call.rate_hold.tokens
-    for name in ("replay_of", "shadow_of", "passed_over", "sent_dialect", "refusal"):
-        if value := getattr(call, name):
-            notes[name] = value
-    if len(call.targets) > 1:
-        notes["targets"] = [[target.provider.id, target.model, target.via] for target in call.targets]
-    if call.targets and len(call.attempts) == 1 and not call.error:
-        via, at = call.targets[0].via, call.attempts[0]
+    if any(seldom := _seldom_noted(call)):
+        notes |= {name: value for name, value in zip(SELDOM_NOTED, seldom, strict=True) if value}
+    targets = call.targets
+    if len(targets) > 1:
+        notes["targets"] = [[target.provider.id, target.model, target.via] for target in targets]
+    if targets and len(call.attempts) == 1 and not call.error:
+        at = call.attempts[0]
         if not notes:  # nearly every call: written without a detour
-            return f'{{"via":"{via}","at":[{at.started_ms:.2f},{at.ended_ms:.2f}]}}'
+            return f'{{"via":"{targets[0].via}","at":[{at.started_ms:.2f},{at.ended_ms:.2f}]}}'
         notes["at"] = [round(at.started_ms, 2), round(at.ended_ms, 2)]
-    if call.targets:
-        notes["via"] = call.targets[0].via
+    if targets:
+        notes["via"] = targets[0].via
     return dump_json(notes).decode() if notes else ""
+
+
+#: The buckets of a usage that have no column of their own.
+RARE_BUCKETS: Final = (
+    "cache_write_1h_tokens", "input_audio_tokens", "cached_audio_tokens", "output_audio_tokens", "input_image_tokens",
+    "output_image_tokens", "searches",
+)  # fmt: skip
+_rare_buckets: Final = operator.attrgetter(*RARE_BUCKETS)
 
 
 def usage_text(usage: Usage | None, estimated: bool) -> str:
     """The buckets that are not in columns of their own, as JSON; empty where there is nothing to add."""
-    if usage is None:
+    if usage is None or not (any(counts := _rare_buckets(usage)) or estimated):
         return ""
-    rare = {
-        name: value for name in ("cache_write_1h_tokens", "input_audio_tokens", "cached_audio_tokens", "output_audio_tokens",
-                                 "input_image_tokens", "output_image_tokens", "searches") if (value := getattr(usage, name))
-    }  # fmt: skip
+    rare: Json = {name: count for name, count in zip(RARE_BUCKETS, counts, strict=True) if count}
     if estimated:
         rare["estimated"] = True
-    return dump_json(rare).decode() if rare else ""
+    return dump_json(rare).decode()
 
 
 def format_time(ts_ms: int) -> str:
@@ -15666,6 +15696,8 @@ class Logged(NamedTuple):
     """A finished call on its way to the log: its row, what was asked, and what was answered or a stream's transcript."""
 
     row: LogRow
+    #: The row as the journal and the audit chain have it.
+    line: bytes
     asked: bytes = b""
     answered: bytes = b""
     transcript: Transcript | None = None
@@ -15805,7 +15837,8 @@ class LogStore:
         last, ended, intents = CallJournal.leftovers(directory)
         self.crashed_rows = len(intents)
         journal = CallJournal(directory, last + 1, self.full_sync)
-        self._queue.extend(Logged(row, is_old=True) for row in [*ended, *map(crashed_row, intents)])
+        old = [*ended, *map(crashed_row, intents)]
+        self._queue.extend(Logged(row, row_line(row), is_old=True) for row in old)
         if last:
             self._queue.append(functools.partial(journal.drop_before, last + 1))
         return journal
@@ -15844,10 +15877,10 @@ class LogStore:
         asked = (call.sent_body or call.body)[:most]
         transcript = None if call.answer else call.transcript
         row, answered = log_row(call), call.answer[:most]
-        journal = self.journal
-        journal.end(call.id, dump_json(tuple(row)))  # orjson takes no named tuples
+        line, journal = row_line(row), self.journal
+        journal.end(call.id, line)
         self._queued_bytes += len(asked) + len(answered)
-        self._queue.append(Logged(row, asked, answered, transcript, call.usage, call.hides))
+        self._queue.append(Logged(row, line, asked, answered, transcript, call.usage, call.hides))
         if journal.is_long:
             self._queue.append(functools.partial(journal.drop_before, journal.turn()))
         if not self._wake.is_set():
@@ -15956,7 +15989,8 @@ class LogStore:
         """Something in a group cannot be written as it is; the rest of it must be."""
         for call in group.rows:
             if not self._has_row(call.row):
-                self._write_one(Group(rows=[call._replace(row=self._repaired(call.row))]))
+                row = self._repaired(call.row)
+                self._write_one(Group(rows=[call._replace(row=row, line=row_line(row))]))
         for write in group.writes:
             self._write_one(Group(writes=[write]))
         for note in group.notes:
@@ -16013,9 +16047,7 @@ class LogStore:
         ])  # fmt: skip
         self._roll_up(rows)
         self._spread(rows, labels)
-        listed = [
-            (row.seq, audit_digest(dump_json(tuple(row))), digest) for row, digest in zip(rows, digests, strict=True)
-        ]
+        listed = [(call.row.seq, audit_digest(call.line), digest) for call, digest in zip(calls, digests, strict=True)]
         for at in range(0, len(listed), 1000):
             self._audit("calls", {}, b"".join(itertools.starmap(AUDIT_ROW.pack, listed[at : at + 1000])))
 
