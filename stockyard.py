@@ -20703,7 +20703,8 @@ BINARY_KINDS: Final = frozenset({"speech", "transcriptions", "translations"})
 
 
 def plain_body(answer: PlainAnswer) -> bytes:
-    """The bytes of an answer; compression was not asked for, but some servers insist. Bounded against bombs."""
+    """The bytes of an answer; compression was not asked for, but some servers insist. Answers shrink
+    to a tenth, bombs to a thousandth."""
     coding = answer.headers.get("content-encoding", "identity").strip().lower()
     if coding in ("identity", ""):
         return answer.body
@@ -20713,7 +20714,7 @@ def plain_body(answer: PlainAnswer) -> bytes:
         )
     try:
         unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-        body = unpacker.decompress(answer.body, UPSTREAM_MAX_BODY_BYTES)
+        body = unpacker.decompress(answer.body, min(UPSTREAM_MAX_BODY_BYTES, 1_000_000 + 50 * len(answer.body)))
     except zlib.error:
         raise UpstreamError("the provider's compressed answer cannot be read", code="upstream_malformed") from None
     if unpacker.unconsumed_tail:
@@ -20820,6 +20821,27 @@ LATE_BODY: Final = dump_json(
     }
 )
 LANE_MAX_WAITING: Final = 8
+CROWDED: Final = Reply(
+    503,
+    [("content-type", "application/json"), ("retry-after", "1")],
+    dump_json(
+        {
+            "error": {
+                "message": "all connections that the limit of open files allows are at work; raise it (`ulimit -n`)",
+                "type": "server_error",
+                "param": None,
+                "code": "too_many_connections",
+            }
+        }
+    ),
+)
+
+
+def connection_cap(files: int) -> int:
+    """How many clients a process that may open so many files can have: each may need a provider's connection as well."""
+    return max(1, (files - min(64, files // 2)) // 2)
+
+
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in http.HTTPStatus if status.value >= 200
 }  # fmt: skip
@@ -20854,6 +20876,7 @@ class Lane(RequestHandler):
 
     gateway: ClassVar[Gateway]
     guard: ClassVar[RequestGuard]
+    max_connections: ClassVar[int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -20867,6 +20890,27 @@ class Lane(RequestHandler):
         self._handed = False
         self._sent_head = False
         self.throttle: Callable[[bool], None] | None = None
+
+    # -- how many
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self._manager is not None
+        if len(self._manager.connections) > self.max_connections:
+            self._make_room(self._manager.connections)
+
+    def _make_room(self, connections: Iterable[RequestHandler]) -> None:
+        """The connection that is idle longest goes; where none of the oldest is, this one goes, and is told why."""
+        for other in itertools.islice(connections, 1000):
+            if isinstance(other, Lane) and other is not self and other.is_idle():
+                other.close_now()
+                return
+        self._write_plain(CROWDED, keep=False)
+
+    def is_idle(self) -> bool:
+        """Whether it waits for a request, or for the rest of a head."""
+        is_open = self.transport is not None and not self.transport.is_closing()
+        return is_open and self._task is None and self._awaited is None and not self._is_aiohttp_busy()
 
     # -- what arrives
 
@@ -21605,10 +21649,20 @@ async def pass_answer(
     if answer.headers.get("content-encoding"):
         headers["content-encoding"] = answer.headers["content-encoding"]
     headers |= dict(gateway.answer_headers(call))
+    restorer = None
     if gateway.output_rules(call) or (call.hidden is not None and call.hidden.values):
-        return await pass_guarded(request, gateway, call, target, answer, headers)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise UpstreamError("the provider sent a compressed answer unasked", code="upstream_malformed")
+        if answer.content_type != "text/event-stream":
+            return await pass_judged(gateway, call, target, answer, headers)
+        if gateway.output_rules(call):
+            raise GuardrailBlocked(
+                "guardrails on answers are on for this call, and streams of /proxy cannot be judged; use /v1"
+            )
+        assert call.hidden is not None
+        restorer = StreamRestorer(call.hidden, asks_json(call.request), is_array=False)
     response = web.StreamResponse(status=answer.status, headers=headers)
-    if answer.content_length is not None and answer.status not in (204, 304):
+    if restorer is None and answer.content_length is not None and answer.status not in (204, 304):
         response.content_length = answer.content_length
     await response.prepare(request)
     watched = bytearray()
@@ -21617,7 +21671,7 @@ async def pass_answer(
             if len(watched) < WATCHED_ANSWER_BYTES:
                 watched += piece
             async with asyncio.timeout(gateway.settings.idle_timeout):
-                await response.write(piece)
+                await response.write(piece if restorer is None else restorer.feed(piece))
     except (aiohttp.ClientPayloadError, TimeoutError) as error:  # half an answer is out: only breaking off tells so
         cut = isinstance(error, aiohttp.ClientPayloadError)
         call.status, call.error = (502, "upstream_truncated") if cut else (504, "upstream_timeout")
@@ -21625,42 +21679,22 @@ async def pass_answer(
             request.transport.abort()
         return response
     watch_answer(gateway, call, target, answer.content_type, bytes(watched))
-    await response.write_eof()
+    await response.write_eof(b"" if restorer is None else restorer.close())
     return response
 
 
-async def pass_guarded(
-    request: web.Request,
-    gateway: Gateway,
-    call: Call,
-    target: Target,
-    answer: aiohttp.ClientResponse,
-    headers: dict[str, str],
+async def pass_judged(
+    gateway: Gateway, call: Call, target: Target, answer: aiohttp.ClientResponse, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """An answer that is to be restored or judged: whole, or event by event where it only needs to be restored."""
-    if answer.headers.get("content-encoding", "identity") != "identity":
-        raise UpstreamError("the provider sent a compressed answer unasked", code="upstream_malformed")
-    if answer.content_type != "text/event-stream":
-        body = await answer.read()
-        watch_answer(gateway, call, target, answer.content_type, body)
-        reply = gateway.restored(call, await gateway.judged(call, Reply(answer.status, list(headers.items()), body)))
-        return to_response(reply)
-    if gateway.output_rules(call):
-        raise GuardrailBlocked(
-            "guardrails on answers are on for this call, and streams of /proxy cannot be judged; use /v1"
-        )
-    assert call.hidden is not None
-    restorer, watched = StreamRestorer(call.hidden, asks_json(call.request), is_array=False), bytearray()
-    response = web.StreamResponse(status=answer.status, headers=headers)
-    await response.prepare(request)
+    """A whole answer that guardrails judge and restore."""
+    body = bytearray()
     async for piece in answer.content.iter_any():
-        if len(watched) < WATCHED_ANSWER_BYTES:
-            watched += piece
-        await response.write(restorer.feed(piece))
-    await response.write(restorer.close())
-    watch_answer(gateway, call, target, answer.content_type, bytes(watched))
-    await response.write_eof()
-    return response
+        body += piece
+        if len(body) > UPSTREAM_MAX_BODY_BYTES:
+            raise UpstreamError("the provider's answer is too large", code="upstream_too_large")
+    watch_answer(gateway, call, target, answer.content_type, bytes(body))
+    reply = Reply(answer.status, list(headers.items()), bytes(body))
+    return to_response(gateway.restored(call, await gateway.judged(call, reply)))
 
 
 def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str, body: bytes) -> None:
@@ -22904,7 +22938,9 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
         auto_decompress=False,
     )
     await runner.setup()
-    lane = cast(type[Lane], type("GatewayLane", (Lane,), {"gateway": gateway, "guard": guard, "__slots__": ()}))
+    cap = connection_cap(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    own = {"gateway": gateway, "guard": guard, "max_connections": cap, "__slots__": ()}
+    lane = cast(type[Lane], type("GatewayLane", (Lane,), own))
     manager = runner.server
     assert manager is not None
     options = manager._kwargs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -15,13 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Proxy, Start
 from test_lane import BODY, HEAD, REQUEST, talk
-from upstreams import Answer
+from upstreams import COMPLETION, Answer
 
 import stockyard
 
@@ -286,42 +288,94 @@ stockyard.main()
 """
 
 
-def test_running_out_of_files_is_survived_in_silence(tmp_path: Path) -> None:
-    """More connections than files: those that are open are served, and once they close the next ones are."""
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 200
+@contextlib.contextmanager
+def little(tmp_path: Path) -> Iterator[int]:
+    """A proxy that may open 64 files, and so have 16 clients; its port."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
         "STOCKYARD_DATA_DIR": str(tmp_path),
         "STOCKYARD_PORT": "0",
     }
-    root = Path(stockyard.__file__).parent
     with subprocess.Popen(
         [sys.executable, "-c", LITTLE],
-        cwd=root,
+        cwd=Path(stockyard.__file__).parent,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as run:
         assert run.stdout is not None
-        port = int(re.findall(r"http://127.0.0.1:(\d+)", run.stdout.readline())[0])
-        held = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(120)]
-        time.sleep(1.5)
-        for connection in held:
-            connection.close()
-        deadline_s = time.monotonic() + 15
-        status = b""
-        while not status.startswith(b"HTTP/1.1 200") and time.monotonic() < deadline_s:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as again:
-                again.settimeout(2)
-                try:
-                    again.sendall(REQUEST)
-                    status = again.recv(100)
-                except OSError:
-                    status = b""
-        run.terminate()
-        _, told = run.communicate(timeout=30)
-    assert status.startswith(b"HTTP/1.1 200")
+        try:
+            yield int(re.findall(r"http://127.0.0.1:(\d+)", run.stdout.readline())[0])
+            run.terminate()
+            _, told = run.communicate(timeout=60)
+        finally:
+            run.kill()
     assert run.returncode == 0
     assert len(told.splitlines()) < 30, told[:2000]
+
+
+def until_answered(port: int, status: bytes) -> bytes:
+    """Ask on new connections until one is answered so; what came last."""
+    deadline_s, got = time.monotonic() + 15, b""
+    while not got.startswith(b"HTTP/1.1 " + status) and time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as again:
+            again.settimeout(2)
+            again.sendall(REQUEST)
+            got = again.recv(1000)
+    assert got.startswith(b"HTTP/1.1 " + status), got
+    return got
+
+
+def test_running_out_of_files_is_survived_in_silence(tmp_path: Path) -> None:
+    """More connections than files, all idle: the oldest of them make room for whoever has something to ask."""
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 200
+    with little(tmp_path) as port, contextlib.ExitStack() as held:
+        for _ in range(120):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        until_answered(port, b"200")
+        held.close()
+        until_answered(port, b"200")
+
+
+def test_clients_past_the_cap_are_told_so_while_all_others_are_at_work(tmp_path: Path) -> None:
+    body = b'{"model":"echo","stream":true,"chunk_ms":700,"messages":[{"role":"user","content":"%b"}]}' % (b"a " * 90)
+    with little(tmp_path) as port, contextlib.ExitStack() as held:
+        at_work = []
+        for _ in range(stockyard.connection_cap(64)):
+            at_work.append(held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)))
+            at_work[-1].sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert {client.recv(12) for client in at_work} == {b"HTTP/1.1 200"}
+        got = until_answered(port, b"503")
+        assert b"\r\nretry-after: 1\r\n" in got
+        assert b"too_many_connections" in got
+        held.close()
+        until_answered(port, b"200")
+
+
+@pytest.mark.parametrize(("files", "cap"), [(1, 1), (64, 16), (256, 96), (1024, 480), (1_048_576, 524_256)])
+def test_the_cap_leaves_files_for_providers_and_the_log(files: int, cap: int) -> None:
+    assert stockyard.connection_cap(files) == cap
+
+
+async def test_a_bomb_from_a_provider_is_not_unpacked(start: Start) -> None:
+    """Text that shrinks a thousandfold is refused, whether or not it would fit; what shrinks as text does is taken."""
+    words = " ".join(str(number) for number in range(300_000))
+    coded = {"content-type": "application/json", "content-encoding": "gzip"}
+    async with start(cache="off", retries=0) as proxy:
+        for text, status in ((" " * 20_000_000, 502), (words, 200)):
+            answer = json.dumps(COMPLETION).replace("Hello there", text)
+            proxy.upstream.answers = [Answer(200, coded, [gzip.compress(answer.encode())])]
+            got, _, _ = await proxy.post("/v1/chat/completions", BODY.replace(b"echo", b"gpt-4o-mini"))
+            assert got == status
+        assert [row["error"] for row in await proxy.rows()] == ["upstream_too_large", ""]
+
+
+async def test_a_judged_answer_of_passthrough_is_bounded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stockyard, "UPSTREAM_MAX_BODY_BYTES", 100_000)
+    async with start(redact="reversible") as proxy:
+        proxy.upstream.answers = [Answer(200, {"content-type": "application/json"}, [b" " * 60_000] * 3)]
+        status, _, told = await proxy.post("/proxy/openai/x", {"input": "write to anna@example.org"})
+        [row] = await proxy.rows()
+    assert (status, told["error"]["code"], row["error"]) == (502, "upstream_too_large", "upstream_too_large")
