@@ -13700,8 +13700,8 @@ class Sessions:
 
 
 # ----- Holds and settlement -------------------------------------------------------------------------------------------
-# Records are {"op": "hold"|"settle"|"release", "id", "budgets": [(budget id, window)], "nanousd", "held", "at"}:
-# `nanousd` is what the operation means (amount held, cost, 0), `held` the hold that it opens or closes.
+# Records are lines of JSON, {"op": "hold"|"settle"|"release", "id", "budgets": [[budget id, window]], "nanousd", "held",
+# "at"}: `nanousd` is what the operation means (amount held, cost, 0), `held` the hold that it opens or closes.
 
 
 @dataclass(frozen=True, slots=True)
@@ -13718,10 +13718,12 @@ class ThresholdCrossed:
 class Balance:
     """What one budget has settled and held in one window. `alarm_nanousd` is the next threshold, to compare cheaply."""
 
-    __slots__ = ("alarm_nanousd", "budget", "end_ms", "held_nanousd", "percent", "settled_nanousd", "window")
+    __slots__ = ("alarm_nanousd", "budget", "end_ms", "held_nanousd", "percent", "place", "settled_nanousd", "window")
 
     def __init__(self, budget: Budget, window: Window, settled_nanousd: int = 0) -> None:
         self.window, self.end_ms = window
+        #: Budget and window as records name them.
+        self.place = dump_json((budget.id, self.window)).decode()
         self.settled_nanousd, self.held_nanousd, self.percent = settled_nanousd, 0, 0
         self.adopt(budget)
         self.crossed()
@@ -13756,22 +13758,26 @@ class Hold:
         self.open = True
 
     @property
-    def record(self) -> Json | None:
-        """What must be durable before the request leaves; None where no budget is concerned."""
-        return self.record_of("hold", self.nanousd, self.at_ms)
+    def places(self) -> str:
+        """The budgets it is in, each with its window, as JSON."""
+        return f"[{','.join([balance.place for balance in self.balances])}]"
 
-    def record_of(self, op: str, nanousd: int, at_ms: int) -> Json | None:
-        if not self.balances:
-            return None
-        budgets = [(balance.budget.id, balance.window) for balance in self.balances]
-        return {"op": op, "id": self.id, "budgets": budgets, "nanousd": nanousd, "held": self.nanousd, "at": at_ms}
+    @property
+    def record(self) -> bytes | None:
+        """What must be durable before the request leaves; None where no budget is concerned."""
+        return self.record_of("hold", self.nanousd, self.at_ms) if self.balances else None
+
+    def record_of(self, op: str, nanousd: int, at_ms: int) -> bytes:
+        return (
+            f'{{"op":"{op}","id":"{self.id}","budgets":{self.places},"nanousd":{nanousd},"held":{self.nanousd},"at":{at_ms}}}'
+        ).encode()
 
 
 class Settlement(NamedTuple):
     """The end of a hold: what to write (None: nothing), what to tell. `cost_nanousd` is 0 for a repeated end."""
 
     cost_nanousd: int
-    record: Json | None
+    record: bytes | None
     events: list[ThresholdCrossed]
 
 
@@ -14028,7 +14034,7 @@ class Ledger:
         """The balances in memory: of current windows, and of older ones that open holds belong to."""
         balances = [account.balance for account in self._accounts.values()]
         balances += [balance for hold in self.open.values() for balance in hold.balances]
-        records = [record for hold in self.open.values() if (record := hold.record)]
+        records = [orjson.loads(record) for hold in self.open.values() if (record := hold.record)]
         return Books({(b.budget.id, b.window): b.settled_nanousd for b in balances}, records)
 
     @staticmethod
@@ -15824,6 +15830,8 @@ class LogStore:
         self._reader: sqlite3.Connection | None = None
         self._reader_lock, self._backup_lock = threading.Lock(), threading.Lock()
         self.metrics = Metrics((*LABEL_FIELDS, *OWN_FIELDS))
+        #: Puts the balances as of now, with the number of the journal that goes on from them; set by who has them.
+        self.put_balances: Callable[[int], None] | None = None
         if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
             after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
             self._audit("began", {"after": after})
@@ -15831,17 +15839,16 @@ class LogStore:
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
 
-    def _replay(self) -> CallJournal:
+    def _replay(self) -> Journal:
         """Take over what the last process wrote to its journal and not to SQLite; calls that never ended have crashed."""
         directory = self.path.parent
-        last, ended, intents = CallJournal.leftovers(directory)
+        ended, intents = Journal.leftovers(directory)
         self.crashed_rows = len(intents)
-        journal = CallJournal(directory, last + 1, self.full_sync)
         old = [*ended, *map(crashed_row, intents)]
         self._queue.extend(Logged(row, row_line(row), is_old=True) for row in old)
-        if last:
-            self._queue.append(functools.partial(journal.drop_before, last + 1))
-        return journal
+        [[balanced]] = self._connection.execute("SELECT COALESCE(MAX(generation), 0) FROM ledger")
+        last = max([balanced, *(number for number, _ in Journal.paths(directory))])
+        return Journal(directory, last + 1, self.full_sync)
 
     # -- event loop side
 
@@ -15864,9 +15871,20 @@ class LogStore:
             self.journal.keep(b"")
         return self.last_error or self.journal.error
 
-    def begin(self, call: Call) -> None:
-        """Note that a call is about to leave, so that it has a row even if this process ends before it does."""
-        self.journal.begin(call.id, intent_line(call))
+    def begin(self, call: Call, held: bytes | None = None) -> None:
+        """Note that a call is about to leave, so that it has a row even if this process ends before it does.
+
+        With `held`, the record of the hold it leaves on: StorageUnavailable where that one cannot be kept.
+        """
+        self.journal.begin(call.id, b"" if call.attempts else intent_line(call), held)
+
+    def turn(self) -> None:
+        """Go on in a new journal; the old ones go once SQLite has all they tell, which needs `put_balances`."""
+        generation = self.journal.turn()
+        if generation and self.put_balances is not None:
+            self.put_balances(generation)
+            self._queue.append(functools.partial(self.journal.drop_before, generation))
+            self._wake.set()
 
     def put(self, call: Call) -> None:
         """Hand a finished call over. Never blocks; never raises. A kill from here on does not lose its row.
@@ -15882,7 +15900,7 @@ class LogStore:
         self._queued_bytes += len(asked) + len(answered)
         self._queue.append(Logged(row, line, asked, answered, transcript, call.usage, call.hides))
         if journal.is_long:
-            self._queue.append(functools.partial(journal.drop_before, journal.turn()))
+            self.turn()
         if not self._wake.is_set():
             self._wake.set()
 
@@ -15919,7 +15937,7 @@ class LogStore:
         self._hurry.set()
         self._wake.set()
         self._thread.join(timeout=30)
-        self.journal.close(all_is_written=not self._queue and self._group is None)
+        self.journal.close()
         if self._reader is not None:
             self._reader.close()
         self._connection.close()
@@ -17136,149 +17154,93 @@ class CacheShelf:
 
 
 class Journal:
-    """Every movement of money, one JSON line each, written before what it allows happens.
+    """What SQLite may lack yet: calls that have left, calls that have ended, and every movement of money, a line each.
 
-    A `write` to an append-only file survives the death of the process; with `full_sync` it also survives a power cut.
-    Balances go to SQLite now and then (`checkpoint`), with the number of the journal that continues them: a start reads
-    them, replays the journals from that number on, and so loses and doubles nothing.
+    The lines are those of `intent_line`, rows, and the records of holds and their ends; a hold goes in one `write` with
+    the intent of its call, an end with the row. A `write` to an append-only file survives the death of the process. A row
+    that cannot be written refuses no call, since it still waits in memory; a hold does. With `full_sync`, `synced` is
+    awaited before a call leaves and before the last of its answer does; calls that wait together share one fsync.
+    A new journal begins now and then, together with balances in SQLite that tell its number: a start reads those, replays
+    the money of the journals from that number on, and so loses and doubles nothing. The rows are told by their ids.
     """
 
-    NAME: ClassVar[str] = "ledger"
     TURN_BYTES: ClassVar[int] = 8 * 1024 * 1024
+    #: Earlier versions kept calls apart, under another name; such files are read once.
+    OLD_CALLS: ClassVar[str] = "calls"
 
     def __init__(self, directory: Path, generation: int, full_sync: bool) -> None:
         self._directory, self.generation, self._full_sync = directory, generation, full_sync
-        self._file = self._open()
+        self._file = self._open(generation)
         self._size = 0
         self._deferred = b""
+        self.error = ""
+        self._open_calls: dict[str, bytes] = {}
+        self._waiting: list[asyncio.Future[None]] = []
+        self._syncing: asyncio.Task[None] | None = None
 
     def _path(self, generation: int) -> Path:
-        return self._directory / f"{self.NAME}-{generation:08d}.journal"
+        return self._directory / f"ledger-{generation:08d}.journal"
 
-    def _open(self) -> int:
-        return os.open(self._path(self.generation), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    def _open(self, generation: int) -> int:
+        return os.open(self._path(generation), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def append(self, record: Json) -> None:
-        """Write one record; StorageUnavailable where it cannot be kept, and then nothing may be spent on it."""
-        self._write(self._deferred + orjson.dumps(record) + b"\n")
+    def begin(self, call_id: str, intent: bytes, held: bytes | None = None) -> None:
+        """Note that a call is about to leave, and on which hold; StorageUnavailable where that one cannot be kept."""
+        if call_id not in self._open_calls:
+            self._open_calls[call_id] = intent
+            is_kept = self.keep(intent if held is None else held + b"\n" + intent)
+        else:
+            is_kept = held is None or self.keep(held)
+        if held is not None and not is_kept:
+            raise StorageUnavailable("spending cannot be recorded, so calls under a budget are refused; see the disk")
 
-    def defer(self, record: Json) -> bool:
+    def end(self, call_id: str, row: bytes) -> None:
+        self._open_calls.pop(call_id, None)
+        self.keep(row)
+
+    def defer(self, record: bytes) -> bool:
         """Keep the end of a hold for the next write, or `flush`: lost, it is charged whole. True for the first kept."""
         is_first = not self._deferred
-        self._deferred += orjson.dumps(record) + b"\n"
+        self._deferred += record + b"\n"
         return is_first
 
     def flush(self) -> None:
-        """Write what was deferred; StorageUnavailable where it cannot be kept."""
         if self._deferred:
-            self._write(self._deferred)
+            self.keep(b"")
 
-    def _write(self, line: bytes) -> None:
+    def keep(self, line: bytes) -> bool:
+        """Write a line behind what was deferred; False where that fails, and `error` says why until it works again."""
+        lines = self._deferred + line + b"\n"
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError("short write")
-            if self._full_sync:
-                os.fsync(self._file)
+            if os.write(self._file, lines) != len(lines):
+                raise OSError("the disk is full")
         except OSError as error:
-            raise StorageUnavailable(
-                "spending cannot be recorded, so calls under a budget are refused; see the disk"
-            ) from error
-        self._size += len(line)
-        self._deferred = b""
+            self.error = f"the journal cannot be written: {error.strerror or error}"
+            with contextlib.suppress(OSError):  # so that the next line does not run on from half of this one
+                os.write(self._file, b"\n")
+            return False
+        self._size += len(lines)
+        self._deferred, self.error = b"", ""
+        return True
 
     @property
     def is_long(self) -> bool:
         return self._size > self.TURN_BYTES
 
     def turn(self) -> int:
-        """Go on in a new journal; its number. Where none can be opened, the old one goes on; OSError."""
-        with contextlib.suppress(StorageUnavailable):  # the balances that go to SQLite now hold it all
-            self.flush()
-        before = self._file
-        self.generation += 1
-        self._size = 0
-        try:
-            self._file = self._open()
-        except OSError:
-            self.generation -= 1
-            raise
-        os.close(before)
-        return self.generation
-
-    def drop_before(self, generation: int) -> None:
-        for number, path in self.paths(self._directory):
-            if number < generation:
-                path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        with contextlib.suppress(StorageUnavailable):
-            self.flush()
-        self._deferred = b""
-        os.close(self._file)
-
-    @classmethod
-    def paths(cls, directory: Path) -> list[tuple[int, Path]]:
-        """The journals of a directory with their numbers, the oldest first."""
-        found = directory.glob(f"{cls.NAME}-*.journal")
-        return sorted((int(path.stem.removeprefix(f"{cls.NAME}-")), path) for path in found)
-
-    @classmethod
-    def read(cls, directory: Path, generation: int) -> Iterator[Any]:
-        """The records from this journal on; a line that a crash cut short is the last, and was never acted on."""
-        for number, path in cls.paths(directory):
-            if number >= generation:
-                for line in path.read_bytes().split(b"\n"):
-                    with contextlib.suppress(orjson.JSONDecodeError):
-                        yield orjson.loads(line)
-
-
-class CallJournal(Journal):
-    """Calls that have left and calls that have ended, for as long as SQLite may lack their rows.
-
-    The lines are those of `intent_line`, and rows. A line that cannot be written refuses no call: its row still waits in
-    memory, and `error` tells the operator. With `full_sync`, `synced` is awaited before a call leaves and before the
-    last of its answer does; calls that wait together share one fsync.
-    """
-
-    NAME: ClassVar[str] = "calls"
-
-    def __init__(self, directory: Path, generation: int, full_sync: bool) -> None:
-        super().__init__(directory, generation, full_sync)
-        self.error = ""
-        self._open_calls: dict[str, bytes] = {}
-        self._waiting: list[asyncio.Future[None]] = []
-        self._syncing: asyncio.Task[None] | None = None
-
-    def begin(self, call_id: str, line: bytes) -> None:
-        if call_id not in self._open_calls:
-            self._open_calls[call_id] = line
-            self.keep(line)
-
-    def end(self, call_id: str, line: bytes) -> None:
-        self._open_calls.pop(call_id, None)
-        self.keep(line)
-
-    def keep(self, line: bytes) -> None:
-        try:
-            if os.write(self._file, line + b"\n") <= len(line):
-                raise OSError("the disk is full")
-            self._size += len(line) + 1
-            if self.error:
-                self.error = ""
-        except OSError as error:
-            self.error = f"the journal cannot be written: {error.strerror or error}"
-            with contextlib.suppress(OSError):  # so that the next line does not run on from half of this one
-                os.write(self._file, b"\n")
-
-    def turn(self) -> int:
         """Go on in a new journal, which also knows the calls under way; its number, 0 where the old one must go on."""
+        self.flush()  # where it fails, the balances that go to SQLite now hold it all
+        before = self._file
         try:
             if self._full_sync:
-                os.fsync(self._file)
-            super().turn()
+                os.fsync(before)
+            self._file = self._open(self.generation + 1)
         except OSError as error:
             self.error = f"no journal can be opened: {error.strerror}"
             return 0
+        os.close(before)
+        self.generation += 1
+        self._size = 0
         for line in self._open_calls.values():
             self.keep(line)
         return self.generation
@@ -17305,25 +17267,51 @@ class CallJournal(Journal):
                 waiter.set_exception(StorageUnavailable(failure)) if failure else waiter.set_result(None)
         self._syncing = None
 
-    def close(self, all_is_written: bool = False) -> None:
-        super().close()
-        if all_is_written:
-            self.drop_before(self.generation + 1)
+    def drop_before(self, generation: int) -> None:
+        old = [path for number, path in self.paths(self._directory) if number < generation]
+        for path in [*old, *(path for _, path in self.paths(self._directory, self.OLD_CALLS))]:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.flush()
+        self._deferred = b""
+        os.close(self._file)
+        if not self._size:
+            self._path(self.generation).unlink(missing_ok=True)
 
     @classmethod
-    def leftovers(cls, directory: Path) -> tuple[int, list[LogRow], list[list[Any]]]:
-        """What earlier processes left: the last number, rows of calls that ended, intents of calls that did not."""
+    def paths(cls, directory: Path, name: str = "ledger") -> list[tuple[int, Path]]:
+        """The journals of a directory with their numbers, the oldest first."""
+        found = directory.glob(f"{name}-*.journal")
+        return sorted((int(path.stem.removeprefix(f"{name}-")), path) for path in found)
+
+    @staticmethod
+    def read(paths: Iterable[Path]) -> Iterator[Any]:
+        """What their lines tell; a line that a crash cut short is the last, and was never acted on."""
+        for path in paths:
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(orjson.JSONDecodeError):
+                    yield orjson.loads(line)
+
+    @classmethod
+    def movements(cls, directory: Path, generation: int) -> Iterator[Json]:
+        """The records of holds and their ends, from this journal on."""
+        found = cls.read(path for number, path in cls.paths(directory) if number >= generation)
+        return (record for record in found if isinstance(record, dict))
+
+    @classmethod
+    def leftovers(cls, directory: Path) -> tuple[list[LogRow], list[list[Any]]]:
+        """What earlier processes left: rows of calls that ended, intents of calls that did not."""
         rows: dict[str, LogRow] = {}
         intents: dict[str, list[Any]] = {}
-        for record in cls.read(directory, 0):
+        for record in cls.read(path for _, path in (*cls.paths(directory, cls.OLD_CALLS), *cls.paths(directory))):
             if not isinstance(record, list):
                 continue
             if len(record) == 3:
                 rows[record[2][0]] = LogRow(record[0], tuple(record[1]), tuple(record[2]))
             else:
                 intents[record[0]] = record
-        numbers = [number for number, _ in cls.paths(directory)]
-        return max(numbers, default=0), [*rows.values()], [intents[name] for name in intents if name not in rows]
+        return [*rows.values()], [intents[name] for name in intents if name not in rows]
 
 
 def read_records(store: LogStore, table: str) -> list[Json]:
@@ -17332,17 +17320,13 @@ def read_records(store: LogStore, table: str) -> list[Json]:
     return [orjson.loads(row["record"]) for row in store.read(sql)]
 
 
-def read_books(store: LogStore, directory: Path) -> tuple[Books, int]:
-    """The balances as the last process left them, and the number of the next journal."""
+def read_books(store: LogStore, directory: Path) -> Books:
+    """The balances as the last process left them."""
     rows = store.read("SELECT generation, books FROM ledger")
     stored = orjson.loads(rows[0]["books"]) if rows else {"settled": [], "open": []}
-    generation = rows[0]["generation"] if rows else 0
     settled = {(budget, window): nanousd for budget, window, nanousd in stored["settled"]}
-    books = Ledger.replay(Journal.read(directory, generation), Books(settled, stored["open"]))
-    last = max(
-        (int(path.stem.removeprefix("ledger-")) for path in directory.glob("ledger-*.journal")), default=generation
-    )
-    return books, last + 1
+    movements = Journal.movements(directory, rows[0]["generation"] if rows else 0)
+    return Ledger.replay(movements, Books(settled, stored["open"]))
 
 
 def write_books(store: LogStore, books: Books, generation: int) -> None:
@@ -18589,7 +18573,7 @@ ANSWER_AND_LIMIT_HEADERS: Final = (*ANSWER_HEADERS, *LIMIT_HEADERS)
 #: Kinds of calls whose cost has an upper bound; any other is refused under a hard budget.
 BOUNDED_KINDS: Final = frozenset({"chat", "completions", "embeddings"})
 MIN_CLAMPED_TOKENS: Final = 16
-#: A settlement waits for the next hold's write, but no longer than this.
+#: A settlement waits for the next line of the journal, usually its own call's row, but no longer than this.
 SETTLED_WITHIN_S: Final = 0.02
 #: How a target was found where the client itself named its provider.
 NAMING_WAYS: Final = frozenset({"x-stockyard-provider", "provider prefix", "path"})
@@ -18965,7 +18949,7 @@ class Gateway:
         self.decide_keys()
         self.placeholder_secret = self.random.randbytes(32)
         self.guardrails = guardrails_of(settings, self.placeholder_secret)
-        self.journal: Journal | None = None
+        self.is_settling = False
         #: Reads the settings anew: with what changes in stockyard.toml, and whether only to check. See `reloader`.
         self.reload: Callable[[Mapping[str, Any], bool], list[str]] | None = None
         self.stored_settled: Mapping[tuple[str, str], int] = {}
@@ -19849,19 +19833,19 @@ class Gateway:
         """One attempt, with its hold, its line in the log, and what it tells of its target."""
         if call.key is not None:
             call.key.check(target.provider.id, call.model, target.model)
-        hold = self.hold(call, target)
+        hold, is_first = self.hold(call, target), not call.attempts
         call.provider, call.upstream_model = target.provider.id, target.model
-        if call.attempts:  # what an earlier attempt told of its usage is not this one's
+        if not is_first:  # what an earlier attempt told of its usage is not this one's
             call.usage, call.usage_estimated, call.cost_nanousd = None, False, None
+        if is_first or hold is not None:
+            self.depart(call, hold)
         began_s, health = self.tick(), target.health
         is_probe, outcome = health is not None and health.begin(began_s), None
         line = Attempt(target.provider.id, target.model, (began_s - call.started_s) * 1000)
         call.attempts.append(line)
         try:
-            if len(call.attempts) == 1:
-                self.store.begin(call)
-                if self.store.full_sync:
-                    await self.store.journal.synced()
+            if self.store.full_sync and (is_first or hold is not None):
+                await self.store.journal.synced()
             if target.provider.row.key_is_file:
                 await self.google_tokens.refresh(target.provider.keys[0])
             try:
@@ -19891,7 +19875,8 @@ class Gateway:
                 health.end(is_probe, outcome, (call.first_token_s or ended_s) - began_s, ended_s)
 
     def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
-        """Set the most an attempt can cost aside in every budget it touches, durably; None where no money is limited."""
+        """Set the most an attempt can cost aside in every budget it touches; None where no money is limited. `depart`
+        makes it durable."""
         most = call.headers.get("x-stockyard-max-cost-usd")
         if not self.has_budgets and most is None:
             return None
@@ -19912,13 +19897,16 @@ class Gateway:
         is_bound = cap is not None and (hard or most is not None)
         call.output_cap = cap.tokens if cap is not None and cap.injected and is_bound else None
         call.held_tokens = cap.total_tokens if cap is not None and is_bound else None
-        if hold.record is not None and self.journal is not None:
-            try:
-                self.journal.append(hold.record)
-            except StorageUnavailable:
-                self.ledger.release(hold, now_ms)
-                raise
         return hold
+
+    def depart(self, call: Call, hold: Hold | None) -> None:
+        """Tell the journal that an attempt is about to leave, and on which hold: before it does."""
+        try:
+            self.store.begin(call, None if hold is None else hold.record)
+        except StorageUnavailable:
+            assert hold is not None
+            self.record_end(self.ledger.release(hold, int(self.clock() * 1000)))
+            raise
 
     def cost_bound(
         self, call: Call, target: Target, room_nanousd: int | None = None
@@ -19975,11 +19963,11 @@ class Gateway:
         self.record_end(ended)
 
     def record_end(self, ended: Settlement) -> None:
-        if ended.record is not None and self.journal is not None:
-            if self.journal.defer(ended.record):
-                self.loop.call_later(SETTLED_WITHIN_S, self.write_settlements, self.journal)
-            if self.journal.is_long:
-                self.checkpoint()
+        if ended.record is not None:
+            self.store.journal.defer(ended.record)
+            if not self.is_settling:
+                self.is_settling = True
+                self.loop.call_later(SETTLED_WITHIN_S, self.write_settlements)
         for event in ended.events:
             spent = f"${format_usd(event.settled_nanousd)} of ${format_usd(event.limit_nanousd)}"
             text = f"budget {event.budget_id}: {event.percent} % spent in {event.window} ({spent})"
@@ -20015,18 +20003,12 @@ class Gateway:
             found["bound_violation", count] = f"{count} calls cost more than was held for them"
         return found
 
-    @staticmethod
-    def write_settlements(journal: Journal) -> None:
-        try:
-            journal.flush()
-        except StorageUnavailable as error:  # the holds stay on disk: the next start charges them whole, never less
-            print_error(f"settlements could not be recorded: {error.message}")
+    def write_settlements(self) -> None:
+        self.is_settling = False
+        self.store.journal.flush()  # where it fails, the holds stay on disk: the next start charges them whole
 
-    def checkpoint(self) -> None:
-        """Keep the balances in SQLite and go on in a new journal; the old ones go once that is committed."""
-        if self.journal is None:
-            return
-        generation = self.journal.turn()
+    def put_balances(self, generation: int) -> None:
+        """Keep the balances in SQLite, and the number of the journal that goes on from them."""
         books, year_ago_ms = self.ledger.books(), int(self.clock() * 1000) - 366 * DAY_MS
         # Balances of budgets that are not configured now are kept as well: taking one away and back reopens nothing.
         kept = {
@@ -21570,11 +21552,11 @@ async def forward(
     # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
     await gateway.take_turn(call, request.content_length or 0 if request.content_type == "application/json" else 0)
     hold = gateway.hold(call, target, bounded=False)
+    gateway.depart(call, hold)
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
     began_s = gateway.tick()
     try:
-        gateway.store.begin(call)
         if gateway.store.full_sync:
             await gateway.store.journal.synced()
         async with request.app[UPLOADS_KEY].request(
@@ -22096,7 +22078,7 @@ async def get_spend(request: web.Request) -> web.Response:
 async def get_backup(request: web.Request) -> web.StreamResponse:
     """The database as one consistent file, made while calls go on; with the balances as of now."""
     gateway = request.app[GATEWAY_KEY]
-    gateway.checkpoint()
+    gateway.store.turn()
     await gateway.store.flush()
     try:
         file = await asyncio.to_thread(gateway.store.snapshot)
@@ -23110,11 +23092,13 @@ def open_ledger(gateway: Gateway) -> None:
     stored = [Budget(**record) for record in read_records(store, "budgets")]
     gateway.set_budget_ids = [budget.id for budget in stored]
     budgets = [*configured_budgets(settings), *stored, *(key.budget for key in keys if key.budget is not None)]
-    books, generation = read_books(store, path)
+    books = read_books(store, path)
     now_ms = int(gateway.clock() * 1000)
     gateway.ledger, orphans = Ledger.restore(budgets, books, gateway.new_id, now_ms)
-    gateway.journal = Journal(path, generation, settings.durability == "full")
-    gateway.stored_settled = {**books.settled}  # before this process; what it settles itself lies in the ledger
+    # Before this process, and what was left open by the last; what this one settles itself lies in the ledger.
+    gateway.stored_settled = Ledger.replay(
+        (orjson.loads(ended.record) for ended in orphans if ended.record), books
+    ).settled
     gateway.has_budgets = bool(budgets)
     gateway.declare_keys(configured_keys(gateway, settings, gateway.environment))
     for ended in orphans:
@@ -23126,6 +23110,8 @@ def open_ledger(gateway: Gateway) -> None:
             event="crash_recovered",
             level="warning",
         )
+    store.put_balances = gateway.put_balances
+    store.turn()
     gateway.set_limits(configured_limits(settings))
 
 
@@ -23169,15 +23155,11 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
             if gateway.traces is not None:
                 await gateway.traces.close()
             await gateway.poster.close()
-        gateway.checkpoint()
+        store.turn()
         try:
             await store.flush()
         except StorageUnavailable as error:  # all of it stays in the journals, for the next start
             print_error(f"the log could not be written out at this stop: {error.message}")
-        else:
-            if gateway.journal is not None:
-                gateway.journal.drop_before(gateway.journal.generation)
-                gateway.journal.close()
     finally:
         await upstream.close()
         await asyncio.to_thread(store.close)

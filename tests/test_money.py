@@ -283,18 +283,57 @@ async def test_logged_calls_are_priced_anew_and_unpriced_models_are_named(
     assert "openai/nobody-knows" in capsys.readouterr().out
 
 
-def test_settlements_go_with_the_next_hold_and_none_is_written_twice(tmp_path: Path) -> None:
+def test_ends_of_holds_go_with_the_next_line_and_none_is_written_twice(tmp_path: Path) -> None:
+    def told(generation: int = 1) -> list[str]:
+        return [record["id"] for record in stockyard.Journal.movements(tmp_path, generation)]
+
     journal = stockyard.Journal(tmp_path, 1, full_sync=False)
-    ends = [{"op": "settle", "id": name} for name in "abc"]
-    assert [journal.defer(ends[0]), journal.defer(ends[1])] == [True, False]
-    assert list(stockyard.Journal.read(tmp_path, 1)) == []
-    journal.append({"op": "hold", "id": "d"})
+    ends = [b'{"op":"settle","id":"%b"}' % name for name in (b"a", b"b", b"c")]
+    journal.defer(ends[0])
+    journal.defer(ends[1])
+    assert told() == []
+    journal.begin("req_1", b'["req_1"]', b'{"op":"hold","id":"d"}')
     journal.flush()
-    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 1)] == ["a", "b", "d"]
-    assert journal.defer(ends[2])
+    assert told() == ["a", "b", "d"]
+    journal.defer(ends[2])
     journal.turn()
-    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 1)] == ["a", "b", "d", "c"]
+    assert told() == ["a", "b", "d", "c"]
     journal.defer(ends[0])
     journal.close()
     journal.flush()
-    assert [record["id"] for record in stockyard.Journal.read(tmp_path, 2)] == ["a"]
+    assert told(2) == ["a"]
+    assert stockyard.Journal.leftovers(tmp_path) == ([], [["req_1"]])
+
+
+async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Start) -> None:
+    body = {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
+    async with (
+        adversary(1, "honest") as provider,
+        start(toml=PRICES, budget="1/day", cache="off", OPENAI_BASE_URL=provider.url) as proxy,
+    ):
+        journal = proxy.gateway.store.journal
+        good, journal._file = journal._file, os.open("/dev/full", os.O_WRONLY)
+        status, _, answer = await proxy.post("/v1/chat/completions", body)
+        os.close(journal._file)
+        journal._file = good
+        assert (status, answer["error"]["code"], provider.calls) == (503, "storage_unavailable", 0)
+        assert account(proxy.gateway)["held_nanousd"] == account(proxy.gateway)["settled_nanousd"] == 0
+        assert journal.error
+        assert (await proxy.post("/v1/chat/completions", body))[0] == 200
+        assert (journal.error, provider.calls) == ("", 1)
+
+
+async def test_what_a_dead_process_held_for_a_key_of_the_file_counts_at_once_and_ever_after(
+    start: Start, tmp_path: Path
+) -> None:
+    toml = f'[keys.k]\ndigest = "sha256:{"0" * 64}"\nbudget = {{usd = 1, period = "total"}}\n'
+    budget, held = "key:key_toml_k:total", {"nanousd": 70, "held": 70, "at": 1}
+    record = {"op": "hold", "id": "hold_1", "budgets": [[budget, "total"]], **held}
+    (tmp_path / "ledger-00000003.journal").write_text(json.dumps(record) + "\n")
+    for _ in range(3):
+        async with start(toml=toml) as proxy:
+            found = account(proxy.gateway)
+            assert (found["id"], found["settled_nanousd"], found["held_nanousd"]) == (budget, 70, 0)
+            await proxy.gateway.store.flush()
+            assert len(stockyard.Journal.paths(tmp_path)) == 1
+        assert not stockyard.Journal.paths(tmp_path)

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import stockyard
-from stockyard import Call, CallJournal, Endpoint, LogStore, Usage
+from stockyard import Call, Endpoint, Journal, LogStore, Usage
 
 CHAT = Endpoint("chat", "/v1/chat/completions", streams=True)
 NOW_MS = 1_790_000_000_000
@@ -57,9 +57,12 @@ def make() -> Make:
 @contextlib.contextmanager
 def opened(path: Path, **options: Any) -> Iterator[LogStore]:
     store = LogStore(path / "stockyard.db", **options)
+    store.put_balances = lambda _: None
+    store.turn()
     try:
         yield store
     finally:
+        store.turn()
         store.close()
 
 
@@ -83,7 +86,7 @@ def until(holds: Callable[[], Any]) -> None:
 
 
 def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path: Path, make: Make) -> None:
-    journal = CallJournal(tmp_path, 3, False)
+    journal = Journal(tmp_path, 3, False)
     ended, open_call, refused = make(tags="team=a"), make(session="s1"), make(status=429, error="rate_limit_exceeded")
     for call in (ended, open_call):
         journal.begin(call.id, stockyard.intent_line(call))
@@ -91,7 +94,7 @@ def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path
         journal.end(call.id, stockyard.dump_json(tuple(stockyard.log_row(call))))
     os.write(journal._file, b'["req_cut')  # what a kill may leave of a line
     journal.close()
-    kept = (tmp_path / "calls-00000003.journal").read_bytes()
+    kept = (tmp_path / "ledger-00000003.journal").read_bytes()
     with opened(tmp_path) as store:
         committed(store)
         assert ids(store) == [refused.id, open_call.id, ended.id]
@@ -111,15 +114,15 @@ def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path
 def test_journals_turn_and_go_once_their_rows_are_committed(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CallJournal, "TURN_BYTES", 2000)
+    monkeypatch.setattr(Journal, "TURN_BYTES", 2000)
     with opened(tmp_path) as store:
         under_way = make()
         store.begin(under_way)
         for _ in range(50):
             store.put(make())
         committed(store)
-        until(lambda: len([*tmp_path.glob("calls-*.journal")]) == 1)
-        _, _, intents = CallJournal.leftovers(tmp_path)
+        until(lambda: len([*tmp_path.glob("*.journal")]) == 1)
+        _, intents = Journal.leftovers(tmp_path)
         assert [intent[0] for intent in intents] == [under_way.id]
         assert len(ids(store)) == 50
         store.put(under_way)
@@ -159,7 +162,7 @@ def test_what_a_stop_cannot_write_stays_for_the_next_start(tmp_path: Path, make:
         call = make(body=os.urandom(90_000))
         store.put(call)
         until(store.trouble)
-    assert [*tmp_path.glob("calls-*.journal")]
+    assert [*tmp_path.glob("*.journal")]
     with opened(tmp_path) as store:
         committed(store)
         assert ids(store) == [call.id]
@@ -208,7 +211,7 @@ def test_fsyncs_are_shared_and_their_failure_is_told(tmp_path: Path, monkeypatch
     synced: list[int] = []
 
     async def run() -> None:
-        journal = CallJournal(tmp_path, 1, True)
+        journal = Journal(tmp_path, 1, True)
         monkeypatch.setattr(os, "fsync", synced.append)
         await asyncio.gather(*(journal.synced() for _ in range(50)))
         assert 1 <= len(synced) <= 2
