@@ -15500,6 +15500,8 @@ QUEUE_MAX_BYTES: Final = 256 * 1024 * 1024
 #: How long rows gather between commits: their journal keeps them meanwhile, and each commit costs the interpreter lock.
 COMMIT_REST_S: Final = 0.25
 COMMIT_MAX_ROWS: Final = 2000
+#: Directories beside the database with the journals of workers.
+WORKER_PREFIX: Final = "worker-"
 COMMIT_RETRY_S: Final = 0.25
 UPKEEP_REST_S: Final = 5.0
 UPKEEP_STEPS_S: Final = 0.1
@@ -15816,11 +15818,9 @@ class LogStore:
         self.lost_rows = self.crashed_rows = 0
         self.last_error = ""
         self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
-        self._connection = open_writer(path, full_sync)
         self._labels: dict[tuple[Any, ...], int] = {}
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
-        self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
         self._queue: collections.deque[Logged | Note | Write | Callable[[], object]] = collections.deque()
         self._group: Group | None = None  # could not be committed, and is tried again
         self._queued_bytes = self._written_bytes = 0
@@ -15832,23 +15832,37 @@ class LogStore:
         self.metrics = Metrics((*LABEL_FIELDS, *OWN_FIELDS))
         #: Puts the balances as of now, with the number of the journal that goes on from them; set by who has them.
         self.put_balances: Callable[[int], None] | None = None
-        if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
-            after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
-            self._audit("began", {"after": after})
-        self.journal = self._replay()
+        self.journal = self._open()
         self._thread = threading.Thread(target=self._run, name="stockyard-log", daemon=True)
         self._thread.start()
 
-    def _replay(self) -> Journal:
-        """Take over what the last process wrote to its journal and not to SQLite; calls that never ended have crashed."""
+    def _open(self) -> Journal:
+        """Open the database, and go on from the journals of the last process and of its workers."""
+        self._connection = open_writer(self.path, self.full_sync)
+        self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
+        if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
+            after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
+            self._audit("began", {"after": after})
         directory = self.path.parent
-        ended, intents = Journal.leftovers(directory)
-        self.crashed_rows = len(intents)
-        old = [*ended, *map(crashed_row, intents)]
-        self._queue.extend(Logged(row, row_line(row), is_old=True) for row in old)
+        self._replay(directory)
+        for left in directory.glob(f"{WORKER_PREFIX}*"):
+            self.take_over(left)
         [[balanced]] = self._connection.execute("SELECT COALESCE(MAX(generation), 0) FROM ledger")
         last = max([balanced, *(number for number, _ in Journal.paths(directory))])
         return Journal(directory, last + 1, self.full_sync)
+
+    def _replay(self, directory: Path) -> None:
+        """Take over what a process wrote to its journals and not to SQLite; calls that never ended have crashed."""
+        ended, intents = Journal.leftovers(directory)
+        self.crashed_rows += len(intents)
+        old = [*ended, *map(crashed_row, intents)]
+        self._queue.extend(Logged(row, row_line(row), is_old=True) for row in old)
+
+    def take_over(self, directory: Path) -> None:
+        """The journals of a worker that has ended; its directory goes once all of them is committed."""
+        self._replay(directory)
+        self._queue.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
+        self._wake.set()
 
     # -- event loop side
 
@@ -16135,10 +16149,7 @@ class LogStore:
         digests: list[bytes] = []
         at = 0
         for call in calls if self._bodies else ():
-            answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
-            asked = call.asked
-            if call.hides is not None:
-                asked, answered = (call.hides(body)[:LOGGED_BODY_MAX_BYTES] for body in (asked, answered))
+            asked, answered = self._bodies_of(call)
             digests.append(audit_digest(asked, answered))
             is_split = len(asked) >= SPLIT_MIN_BYTES
             if is_split:
@@ -16168,6 +16179,13 @@ class LogStore:
             self._parts.clear()
         self._parts[digest] = part, used_block
         return int(part)
+
+    def _bodies_of(self, call: Logged) -> tuple[bytes, bytes]:
+        """What was asked and answered, as it may be kept."""
+        answered = call.answered if call.transcript is None else self._assembled(call.transcript, call.usage)
+        if call.hides is None:
+            return call.asked, answered
+        return call.hides(call.asked)[:LOGGED_BODY_MAX_BYTES], call.hides(answered)[:LOGGED_BODY_MAX_BYTES]
 
     @staticmethod
     def _assembled(transcript: Transcript, usage: Usage | None) -> bytes:
@@ -18589,11 +18607,14 @@ def parse_tags(text: str) -> Json:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+MAX_COST_HEADER: Final = "x-stockyard-max-cost-usd"
+
+
 def read_max_cost(text: str) -> int:
     try:
         return parse_usd(text)
     except ValueError as error:
-        raise InvalidRequest(f"x-stockyard-max-cost-usd: {error}", param="x-stockyard-max-cost-usd") from None
+        raise InvalidRequest(f"{MAX_COST_HEADER}: {error}", param=MAX_COST_HEADER) from None
 
 
 def presented_key(headers: Mapping[str, str], path_parameters: Mapping[str, str]) -> str:
@@ -18906,10 +18927,15 @@ class Watcher:
         return b"".join(events) or b": waiting\n\n"
 
 
+#: What an attempt touches budgets by: its key, tags, model and provider.
+Touched = tuple[VirtualKey | None, Mapping[str, str], str, str]
+
+
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
     MAX_SHADOWS: ClassVar[int] = 64
+    STORE: ClassVar[type[LogStore]] = LogStore
 
     def __init__(
         self, settings: Settings, router: Router, prices: PriceBook, store: LogStore, upstream: Upstream, admin_key: str,
@@ -18941,7 +18967,7 @@ class Gateway:
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
         self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
         self.has_budgets = self.has_rates = False
-        self.limits = Limits()
+        self.limits, self.takes_turns = Limits(), False
         self.lines: collections.OrderedDict[str, collections.deque[tuple[Call, int | None, asyncio.Future[None]]]]
         self.lines = collections.OrderedDict()
         self._next_look: asyncio.TimerHandle | None = None
@@ -18981,6 +19007,10 @@ class Gateway:
         for route in self.router.routes.values():
             self.upstream.heed(route.deadlines or self.upstream.deadlines)
 
+    @property
+    def calls_under_way(self) -> int:
+        return self.in_flight
+
     # -- the life of a call
 
     def begin(
@@ -19010,7 +19040,7 @@ class Gateway:
             if call.endpoint.dialect == "responses":
                 await self.recall(call)
             self.interpret(call)
-            if self.limits.queue_ms:
+            if self.takes_turns:
                 await self.take_turn(call)
             else:
                 self.limit(call)
@@ -19274,6 +19304,7 @@ class Gateway:
 
     def set_limits(self, limits: Limits) -> None:
         self.limits, self.has_rates = limits, limits.everything is not None or bool(limits.models)
+        self.takes_turns = limits.queue_ms > 0
         self.rates = RateLimiter(limits.everything, limits.models, int(time.monotonic() * 1000))
 
     async def take_turn(self, call: Call, body_bytes: int | None = None) -> None:
@@ -19833,7 +19864,8 @@ class Gateway:
         """One attempt, with its hold, its line in the log, and what it tells of its target."""
         if call.key is not None:
             call.key.check(target.provider.id, call.model, target.model)
-        hold, is_first = self.hold(call, target), not call.attempts
+        is_first, is_limited = not call.attempts, self.has_budgets or MAX_COST_HEADER in call.headers
+        hold = await self.hold(call, target) if is_limited else None
         call.provider, call.upstream_model = target.provider.id, target.model
         if not is_first:  # what an earlier attempt told of its usage is not this one's
             call.usage, call.usage_estimated, call.cost_nanousd = None, False, None
@@ -19874,30 +19906,36 @@ class Gateway:
             if health is not None:
                 health.end(is_probe, outcome, (call.first_token_s or ended_s) - began_s, ended_s)
 
-    def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
+    async def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
         """Set the most an attempt can cost aside in every budget it touches; None where no money is limited. `depart`
         makes it durable."""
-        most = call.headers.get("x-stockyard-max-cost-usd")
+        most = call.headers.get(MAX_COST_HEADER)
         if not self.has_budgets and most is None:
             return None
-        now_ms, provider, tags = int(self.clock() * 1000), target.provider.id, call.tag_map
-        hard = self.ledger.is_hard_limited(call.key, tags, call.model, provider, target.model)
+        names = (call.key, call.tag_map, call.model, target.provider.id)
+        hard = self.ledger.is_hard_limited(*names, target.model)
         cap, needed = self.cost_bound(call, target) if bounded else (None, None)
         if hard and needed and cap is not None:
-            room = self.ledger.headroom(call.key, tags, call.model, provider, needed, now_ms, target.model)
+            room = await self.headroom(names, needed, target.model)
             if 0 < room < needed:
                 cap, needed = self.cost_bound(call, target, room)
                 call.clamped = True
         if most is not None and (needed is None or needed > read_max_cost(most)):
             shown = "is not known" if needed is None else f"may be ${format_usd(needed)}"
             raise BudgetExceeded(
-                f"the cost of this call {shown}, more than x-stockyard-max-cost-usd allows ({clean_header(most, 20)})"
+                f"the cost of this call {shown}, more than {MAX_COST_HEADER} allows ({clean_header(most, 20)})"
             )
-        hold = self.ledger.admit(call.key, tags, call.model, provider, needed, now_ms, target.model)
+        hold = await self.set_aside(names, needed, target.model)
         is_bound = cap is not None and (hard or most is not None)
         call.output_cap = cap.tokens if cap is not None and cap.injected and is_bound else None
         call.held_tokens = cap.total_tokens if cap is not None and is_bound else None
         return hold
+
+    async def headroom(self, names: Touched, needed: int, upstream_model: str) -> int:
+        return self.ledger.headroom(*names, needed, int(self.clock() * 1000), upstream_model)
+
+    async def set_aside(self, names: Touched, needed: int | None, upstream_model: str) -> Hold:
+        return self.ledger.admit(*names, needed, int(self.clock() * 1000), upstream_model)
 
     def depart(self, call: Call, hold: Hold | None) -> None:
         """Tell the journal that an attempt is about to leave, and on which hold: before it does."""
@@ -20233,15 +20271,14 @@ class Gateway:
         if self.traces is not None:
             self.traces.add(call, self.router.providers)
         if self.watchers:
-            self.tell(call)
+            self.tell(log_row(call))
 
-    def tell(self, call: Call) -> None:
+    def tell(self, row: LogRow) -> None:
         """Show a finished call to those who watch the log."""
         event = b""
         for watcher in self.watchers:
             if not event and not watcher.is_full:
-                row = log_row(call).fields()
-                event = sse_event(public_row(row), "request")
+                event = sse_event(public_row(row.fields()), "request")
             watcher.put(event)
 
     async def close_row(self, call: Call) -> None:
@@ -21551,7 +21588,7 @@ async def forward(
         call.key.check(provider.id, call.model or "*")
     # What is no JSON (audio, files) is not read as text, so its size tells nothing of tokens.
     await gateway.take_turn(call, request.content_length or 0 if request.content_type == "application/json" else 0)
-    hold = gateway.hold(call, target, bounded=False)
+    hold = await gateway.hold(call, target, bounded=False)
     gateway.depart(call, hold)
     line = Attempt(provider.id, target.model, round((gateway.tick() - call.started_s) * 1000, 3))
     call.attempts.append(line)
@@ -21739,7 +21776,7 @@ BREAKER_NUMBERS: Final[Mapping[str, float]] = {"closed": 0.0, "half_open": 0.5, 
 def gauge_values(gateway: Gateway, lag_s: float) -> dict[str, float]:
     store, ledger = gateway.store, gateway.ledger
     return {
-        "in_flight": gateway.in_flight, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
+        "in_flight": gateway.calls_under_way, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
         "log_failing": bool(store.trouble()), "lost_rows_total": store.lost_rows, "crashed_rows": store.crashed_rows,
         "uncounted_rows_total": store.metrics.uncounted,
         "spans_dropped_total": gateway.traces.dropped if gateway.traces is not None else 0,
@@ -22908,8 +22945,13 @@ KEEPALIVE_S: Final = 75.0
 
 
 @contextlib.asynccontextmanager
-async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterator[None]:
-    """Serve on a bound socket until the block ends; then finish what is under way, to a deadline."""
+async def open_server(
+    gateway: Gateway, listener: socket.socket | None, kind: type[Lane] = Lane
+) -> AsyncIterator[Callable[[], Lane]]:
+    """Serve on a bound socket until the block ends; then finish what is under way, to a deadline.
+
+    What it gives makes the protocol of one connection, for those who bring their own.
+    """
     guard = RequestGuard(gateway.settings)
     runner = web.AppRunner(
         make_app(gateway, guard),
@@ -22922,18 +22964,18 @@ async def open_server(gateway: Gateway, listener: socket.socket) -> AsyncIterato
     await runner.setup()
     cap = connection_cap(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     own = {"gateway": gateway, "guard": guard, "max_connections": cap, "__slots__": ()}
-    lane = cast(type[Lane], type("GatewayLane", (Lane,), own))
+    lane = cast(type[Lane], type("GatewayLane", (kind,), own))
     manager = runner.server
     assert manager is not None
     options = manager._kwargs
-    server = await gateway.loop.create_server(
-        lambda: lane(manager, loop=gateway.loop, **options), sock=listener, backlog=1024
-    )
+    make_lane = functools.partial(lane, manager, loop=gateway.loop, **options)
+    server = await gateway.loop.create_server(make_lane, sock=listener, backlog=1024) if listener is not None else None
     try:
-        yield
+        yield make_lane
     finally:
         gateway.draining = True
-        server.close()
+        if server is not None:
+            server.close()
         for watcher in gateway.watchers:
             watcher.more.set()
         await drain(gateway, gateway.settings.drain_timeout)
@@ -23116,14 +23158,16 @@ def open_ledger(gateway: Gateway) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> AsyncIterator[Gateway]:
+async def open_gateway(
+    settings: Settings, environment: Mapping[str, str], kind: type[Gateway] = Gateway
+) -> AsyncIterator[Gateway]:
     """Everything a process needs to answer calls, closed in order at the end. SettingsError, StoreError."""
     prices, collector = load_prices(settings), read_collector(environment)
     router = load_router(settings, environment, prices)
     prepare_data_dir(settings.data_path)
     lock = DirectoryLock(settings.data_path)
     try:
-        store = LogStore(
+        store = kind.STORE(
             settings.data_path / "stockyard.db",
             bodies=settings.log_bodies != "none",
             full_sync=settings.durability == "full",
@@ -23135,7 +23179,7 @@ async def open_gateway(settings: Settings, environment: Mapping[str, str]) -> As
         raise
     upstream = Upstream(asyncio.get_running_loop(), settings.deadlines)
     try:
-        gateway = Gateway(settings, router, prices, store, upstream, load_admin_key(settings))
+        gateway = kind(settings, router, prices, store, upstream, load_admin_key(settings))
         gateway.environment = environment
         gateway.alerts.rows = read_alerts(settings.tables.get("alerts", []), environment)
         open_ledger(gateway)
@@ -23315,12 +23359,14 @@ async def serve(
     environment: Mapping[str, str],
     ready: Callable[[Gateway, str], Awaitable[None]],
     flags: Mapping[str, str | None],
+    kind: type[Gateway] = Gateway,
+    open_front: Callable[[Any, socket.socket], contextlib.AbstractAsyncContextManager[object]] = open_server,
 ) -> None:
     """Listen until SIGTERM or SIGINT, then drain; a second signal ends at once. SIGHUP reads the settings again."""
     listener = bind(settings)
     ERROR_LINES.adopt(settings.log_format)
     try:
-        async with open_gateway(settings, environment) as gateway, open_server(gateway, listener):
+        async with open_gateway(settings, environment, kind) as gateway, open_front(gateway, listener):
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
 
@@ -23344,7 +23390,7 @@ async def serve(
                 print_error(f"Stockyard {__version__} on {place}", event="start", level="info")
             await stop.wait()
             if ERROR_LINES.is_json:
-                print_error(f"stopping; {gateway.in_flight} calls are under way", event="stop", level="info")
+                print_error(f"stopping; {gateway.calls_under_way} calls are under way", event="stop", level="info")
             if keeper is not None:
                 keeper.cancel()
                 await keeper

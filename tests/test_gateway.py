@@ -462,7 +462,7 @@ async def test_caps_that_an_encoder_raises_are_held_for(start: Start) -> None:
             proxy.gateway.read(call)
             proxy.gateway.interpret(call)
             [target] = await proxy.gateway.route(call)
-            hold = proxy.gateway.hold(call, target)
+            hold = await proxy.gateway.hold(call, target)
             assert hold is not None
             try:
                 sent = json.loads(proxy.gateway.prepare(call, target).body)
