@@ -34,6 +34,17 @@ async def test_the_page_has_a_nonce_of_its_own_and_a_policy_that_allows_nothing_
     assert nonces[0] != nonces[1]
 
 
+async def test_who_asks_for_the_head_alone_gets_it(start: Start) -> None:
+    async with start() as proxy:
+        for path in ("/", "/ui", "/ui/app.js", "/ui/icon.svg", "/ui/nothing.js", "/health", "/ready", "/openapi.json"):
+            told = []
+            for method in ("GET", "HEAD"):
+                async with proxy.session.request(method, proxy.url + path, allow_redirects=False) as answer:
+                    told.append((answer.status, answer.content_type, answer.headers.get("etag")))
+                    body = await answer.read()
+            assert told[0] == told[1] and body == b"", path
+
+
 async def test_files_are_asked_again_by_etag_and_nothing_else_is_served(start: Start) -> None:
     async with start() as proxy:
         for file in FILES:
