@@ -23,9 +23,10 @@ export const swap = (node, ...children) => (node.replaceChildren(...children.fla
 
 const plain = new Intl.NumberFormat(undefined, { maximumFractionDigits: 0 });
 const short = new Intl.NumberFormat(undefined, { notation: "compact", maximumFractionDigits: 1 });
-const clock = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
-const day = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit" });
-const hour = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hour12: false });
+const date = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit" });
+const clock = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
+const day = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit", timeZone: "UTC" }); // a bucket is a day of UTC
+const hour = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit", hour: "2-digit", minute: "2-digit", hour12: false });
 
 export const count = (value) => (value === null || value === undefined ? "–" : plain.format(value));
 export const compact = (value) => (value === null || value === undefined ? "–" : value < 10000 ? plain.format(value) : short.format(value));
@@ -44,13 +45,14 @@ export function bytes(value) {
   return value >= 1048576 ? `${(value / 1048576).toFixed(1)} MB` : value >= 1024 ? `${(value / 1024).toFixed(1)} kB` : `${value} B`;
 }
 export const percent = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(part && part / whole < 0.1 ? 1 : 0)} %` : "–");
-export function when(text, bucket) {
+const inUtc = (at) => `${at.toISOString().replace("T", " ").replace(/(:00\.000)?Z$/, "")} UTC`;
+export function when(text) {
   if (!text) return h("span", {}, "–");
   const at = new Date(text);
-  const words = bucket === "day" ? day.format(at) : bucket === "hour" ? hour.format(at) : clock.format(at);
-  return h("time", { datetime: text, title: `${at.toISOString().replace("T", " ").replace("Z", "")} UTC` }, words);
+  const today = at.toDateString() === new Date().toDateString(); // then a narrow screen shows the hour alone
+  return h("time", { datetime: text, title: inUtc(at) }, h("span", { class: today && "lo" }, `${date.format(at)}, `), clock.format(at));
 }
-export const bucketWords = (at, bucket) => (bucket === "day" ? day : hour).format(at);
+const bucketWords = (at, bucket) => (bucket === "day" ? day : hour).format(at);
 
 // ---- The admin API
 
@@ -111,13 +113,28 @@ export const input = (name, attributes) => h("input", { name, id: `in-${name}`, 
 export const select = (name, choices, value, attributes) =>
   h("select", { name, ...attributes }, choices.map(([id, words]) => h("option", { value: id, selected: id === value }, words)));
 
-// columns: [{name, cell(row), kind: "num" | "lo" | "key"}]; "num" aligns to the right, "lo" hides on narrow screens.
+// columns: [{name, cell(row), kind}]; "num" aligns to the right, "lo", "lo2" and "lo3" hide on narrow screens, "name", "tags"
+// and "wide" may wrap. A table with a wide column becomes a list of its rows on a telephone.
 export function table(label, columns, rows, more) {
   const body = h("tbody", {}, rows.map((row) => line(columns, row, more)));
-  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label },
+  const stacks = columns.some((column) => column.kind?.includes("wide"));
+  return h("div", { class: stacks ? "scroll stacks" : "scroll", tabindex: "0", role: "group", "aria-label": label },
     h("table", {}, h("thead", {}, h("tr", {}, columns.map((column) => h("th", { scope: "col", class: column.kind }, column.name)))), body));
 }
-export const line = (columns, row, more) => h("tr", more ? more(row) : {}, columns.map((column) => h("td", { class: column.kind }, column.cell(row))));
+export const line = (columns, row, more) => h("tr", more ? more(row) : {}, columns.map((column) => h("td", { class: column.kind, "data-name": column.name }, column.cell(row))));
+
+// A table of what `read(cursor)` answers, {data, next}, page by page.
+export async function pages(label, columns, read, nothing, more) {
+  let page = await read("");
+  if (!page.data.length) return nothing;
+  const shown = table(label, columns, page.data, more), rows = shown.querySelector("tbody");
+  const older = button("Show older", () => attempt(async () => {
+    page = await read(page.next);
+    rows.append(...page.data.map((row) => line(columns, row, more)));
+    foot.hidden = !page.next;
+  }, older)), foot = h("div", { class: "row more", hidden: !page.next }, older);
+  return [shown, foot];
+}
 
 export function toast(words, kind) {
   const place = document.getElementById("toasts");
@@ -191,7 +208,7 @@ function frame(title, figure, slots, bucket, words, drawn, legend) {
     h("div", { class: "axis", "aria-hidden": "true" }, ends.map((text) => h("span", {}, text))));
 }
 
-const tip = (slot, bucket, words) => s("title", {}, `${bucketWords(slot.at, bucket)}: ${words}`);
+const tip = (slot, bucket, words) => s("title", {}, `${bucketWords(slot.at, bucket)}: ${words}\n${inUtc(new Date(slot.at))}`);
 
 // parts: [{name, kind, of(point)}], stacked from the bottom.
 export function bars(title, slots, bucket, parts, show) {
@@ -215,14 +232,15 @@ export function lines(title, slots, bucket, kinds, show) {
   const top = Math.max(...slots.flatMap(({ point }) => kinds.map((kind) => (point && kind.of(point)) || 0)), 0);
   const step = WIDE / (slots.length || 1), x = (index) => (index + 0.5) * step, y = (value) => HIGH - 3 - (value / top) * (HIGH - 9);
   const drawn = top ? kinds.map((kind) => {
-    let path = "", pen = false;
-    slots.forEach(({ point }, index) => {
-      const value = point && kind.of(point);
-      if (value === null || value === undefined) return void (pen = false);
-      path += `${pen ? "L" : "M"}${x(index).toFixed(1)} ${y(value).toFixed(1)}${pen ? "" : "h.01"}`;
-      pen = true;
+    const values = slots.map(({ point }) => (point ? kind.of(point) : null) ?? null), known = (index) => (values[index] ?? null) !== null;
+    let path = "", dots = "";
+    values.forEach((value, index) => {
+      if (value === null) return;
+      const place = `${x(index).toFixed(1)} ${y(value).toFixed(1)}`;
+      path += (known(index - 1) ? "L" : "M") + place;
+      if (!known(index - 1) && !known(index + 1)) dots += `M${place}h.01`;
     });
-    return s("path", { class: `stroke ${kind.kind}`, d: path || "M0 0" });
+    return [s("path", { class: `stroke ${kind.kind}`, d: path }), s("path", { class: `stroke dot ${kind.kind}`, d: dots })];
   }) : [];
   const hits = slots.map((slot, index) => slot.point && s("rect", { class: "hit", x: index * step, width: step, y: 0, height: HIGH },
     tip(slot, bucket, kinds.map((kind) => `${kind.name} ${show(kind.of(slot.point))}`).join(", "))));

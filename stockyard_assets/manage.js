@@ -1,6 +1,6 @@
 // What an operator sets and watches: keys and budgets, providers, routes, the cache, guardrails, the audit, settings.
 
-import { api, ask, attempt, badge, button, bytes, copyButton, count, empty, field, h, head, input, link, load, ms, panel, percent, query, select, swap, table, toast, usd, when } from "./dom.js";
+import { api, ask, attempt, badge, button, bytes, copyButton, count, empty, field, h, head, input, link, load, ms, pages, panel, percent, query, select, swap, table, toast, usd, when } from "./dom.js";
 
 const list = (text) => text.split(",").map((word) => word.trim()).filter(Boolean);
 const number = (text) => (text === "" ? null : Number(text));
@@ -13,7 +13,7 @@ export function budgetBar(row) {
   return h("div", { class: "budget" },
     h("div", { class: "bar", role: "meter", "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.round(used)), "aria-label": `${row.scope} ${row.value} ${row.period}: ${usd(spent)} spent, ${usd(held)} held, of ${usd(limit)}` },
       h("i", { class: used >= 90 ? "spent full" : "spent", "width%": used }), h("i", { class: "held", "width%": limit ? (100 * held) / limit : 0 })),
-    h("small", {}, `${usd(spent)} spent · ${usd(held)} held · of ${usd(limit)} a ${row.period}`));
+    h("small", {}, `${usd(spent)} spent · ${held ? `${usd(held)} held · ` : ""}of ${usd(limit).replace(/(\.\d\d)0+$/, "$1")} a ${row.period}`));
 }
 
 function secretPanel(made, again) {
@@ -39,9 +39,9 @@ function keyForm(done) {
     if (made) form.reset(), done(made);
   } },
   field("Name", input("name", { required: true, maxlength: 100 })), field("Role", select("role", [["client", "client"], ["viewer", "viewer"], ["admin", "admin"]], "client")),
-  field("Budget, USD", input("usd", { type: "number", min: "0", step: "any" })), field("a", select("period", [["day", "day"], ["week", "week"], ["month", "month"], ["total", "total"]], "day")),
+  field("Budget, USD", input("usd", { type: "number", min: "0", step: "any" })), field("Period", select("period", [["day", "day"], ["week", "week"], ["month", "month"], ["total", "total"]], "day")),
   field("Requests a minute", input("rpm", whole)), field("Tokens a minute", input("tpm", whole)), field("At the same time", input("parallel", whole)),
-  field("Models, comma separated", input("models", { placeholder: "all" })), field("Tags", input("tags", { placeholder: "team=search" })), field("Expires", input("expires_at", { type: "datetime-local" })),
+  field("Models", input("models", { placeholder: "all, or gpt-*, echo" })), field("Tags", input("tags", { placeholder: "team=search" })), field("Expires", input("expires_at", { type: "datetime-local" })),
   h("div", { class: "row end" }, send));
 }
 
@@ -56,20 +56,20 @@ export function keys(place, _, signal) {
       if (told) draw();
     };
     const columns = [
-      { name: "Name", kind: "name", cell: (key) => [h("strong", {}, key.name || "unnamed"), h("small", { class: "code" }, ` ${key.id}`)] },
+      { name: "Name", kind: "name", cell: (key) => [h("strong", {}, key.name || "unnamed"), h("small", { class: "code id" }, key.id)] },
       { name: "Status", cell: (key) => badge(key.status, key.status === "active" ? "ok" : "") },
       { name: "Budget", kind: "wide", cell: (key) => of(key).map(budgetBar).concat(of(key).length ? [] : key.budget ? `${usd(key.budget.usd)} a ${key.budget.period}` : "none") },
       { name: "Limits", kind: "lo", cell: (key) => key.rate_limit ? Object.entries(key.rate_limit).filter(([, most]) => most).map(([name, most]) => `${count(most)} ${name}`).join(", ") : "none" },
       { name: "Models", kind: "lo2 name", cell: (key) => key.models.join(", ") || "all" },
-      { name: "Tags", kind: "lo2 name", cell: (key) => Object.entries(key.tags).map((pair) => pair.join("=")).join(", ") || "–" },
-      { name: "Expires", kind: "lo2", cell: (key) => when(key.expires_at) },
+      { name: "Tags", kind: "lo2 tags", cell: (key) => Object.entries(key.tags).map((pair) => pair.join("=")).join(", ") || "–" },
+      { name: "Expires", kind: "lo3", cell: (key) => when(key.expires_at) },
       { name: "Change", kind: "num", cell: (key) => key.status === "active" && h("div", { class: "row end" },
         button("Rotate", async (event) => await ask(`Give ${key.name || key.id} another secret? The old one ends at once.`, "Rotate") && change(`${key.id}/rotate`, "POST", true)({ currentTarget: event.target }), { class: "small", "aria-label": `Rotate ${key.name}` }),
         button("Revoke", async () => await ask(`Revoke ${key.name || key.id}? Calls with it are refused from now on.`, "Revoke") && change(key.id, "DELETE")(), { class: "small danger", "aria-label": `Revoke ${key.name}` })) },
     ];
     const others = budgets.data.filter((row) => row.scope !== "key");
     return [known.data.length ? h("section", { class: "panel flush" }, table("Keys", columns, known.data)) : h("section", { class: "panel" }, empty("No key yet. Once one exists, every client must send one.")),
-      panel("Other budgets", others.length ? h("div", { class: "columns" }, others.map((row) => h("div", {}, h("strong", {}, [row.scope, row.value].filter(Boolean).join(" ")), badge(row.mode), budgetBar(row))))
+      panel("Other budgets", others.length ? h("div", { class: "cards" }, others.map((row) => h("div", {}, h("strong", {}, [row.scope, row.value].filter(Boolean).join(" ")), " ", badge(row.mode), budgetBar(row))))
         : empty("None. STOCKYARD_BUDGET sets one for everything; stockyard.toml sets them by model, provider and tag."))];
   });
   const form = h("details", { class: "panel" }, h("summary", {}, h("strong", {}, "New key")), keyForm((made) => (swap(secret, secretPanel(made)), draw())));
@@ -99,7 +99,7 @@ export function providers(place, _, signal) {
         h("div", { class: "row between" }, result, check));
     };
     return [h("div", { class: "cards" }, told.data.map(card)),
-      panel("Not configured", table("Providers that are not configured", [{ name: "Provider", cell: (row) => row.name }, { name: "Set to enable", kind: "name", cell: (row) => h("code", {}, row.set) }], told.others.filter((row) => !row.retired)))];
+      panel("Not configured", table("Providers that are not configured", [{ name: "Provider", cell: (row) => row.name }, { name: "Enabled by", kind: "wide", cell: (row) => h("code", {}, row.set) }], told.others.filter((row) => !row.retired)))];
   });
 }
 
@@ -114,7 +114,7 @@ export function routes(place, { query: given }, signal) {
     return table("Targets in order", [
       { name: "Provider", cell: (row) => row.provider }, { name: "Model", kind: "name", cell: (row) => row.upstream_model },
       { name: "By", cell: (row) => [row.via, row.strategy].filter(Boolean).join(", ") }, { name: "State", cell: (row) => row.left_out ? badge(row.left_out, "warn") : row.rests_s ? badge(`rests ${Math.ceil(row.rests_s)} s`, "warn") : badge(row.breaker || "ready", row.breaker === "open" ? "bad" : "ok") },
-      { name: "Role", kind: "lo", cell: (row) => (row.fallback ? "fallback" : row.weight ? `weight ${row.weight}` : "–") }, { name: "USD a million tokens", kind: "lo name", cell: (row) => price(row.price) }], targets);
+      { name: "Role", kind: "lo", cell: (row) => (row.fallback ? "fallback" : row.weight ? `weight ${row.weight}` : "–") }, { name: "USD per M tokens", kind: "wide", cell: (row) => price(row.price) }], targets);
   });
   swap(place, head("Routes", "Where a name goes, in order, and why."),
     panel("Ask", h("form", { class: "row", onsubmit: (event) => (event.preventDefault(), look()) }, field("Name", name), h("button", { type: "submit", class: "primary" }, "Look up")), found), content);
@@ -125,7 +125,7 @@ export function routes(place, { query: given }, signal) {
     const ask = (id) => link(`#/routes${query({ model: id })}`, id);
     return [panel("Routes and aliases", tables.length ? table("Routes and aliases", [{ name: "Name", kind: "name", cell: (row) => ask(row.id) }, { name: "Kind", cell: (row) => row.kind.replace(/(e?)s$/, (_, e) => (row.kind === "routes" ? "e" : "")) },
       { name: "Set as", kind: "wide", cell: (row) => h("code", {}, typeof row.value === "string" ? row.value : JSON.stringify(row.value)) }], tables) : empty("None. Write [routes] and [aliases] in stockyard.toml; `stockyard config example` shows how.")),
-    panel("Models", table("Models", [{ name: "Model", kind: "name", cell: (row) => ask(row.id) }, { name: "Provider", cell: (row) => row.provider }, { name: "USD a million tokens", kind: "name", cell: (row) => price(row.price) }], models.data.slice(0, 500)))];
+    panel("Models", table("Models", [{ name: "Model", kind: "name", cell: (row) => ask(row.id) }, { name: "Provider", cell: (row) => row.provider || "–" }, { name: "USD per M tokens", kind: "name", cell: (row) => (row.provider ? price(row.price) : "by route") }], models.data.slice(0, 500)))];
   });
 }
 
@@ -147,27 +147,77 @@ export function cache(place, _, signal) {
   draw();
 }
 
-// ---- Guardrails and audit: what their endpoints tell, as it is
+// ---- Guardrails
 
-const cell = (value) => value === null || value === undefined || value === "" ? "–" : typeof value === "object" ? h("code", {}, JSON.stringify(value)) : typeof value === "string" && /^\d{4}-\d\d-\d\dT/.test(value) ? when(value) : String(value);
-const generic = (label, rows) => rows.length ? table(label, Object.keys(rows[0]).map((name) => ({ name: name.replaceAll("_", " "), kind: "name", cell: (row) => cell(row[name]) })), rows) : empty("Nothing yet.");
-const pairs = (value) => h("dl", { class: "pairs" }, Object.entries(value).map(([name, inner]) => h("div", {}, h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, cell(inner)))));
+const GUARDS = [["redact", "Personal data", "off mask reversible"], ["guard_injection", "Prompt injection", "off flag block"], ["guard_secrets", "Keys and passwords", "off flag redact block"]];
+const ACTIONS = { allow: ["ok", "Nothing was found."], flag: ["warn", "It would go to the provider as it is, and the log would say so."], redact: ["warn", "It would go to the provider as shown here."], block: ["bad", "It would be refused, and reach no provider."] };
+const PLACEHOLDER = /(\[[A-Z][A-Z0-9_]*(?:_[0-9a-f]{16})?\])/;
+const words = (value) => (Array.isArray(value) ? value.join(", ") : typeof value === "object" ? Object.entries(value).map(([name, inner]) => `${name}: ${words(inner)}`).join("; ") : String(value));
+const without = (rule, ...names) => words(Object.fromEntries(Object.entries(rule).filter(([name]) => !names.includes(name))));
+
+function judged(told, text) {
+  const [kind, follows] = ACTIONS[told.action];
+  const found = [...told.verdicts.map((one) => `Rule ${one.rule}: ${one.action}.`), ...Object.entries(told.redactions).map(([entity, times]) => `Hidden: ${entity}${times > 1 ? ` (${count(times)})` : ""}.`)];
+  const marked = told.text.split(PLACEHOLDER).map((part) => (PLACEHOLDER.test(part) && !text.includes(part) ? h("mark", {}, part) : part));
+  return [h("p", {}, badge(told.action, kind), " ", follows), found.length > 0 && h("ul", { class: "why" }, found.map((line) => h("li", {}, line))),
+    told.action === "redact" && h("pre", { class: "text", tabindex: "0", role: "group", "aria-label": "The text as it would go" }, marked)];
+}
+
+function tryPanel() {
+  const text = h("textarea", { name: "text", rows: "4", required: true, placeholder: "Paste a prompt. It is judged as a request's text would be; nothing is sent or logged." }), out = h("div", { class: "stack", role: "status" });
+  const send = h("button", { type: "submit", class: "primary" }, "Try");
+  return panel("Try a text", h("form", { class: "composer", onsubmit: async (event) => {
+    event.preventDefault();
+    const told = await attempt(() => api("guardrails/try", { method: "POST", body: { text: text.value } }), send);
+    if (told) swap(out, judged(told, text.value));
+  } }, field("Text", text), h("div", { class: "row end" }, send)), out);
+}
 
 export function guardrails(place, _, signal) {
   const content = h("div", { class: "stack" });
-  swap(place, head("Guardrails", "What is looked for in texts, and what follows."), content);
-  load(content, async () => {
+  const draw = () => load(content, async () => {
     const told = await api("guardrails", { signal });
-    const { data, next, ...rest } = told;
-    return [Array.isArray(data) && panel("Rules", generic("Rules", data)), Object.keys(rest).length > 0 && panel("Settings", pairs(rest))];
+    const set = (name) => async (event) => {
+      if (await attempt(() => api("guardrails", { method: "PUT", body: { [name]: event.target.value } }), event.target)) toast("Set, and kept in stockyard.toml");
+      draw();
+    };
+    const rows = (of) => Object.entries(told[of]).map(([id, rule]) => ({ id, rule }));
+    const name = { name: "Name", kind: "name", cell: (row) => h("strong", {}, row.id) };
+    return [panel("Built in", h("div", { class: "filters" }, GUARDS.map(([id, label, choices]) => field(label, select(id, choices.split(" ").map((one) => [one, one]), told[id], { onchange: set(id) }))))),
+      panel("Rules of your own", rows("rules").length ? table("Rules of your own", [name, { name: "Looks for", kind: "wide", cell: ({ rule }) => without(rule, "action", "on", "models", "keys", "tags", "timeout_ms") },
+        { name: "In", cell: ({ rule }) => words(rule.on || "input") }, { name: "Then", cell: ({ rule }) => badge(rule.action || "block", ACTIONS[rule.action || "block"][0]) },
+        { name: "Where", kind: "lo name", cell: ({ rule }) => words(Object.fromEntries(["models", "keys", "tags"].filter((one) => rule[one]).map((one) => [one, rule[one]]))) || "every call" }], rows("rules")) : empty("None. Write [guardrails.NAME] in stockyard.toml; `stockyard config example` shows how.")),
+      rows("recognisers").length > 0 && panel("Recognisers of your own", table("Recognisers of your own", [name, { name: "Finds", kind: "wide", cell: ({ rule }) => h("code", {}, without(rule)) }], rows("recognisers")))];
   });
+  swap(place, head("Guardrails", "What is looked for in texts, and what follows."), tryPanel(), content);
+  draw();
 }
 
+// ---- Audit
+
+const DEEDS = {
+  admin: (row) => [h("code", {}, `${row.method} ${row.path}`), " ", badge(row.status, row.status < 400 ? "ok" : "bad"), row.body && Object.keys(row.body).length > 0 && h("small", { class: "code" }, ` ${JSON.stringify(row.body)}`)],
+  began: () => "The chain begins", calls: (row) => `${count(row.count)} calls sealed`, checkpoint: () => "Checkpoint", session: (row) => `Signed in as ${row.role}`,
+};
+
 export function audit(place, _, signal) {
-  const content = h("section", { class: "panel flush" }, ), result = h("p", { role: "status" });
-  const verify = button("Verify the chain", () => attempt(async () => swap(result, pairs(await api("audit/verify"))), verify), { class: "primary" });
-  swap(place, head("Audit", "What administrators did, in a chain that shows every change.", verify), result, content);
-  load(content, async () => generic("Audit", (await api("audit", { signal })).data));
+  const content = h("section", { class: "panel flush", "aria-label": "Entries" }), result = h("div", { role: "status" });
+  const verify = button("Verify", () => attempt(async () => {
+    swap(result, h("p", {}, "Verifying…"));
+    const told = await api("audit/verify", { signal }).finally(() => swap(result));
+    swap(result, h("p", { class: "panel" }, badge(told.ok ? "whole" : "broken", told.ok ? "ok" : "bad"), told.ok ? ` ${count(told.entries)} entries and ${count(told.calls)} calls: nothing was changed.` : ` ${told.fault}`));
+  }, verify), { class: "primary" });
+  const seal = button("Checkpoint", () => attempt(async () => {
+    const made = JSON.stringify(await api("audit/checkpoint", { method: "POST" }));
+    swap(result, panel("A signed checkpoint", h("p", {}, "Keep this line elsewhere: held against it, a chain that was cut off or written anew shows."), h("div", { class: "raw" }, copyButton(made), h("pre", {}, made))));
+    draw();
+  }, seal));
+  const draw = () => load(content, () => pages("Entries", [
+    { name: "Entry", kind: "num", cell: (row) => row.seq }, { name: "Time", cell: (row) => when(row.ts) }, { name: "What", kind: "wide", cell: (row) => DEEDS[row.kind]?.(row) ?? row.kind },
+    { name: "By", kind: "lo name", cell: (row) => row.actor || "–" }, { name: "From", kind: "lo2", cell: (row) => row.client_ip || "–" }, { name: "Digest", kind: "lo2", cell: (row) => h("code", { title: row.digest }, row.digest.slice(0, 12)) }],
+    (cursor) => api(`audit${query({ cursor })}`, { signal }), empty("Nothing yet.")));
+  swap(place, head("Audit", "What administrators did, and seals of the log, in a chain that shows every change.", seal, verify), result, content);
+  draw();
 }
 
 // ---- Settings
@@ -177,7 +227,7 @@ export function settings(place, _, signal) {
   const draw = () => load(content, async () => {
     const { data } = await api("config", { signal });
     return table("Settings", [
-      { name: "Name", kind: "name", cell: (row) => h("code", {}, row.name) },
+      { name: "Name", cell: (row) => h("code", {}, row.name) },
       { name: "Value", kind: "name", cell: (row) => h("code", { class: row.source === "default" ? "muted" : "set" }, typeof row.value === "object" ? JSON.stringify(row.value) : String(row.value ?? "") || "–") },
       { name: "From", cell: (row) => badge(row.source, row.source === "default" ? "" : "ok") },
       { name: "Reloads", kind: "lo", cell: (row) => (row.live ? "yes" : "at start") },

@@ -105,7 +105,7 @@ function snippets(url, model, key) {
 export function start(place, _, signal) {
   const shown = h("div"), pick = (name, all) => {
     for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.textContent === name));
-    swap(shown, h("div", { class: "raw" }, copyButton(all[name]), h("pre", { tabindex: "0", role: "region", "aria-label": `Snippet for ${name}` }, all[name])));
+    swap(shown, h("div", { class: "raw" }, copyButton(all[name]), h("pre", { tabindex: "0", role: "group", "aria-label": `Snippet for ${name}` }, all[name])));
   };
   const tabs = h("div", { class: "tabs", role: "group", "aria-label": "Client" }), model = select("model", [["echo", "echo"]], "echo"), content = h("div", { class: "stack" });
   swap(place, head("Get started", "Change one address: every call then goes through Stockyard, and shows here."), content);

@@ -1,12 +1,19 @@
 // What was called: Overview, Live, Requests, and one request with all that is kept of it.
 
-import { api, attempt, badge, bars, button, compact, copyButton, count, empty, field, h, head, input, line, lines, link, load, ms, panel, percent, query, select, slotsOf, status, swap, table, toast, usd, when } from "./dom.js";
+import { api, attempt, badge, bars, button, compact, copyButton, count, empty, field, h, head, input, line, lines, link, load, ms, pages, panel, percent, query, select, slotsOf, status, swap, table, toast, usd, when } from "./dom.js";
 import { conversation } from "./conversation.js";
 
 // ---- Overview
 
 const SPANS = { "24h": ["24 hours", "hour"], "7d": ["7 days", "hour"], "30d": ["30 days", "day"], "90d": ["90 days", "day"] };
 const FILTERS = ["model", "provider", "key"];
+
+// Names of keys by id, for rows, which know the id alone.
+const names = new Map();
+async function learnNames(signal) {
+  const { data } = await api("keys", { signal }).catch(() => ({ data: [] }));
+  for (const key of data) names.set(key.id, key.name || key.id);
+}
 
 const hashOf = (view, values) => `#/${view}${query(values)}`;
 
@@ -35,11 +42,11 @@ function tiles(told) {
     tile("Redactions", count(now.redactions || 0), change(now.redactions, before.redactions)));
 }
 
-function breakdown(by, rows, asked, names) {
+function breakdown(by, rows, asked) {
   const top = Math.max(...rows.map((row) => row.requests), 1);
   const columns = [
     { name: { model: "Model", provider: "Provider", key: "Key" }[by], kind: "name", cell: (row) => [
-      link(hashOf("overview", { ...asked, [by]: row.name }), (names && names.get(row.name)) || row.name || (by === "key" ? "no key" : "none")),
+      link(hashOf("overview", { ...asked, [by]: row.name }), (by === "key" && names.get(row.name)) || row.name || (by === "key" ? "no key" : "none")),
       h("div", { class: "share", "aria-hidden": "true" }, h("i", { "width%": (100 * row.requests) / top }))] },
     { name: "Requests", kind: "num", cell: (row) => count(row.requests) },
     { name: "Spend", kind: "num", cell: (row) => usd(row.cost_usd) },
@@ -64,9 +71,8 @@ export function overview(place, { query: given }, signal) {
   swap(place, head("Overview", null, chips, h("div", { class: "tabs", role: "group", "aria-label": "Span" }, Object.entries(SPANS).map(([id, [name]]) =>
     h("a", { href: hashOf("overview", { span: id, ...asked }), "aria-current": id === span && "true" }, name)))), content);
   const draw = () => load(content, async () => {
-    const [told, series, known] = await Promise.all([
-      api(`overview${query(wanted)}`, { signal }), api(`timeseries${query({ ...wanted, bucket })}`, { signal }), api("keys", { signal }).catch(() => ({ data: [] }))]);
-    const slots = slotsOf(series), names = new Map(known.data.map((key) => [key.id, key.name || key.id]));
+    const [told, series] = await Promise.all([api(`overview${query(wanted)}`, { signal }), api(`timeseries${query({ ...wanted, bucket })}`, { signal }), learnNames(signal)]);
+    const slots = slotsOf(series);
     return [tiles(told),
       !told.total && empty(`No calls in the last ${words}.`, link("#/start", "Send the first one")),
       h("div", { class: "charts" },
@@ -74,7 +80,7 @@ export function overview(place, { query: given }, signal) {
         bars("Spend", slots, bucket, [{ name: "USD", kind: "b", of: (point) => point.cost_usd }], usd),
         lines("Latency", slots, bucket, [{ name: "p50", kind: "a", of: (point) => point.latency_ms.p50 }, { name: "p95", kind: "b", of: (point) => point.latency_ms.p95 }, { name: "p99", kind: "c", of: (point) => point.latency_ms.p99 }], ms),
         bars("Tokens", slots, bucket, [{ name: "in", kind: "a", of: (point) => point.input_tokens }, { name: "out", kind: "b", of: (point) => point.output_tokens }], compact)),
-      h("div", { class: "columns" }, ["model", "provider", "key"].map((by) => breakdown(by, told[by], { span, ...asked }, by === "key" && names)))];
+      h("div", { class: "flow" }, ["model", "provider", "key"].map((by) => breakdown(by, told[by], { span, ...asked })))];
   });
   draw();
   const timer = setInterval(() => document.hidden || content.contains(document.activeElement) || draw(), 10000);
@@ -85,17 +91,17 @@ export function overview(place, { query: given }, signal) {
 
 const COLUMNS = [
   { name: "Time", kind: "time", cell: (row) => link(`#/requests/${encodeURIComponent(row.id)}`, when(row.ts)) },
-  { name: "Status", cell: (row) => [status(row), row.error && h("small", { class: "code" }, ` ${row.error}`)] },
+  { name: "Status", cell: (row) => [status(row), row.error && h("small", { class: "code lo" }, ` ${row.error}`)] },
   { name: "Model", kind: "name", cell: (row) => row.model || "–" },
   { name: "Provider", kind: "lo", cell: (row) => row.provider || "–" },
-  { name: "Key", kind: "lo2 name", cell: (row) => row.key_id ? h("span", { title: row.key_id }, row.key_id.slice(0, 12), "…") : "–" },
+  { name: "Key", kind: "lo2 name", cell: (row) => row.key_id ? h("span", { title: row.key_id }, names.get(row.key_id) || row.key_id) : "–" },
   { name: "In", kind: "num lo", cell: (row) => count(row.input_tokens) },
   { name: "Out", kind: "num lo", cell: (row) => count(row.output_tokens) },
   { name: "Cost", kind: "num", cell: (row) => (row.priced ? usd(row.cost_usd) : row.status && row.status < 400 ? "unpriced" : "–") },
-  { name: "First token", kind: "num lo2", cell: (row) => ms(row.first_token_ms) },
+  { name: "First token", kind: "num lo3", cell: (row) => ms(row.first_token_ms) },
   { name: "Latency", kind: "num lo", cell: (row) => ms(row.latency_ms) },
   { name: "Cache", kind: "lo2", cell: (row) => row.cache || "–" },
-  { name: "Tags", kind: "lo2 name", cell: (row) => row.tags || "–" },
+  { name: "Tags", kind: "lo2 tags", cell: (row) => row.tags.replaceAll(",", ", ") || "–" },
 ];
 const open = (row) => ({ class: "open", id: row.id, onclick: (event) => event.target.closest("a") || (location.hash = `#/requests/${encodeURIComponent(row.id)}`) });
 
@@ -114,6 +120,7 @@ export function live(place, _, signal) {
     pause.setAttribute("aria-pressed", String(paused));
   }, { "aria-pressed": "false" });
   swap(place, head("Live", "Calls as they end, the newest first.", told, state, pause), h("section", { class: "panel flush" }, body, waiting));
+  learnNames(signal);
   const source = new EventSource("/api/events");
   source.onopen = () => ((state.textContent = "connected"), (state.className = "badge ok"));
   source.onerror = () => ((state.textContent = "connecting again"), (state.className = "badge warn"));
@@ -152,16 +159,10 @@ export function requests(place, { query: given }, signal) {
   const list = h("section", { class: "panel flush", "aria-label": "Requests" });
   const file = (form) => h("a", { class: "button", href: `/api/requests.${form}${query(wanted)}`, download: `requests.${form}` }, form.toUpperCase());
   swap(place, head("Requests", null, file("csv"), file("jsonl")), form, list);
+  const read = (cursor) => api(`requests${query({ ...wanted, limit: 50, cursor })}`, { signal });
   load(list, async () => {
-    let page = await api(`requests${query({ ...wanted, limit: 50 })}`, { signal });
-    if (!page.data.length) return empty("No request matches.", link("#/requests", "Show all"));
-    const shown = table("Requests", COLUMNS, page.data, open), rows = shown.querySelector("tbody");
-    const more = button("Show older", () => attempt(async () => {
-      page = await api(`requests${query({ ...wanted, limit: 50, cursor: page.next })}`, { signal });
-      rows.append(...page.data.map((row) => line(COLUMNS, row, open)));
-      more.hidden = !page.next;
-    }, more), { hidden: !page.next });
-    return [shown, h("div", { class: "row more" }, more)];
+    await learnNames(signal);
+    return pages("Requests", COLUMNS, read, empty("No request matches.", link("#/requests", "Show all")), open);
   });
 }
 
@@ -184,7 +185,7 @@ function waterfall(row) {
 
 const raw = (title, value) => {
   const text = typeof value === "string" ? value : JSON.stringify(value, null, 2);
-  return h("details", {}, h("summary", {}, title), h("div", { class: "raw" }, copyButton(text), h("pre", { tabindex: "0", role: "region", "aria-label": title }, text)));
+  return h("details", {}, h("summary", {}, title), h("div", { class: "raw" }, copyButton(text), h("pre", { tabindex: "0", role: "group", "aria-label": title }, text)));
 };
 
 function facts(row) {
@@ -193,13 +194,13 @@ function facts(row) {
     ["Cost", row.priced ? usd(row.cost_usd) : "unpriced"], ["Tokens", `${count(row.input_tokens)} in · ${count(row.output_tokens)} out`],
     ["Cached, reasoning", `${count(row.cached_tokens)} · ${count(row.reasoning_tokens)}`], ["Latency", ms(row.latency_ms)], ["First token", ms(row.first_token_ms)],
     ["Overhead", ms(row.overhead_ms)], ["Cache", row.cache], ["Finish", row.finish_reason], ["Endpoint", row.endpoint], ["Stream", row.stream ? "yes" : "no"],
-    ["Key", row.key_id], ["Tags", row.tags], ["Session", row.session && link(hashOf("requests", { session: row.session }), row.session)], ["Client", row.client_ip], ["User agent", row.user_agent], ["Verdicts", row.verdicts], ["Redactions", row.redactions || ""], ["Price", row.price_id]];
+    ["Key", names.get(row.key_id) || row.key_id], ["Tags", row.tags], ["Session", row.session && link(hashOf("requests", { session: row.session }), row.session)], ["Client", row.client_ip], ["User agent", row.user_agent], ["Verdicts", row.verdicts], ["Redactions", row.redactions || ""], ["Price", row.price_id]];
   return h("dl", { class: "facts panel" }, pairs.filter(([, value]) => value !== "" && value !== null && value !== undefined).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 
 function sides(told) {
   const side = (name, one, which) => h("div", {}, h("h3", {}, name), h("p", { class: "muted" }, `${one.provider} / ${one.upstream_model} · ${usd(one.cost_usd)} · ${ms(one.latency_ms)} · ${count(one.output_tokens)} out`),
-    h("pre", { class: "text", tabindex: "0", role: "region", "aria-label": name }, told.diff.map((step) => step[which] && (step.op === "equal" ? step[which] : h(which === "before" ? "del" : "ins", {}, step[which])))));
+    h("pre", { class: "text", tabindex: "0", role: "group", "aria-label": name }, told.diff.map((step) => step[which] && (step.op === "equal" ? step[which] : h(which === "before" ? "del" : "ins", {}, step[which])))));
   return [h("p", { role: "status" }, told.same ? badge("the same answer", "ok") : badge("answers differ", "warn"), ` cost ${usd(told.cost_usd)}, time ${told.latency_ms > 0 ? "+" : ""}${Math.round(told.latency_ms)} ms. `, link(`#/requests/${told.replay.id}`, "The new request")),
     h("div", { class: "columns two" }, side("Logged", told.original, "before"), side("Replay", told.replay, "after"))];
 }
