@@ -1137,6 +1137,487 @@ class Dialect:
         return [row for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
 
 
+# ----- Shared by all dialects -----------------------------------------------------------------------------------------
+# What every dialect needs on its way to or from the canonical shape: checks of what clients send (`want_…`, which name
+# the place), JSON inside of JSON, tools and their choice, histories, custom tools as functions for targets that know
+# functions only, and the writers and the joiner of canonical chunks.
+
+
+def want_object(value: Any, where: str) -> Json:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"`{where}` must be an object", param=where)
+    return value
+
+
+def want_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"`{where}` must be an array", param=where)
+    return value
+
+
+def want_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"`{where}` must be a string", param=where)
+    return value
+
+
+def want_number(value: Any, where: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"`{where}` must be a number", param=where)
+    return value
+
+
+def want_whole(value: Any, where: str) -> int:
+    """A whole number; JSON writers of some languages send 40.0."""
+    number = want_number(value, where)
+    if number != int(number):
+        raise InvalidRequest(f"`{where}` must be a whole number", param=where)
+    return int(number)
+
+
+def want_flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"`{where}` must be true or false", param=where)
+    return value
+
+
+def want_texts(value: Any, where: str) -> list[str]:
+    return [want_text(item, f"{where}[{at}]") for at, item in enumerate(want_list(value, where))]
+
+
+@contextlib.contextmanager
+def provider_shape() -> Iterator[None]:
+    """An answer of an unforeseen shape is the provider's failure, not ours."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
+
+
+def read_event_json(payload: bytes) -> Json:
+    """Parse an event's JSON object; UpstreamError for anything else (a broken event is never passed on silently)."""
+    try:
+        value = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UpstreamError("the provider sent an event that is no JSON object", code="upstream_malformed")
+    return value
+
+
+def refuse_error_event(event: Json, dialect: Dialect) -> None:
+    """Raise the error that some providers put inside a 200 stream."""
+    error = event.get("error") or (event.get("x_groq") or {}).get("error")
+    if error:
+        status = error.get("code") if isinstance(error, dict) else None
+        status = status if isinstance(status, int) and 400 <= status < 600 else 502
+        raise dialect.read_error(status, dump_json({"error": error}))
+
+
+def load_object(text: str) -> Json | None:
+    """Parse text that holds a JSON object, exactly (integers of any size); None for all else."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_arguments(text: Any) -> Json:
+    """A call's arguments as the object Gemini demands; what is no object is kept whole under `arguments`."""
+    if not text or text == "null":
+        return {}
+    value = load_object(text) if isinstance(text, str) else text
+    return value if isinstance(value, dict) else {"arguments": text}
+
+
+def argument_text(arguments: Any) -> str:
+    """A call's arguments as JSON text; a call without any may come as null, "null", "" or not at all."""
+    if not isinstance(arguments, str):
+        return dump_json(arguments).decode() if arguments else "{}"
+    return "{}" if arguments.strip() in ("", "null") else arguments
+
+
+DATA_URI: Final = re.compile(r"data:([^;,]*)((?:;[^;,]*)*),", re.ASCII)
+
+
+def read_data_uri(uri: str, where: str) -> tuple[str, str]:
+    """Split a data URI into its media type and standard base64."""
+    match = DATA_URI.match(uri)
+    if match is None:
+        raise InvalidRequest(f"`{where}` must be a data URI with a comma, or a URL", param=where)
+    kind, data = match[1].lower() or "text/plain", uri[match.end() :]
+    if ";base64" not in match[2].lower():
+        data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
+    return {"image/jpg": "image/jpeg", "audio/mpeg": "audio/mp3"}.get(kind, kind), data
+
+
+#: Members of a canonical request that ask for nothing beyond what happens anyway when they have these values.
+SAYS_NOTHING: Final[Mapping[str, tuple[Any, ...]]] = {
+    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "parallel_tool_calls": (True,), "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],),
+    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "logit_bias": ({},), "metadata": ({},),
+    "stop": ("", []), "tools": ([],), "functions": ([],), "function_call": ("auto",), "extra_body": ({},),
+}  # fmt: skip
+#: Members that every encoder carries by itself.
+ALWAYS_CARRIED: Final = frozenset({
+    "model", "messages", "stream", "stream_options", "tools", "tool_choice", "functions", "function_call", "extra_body",
+})  # fmt: skip
+CARRIED_IN_MESSAGES: Final = frozenset({
+    "role", "content", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "refusal",
+    "thinking_blocks", "is_error", "cache_control",
+})  # fmt: skip
+
+
+def says_nothing(name: str, value: Any) -> bool:
+    return value is None or value in SAYS_NOTHING.get(name, ())
+
+
+def own_extras(request: Json, dialect: str, translation: Translation) -> Json:
+    """The members kept for `dialect` in `extra_body`; those for others are named as dropped."""
+    mine: Json = {}
+    for owner, members in want_object(request.get("extra_body") or {}, "extra_body").items():
+        for name, value in want_object(members, f"extra_body.{owner}").items():
+            if owner == dialect:
+                mine[name] = value
+            else:
+                translation.drop(name)
+    return mine
+
+
+#: The schema of a custom (free text) tool sent as a function; `read_call` and `CallWriter` undo it.
+CUSTOM_SCHEMA: Final[Json] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def custom_text(arguments: str) -> str:
+    given = load_object(arguments)
+    text = given.get("input") if given else None
+    return text if isinstance(text, str) else arguments
+
+
+ANY_OBJECT: Final[Json] = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """One function that the model may call; a custom tool is one, too."""
+
+    name: str
+    description: str
+    parameters: Json
+    strict: bool
+    cache_control: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`mode` is auto, required or none; `names` are the only tools allowed, None for all; `named` if just one is."""
+
+    mode: str = "auto"
+    names: frozenset[str] | None = None
+    named: bool = False
+
+
+def read_tools(request: Json, dialect: str, translation: Translation) -> tuple[list[ToolSpec], list[Json]]:
+    """The tools of a canonical request: functions, and this dialect's own tools as they came. Others are dropped."""
+    functions: list[ToolSpec] = []
+    native: list[Json] = []
+    tools = want_list(request.get("tools") or [], "tools")
+    legacy = [{"type": "function", "function": each} for each in want_list(request.get("functions") or [], "functions")]
+    for at, tool in enumerate([*tools, *legacy]):
+        tool = want_object(tool, f"tools[{at}]")
+        kind = tool.get("type") or ("function" if "function" in tool else None)
+        if kind in ("function", "custom"):
+            inner = want_object(tool.get(kind), f"tools[{at}].{kind}")
+            functions.append(_read_tool(inner, f"tools[{at}].{kind}", kind, tool.get("cache_control"), translation))
+        elif kind == "native" and tool.get("dialect") == dialect:
+            native.append(want_object(tool.get("tool"), f"tools[{at}].tool"))
+        else:
+            own = tool.get("tool")
+            what = (own.get("type") or next(iter(own), "")) if isinstance(own, dict) else kind
+            translation.drop(f"tools.{what}")
+    return functions, native
+
+
+def _read_tool(inner: Json, where: str, kind: str, cache_control: Any, translation: Translation) -> ToolSpec:
+    name = want_text(inner.get("name"), f"{where}.name")
+    description = want_text(inner.get("description") or "", f"{where}.description")
+    if kind == "custom":
+        if inner.get("format") not in (None, {"type": "text"}):
+            translation.drop("tools.custom.format")
+        translation.names.setdefault("custom_tools", set()).add(name)
+        return ToolSpec(name, description, CUSTOM_SCHEMA, False, cache_control)
+    schema = want_object(inner.get("parameters") or ANY_OBJECT, f"{where}.parameters")
+    schema = schema if schema.get("type") else {"type": "object", **schema}
+    return ToolSpec(name, description, schema, inner.get("strict") is True, cache_control)
+
+
+def read_chosen_tools(request: Json) -> ToolChoice:
+    """OpenAI's `tool_choice`, its legacy `function_call`, and the list of allowed tools, as one value."""
+    choice = request.get("tool_choice") or request.get("function_call") or "auto"
+    if choice in ("auto", "required", "none"):
+        return ToolChoice(choice)
+    choice = want_object(choice, "tool_choice")
+    if choice.get("type") == "allowed_tools":
+        allowed = want_object(choice.get("allowed_tools") or choice, "tool_choice.allowed_tools")
+        tools = want_list(allowed.get("tools"), "tool_choice.tools")
+        names = frozenset(_chosen_name(want_object(tool, "tool_choice.tools")) for tool in tools)
+        return ToolChoice("required" if allowed.get("mode") == "required" else "auto", names)
+    return ToolChoice("required", frozenset({_chosen_name(choice)}), True)
+
+
+def _chosen_name(choice: Json) -> str:
+    inner = choice.get("function") or choice.get("custom") or choice
+    return want_text(want_object(inner, "tool_choice").get("name"), "tool_choice.name")
+
+
+def with_effort(request: Json) -> Json:
+    """A request whose effort, if it came in OpenRouter's `reasoning`, stands in `reasoning_effort`."""
+    reasoning = request.get("reasoning")
+    if not isinstance(reasoning, dict) or reasoning.keys() != {"effort"} or request.get("reasoning_effort"):
+        return request
+    return {**request, "reasoning_effort": reasoning["effort"], "reasoning": None}
+
+
+def read_messages(request: Json, translation: Translation) -> Iterator[tuple[Json, str, str]]:
+    """The messages with their roles and places; members no encoder carries are named as dropped."""
+    for at, message in enumerate(want_list(request.get("messages"), "messages")):
+        where = f"messages[{at}]"
+        message = want_object(message, where)
+        role = want_text(message.get("role"), f"{where}.role")
+        if role == "function":  # the calls of 2023 had no ids
+            message = {**message, "role": "tool", "tool_call_id": f"call_{message.get('name')}"}
+        elif message.get("name"):
+            translation.drop("messages.name")
+        for name, value in message.items():
+            if value and name not in CARRIED_IN_MESSAGES and name != "name":
+                translation.drop(f"messages.{name}")
+        yield message, {"developer": "system"}.get(role, message["role"]), where
+
+
+def read_parts(content: Any, where: str) -> list[Json]:
+    """A message's content as parts; text is one part, null none."""
+    if content is None or content == "":
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = []
+    for at, part in enumerate(want_list(content, where)):
+        part = {"type": "text", "text": part} if isinstance(part, str) else want_object(part, f"{where}[{at}]")
+        if part.get("type") in ("text", "refusal", "input_text", "output_text"):
+            text = want_text(part.get("text") or part.get("refusal") or "", f"{where}[{at}].text")
+            part = {**part, "type": "text", "text": text}
+        parts.append(part)
+    return parts
+
+
+def read_history_calls(message: Json, where: str) -> list[tuple[str, str, str]]:
+    """The tool calls of an assistant's message as ids, names and arguments in JSON."""
+    found = []
+    calls = want_list(message.get("tool_calls") or [], f"{where}.tool_calls")
+    for at, call in enumerate(calls):
+        place = f"{where}.tool_calls[{at}]"
+        call = want_object(call, place)
+        kind = "custom" if call.get("type") == "custom" else "function"
+        inner = want_object(call.get(kind), f"{place}.{kind}")
+        given = dump_json({"input": inner.get("input") or ""}).decode() if kind == "custom" else inner.get("arguments")
+        name = want_text(inner.get("name"), f"{place}.{kind}.name")
+        found.append((want_text(call.get("id") or f"call_{name}", f"{place}.id"), name, argument_text(given)))
+    if isinstance(legacy := message.get("function_call"), dict) and not calls:
+        name = want_text(legacy.get("name"), f"{where}.function_call.name")
+        found.append((f"call_{name}", name, argument_text(legacy.get("arguments"))))
+    return found
+
+
+def read_reasoning(message: Json) -> str:
+    """An assistant's reasoning as text, from whichever member holds it."""
+    text = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(text, str) and text:
+        return text
+    blocks = message.get("thinking_blocks")
+    blocks = blocks if isinstance(blocks, list) else ()
+    return "".join(str(block.get("thinking") or "") for block in blocks if isinstance(block, dict))
+
+
+def read_stops(value: Any) -> list[str]:
+    """Stop sequences as a list; blank ones are refused by several models and mean nothing."""
+    stops = [value] if isinstance(value, str) else want_list(value, "stop")
+    return [text for text in stops if want_text(text, "stop").strip()]
+
+
+def original_name(name: Any, translation: Translation) -> str:
+    """The client's own name of a tool whose name had to be made fit for the provider."""
+    names: dict[str, str] = translation.names.get("tool_names") or {}
+    return names.get(str(name), str(name))
+
+
+def read_call(call_id: Any, name: Any, arguments: Any, translation: Translation) -> Json:
+    """A provider's tool call as a canonical one; a function that stands for a custom tool becomes one again."""
+    name, call_id = original_name(name or "", translation), call_id or translation.new_id("call_")
+    text = argument_text(arguments)
+    if name in (translation.names.get("custom_tools") or ()):
+        return {"id": call_id, "type": "custom", "custom": {"name": name, "input": custom_text(text)}}
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
+
+
+@dataclass(slots=True)
+class PendingCall:
+    """A tool call whose arguments are still arriving; `held` is what was not passed on yet."""
+
+    index: int
+    custom: bool
+    held: str = ""
+    sent: bool = False
+    ended: bool = False
+
+
+class CallWriter:
+    """Turns a provider's tool-call events into canonical deltas; calls may interleave, `key` tells them apart.
+
+    Text that may still become `null` is held back, so that a call without arguments always ends as `{}`.
+    """
+
+    def __init__(self, translation: Translation) -> None:
+        self._translation = translation
+        self._calls: dict[Any, PendingCall] = {}
+        self._started = 0
+
+    def start(self, key: Any, call_id: Any, name: Any) -> list[Json]:
+        ended = self.end(key)
+        name = original_name(name or "", self._translation)
+        custom = name in (self._translation.names.get("custom_tools") or ())
+        self._calls[key] = call = PendingCall(self._started, custom)
+        self._started += 1
+        body = {"name": name, "input": ""} if custom else {"name": name, "arguments": ""}
+        kind = "custom" if custom else "function"
+        return ended + self._delta(call, id=call_id or self._translation.new_id("call_"), type=kind, **{kind: body})
+
+    def add(self, key: Any, arguments: Any) -> list[Json]:
+        """Pass on a piece of a call's arguments. A piece without a start opens a nameless call rather than get lost."""
+        deltas = [] if key in self._calls else self.start(key, None, None)
+        call = self._calls[key]
+        call.held += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
+        if call.custom or (not call.sent and "null".startswith(call.held.strip())):
+            return deltas
+        text, call.held, call.sent = call.held, "", True
+        return deltas + self._delta(call, function={"arguments": text})
+
+    def end(self, key: Any) -> list[Json]:
+        call = self._calls.get(key)
+        if call is None or call.ended:
+            return []
+        call.ended = True
+        if call.custom:
+            return self._delta(call, type="custom", custom={"input": custom_text(call.held)})
+        return [] if call.sent else self._delta(call, function={"arguments": argument_text(call.held)})
+
+    def end_all(self) -> list[Json]:
+        return [delta for key in self._calls for delta in self.end(key)]
+
+    @property
+    def any(self) -> bool:
+        return self._started > 0
+
+    def _delta(self, call: PendingCall, **members: Any) -> list[Json]:
+        return [{"tool_calls": [{"index": call.index, **members}]}]
+
+
+class ChunkWriter:
+    """Makes the canonical chunks of an answer with one choice: the same head on each, the role on the first."""
+
+    def __init__(self, translation: Translation) -> None:
+        self._translation = translation
+        self.id = ""
+        self._begun = False
+
+    def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
+        if not self._begun:
+            self._begun, delta = True, {"role": "assistant", **delta}
+        choice: Json = {"index": 0, "delta": delta, "finish_reason": finish}
+        return self._frame([{**choice, "logprobs": logprobs} if logprobs else choice])
+
+    def deltas(self, deltas: Iterable[Json]) -> list[Json]:
+        return [self.delta(delta) for delta in deltas]
+
+    def usage(self, usage: Json, **members: Any) -> Json:
+        return {**self._frame([]), "usage": usage, **members}
+
+    def _frame(self, choices: list[Json]) -> Json:
+        self.id = self.id or self._translation.new_id("chatcmpl-")
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self._translation.now_s}
+        return {**head, "model": self._translation.model, "choices": choices}
+
+
+def write_completion(message: Json, finish: str, usage: Json | None, translation: Translation, **members: Any) -> Json:
+    """A canonical completion with one choice. Absent content is null beside tool calls, and empty text otherwise."""
+    content = message.pop("content", "") or (None if message.get("tool_calls") else "")
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    logprobs = members.pop("logprobs", None)
+    if logprobs is not None:
+        choice["logprobs"] = logprobs
+    answer = {
+        "id": members.pop("id", None) or translation.new_id("chatcmpl-"), "object": "chat.completion",
+        "created": translation.now_s, "model": translation.model, "choices": [choice], **members,
+    }  # fmt: skip
+    return {**answer, "usage": usage} if usage is not None else answer
+
+
+def join_chunks(chunks: Sequence[Json]) -> Json:
+    """Whole canonical chunks as one completion."""
+    message: Json = {"role": "assistant", "content": None}
+    calls: dict[int, Json] = {}
+    completion: Json = {**chunks[0], "object": "chat.completion", "choices": []}
+    choice: Json = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    for chunk in chunks:
+        if chunk.get("usage"):
+            completion["usage"] = chunk["usage"]
+        for part in chunk["choices"]:
+            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+            if tokens := (part.get("logprobs") or {}).get("content"):
+                before = choice["logprobs"]["content"] if choice["logprobs"] else []
+                choice["logprobs"] = {"content": before + tokens, "refusal": None}
+            _join_delta(message, calls, part.get("delta") or {})
+    if calls:
+        message["tool_calls"] = list(calls.values())
+    completion["choices"] = [choice]
+    return completion
+
+
+def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
+    for name, value in delta.items():
+        if name == "tool_calls":
+            for piece in value or ():
+                _join_call(calls, piece)
+        elif isinstance(value, list):
+            message.setdefault(name, []).extend(value)
+        elif name != "role" and value:
+            message[name] = (message.get(name) or "") + value
+
+
+def _join_call(calls: dict[int, Json], piece: Json) -> None:
+    kind, text = ("custom", "input") if "custom" in piece else ("function", "arguments")
+    blank = {"id": piece.get("id"), "type": kind, kind: {"name": "", text: ""}}
+    call = calls.setdefault(piece.get("index") or 0, blank)
+    inner = piece.get(kind) or {}
+    call[kind]["name"] = call[kind]["name"] or inner.get("name") or ""
+    call[kind][text] += inner.get(text) or ""
+
+
+def write_embeddings(vectors: Sequence[Any], input_tokens: int, translation: Translation) -> Json:
+    """OpenAI's embeddings answer with lists of floats."""
+    if not all(isinstance(vector, list) for vector in vectors):
+        raise UpstreamError("the provider's answer has no embeddings", code="upstream_malformed")
+    rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": input_tokens, "total_tokens": input_tokens}
+    return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
+
+
 # ----- OpenAI model facts ---------------------------------------------------------------------------------------------
 # What one family of models takes, as rows: which refuse sampling parameters while they reason, which take function
 # tools only on /responses. Both OpenAI dialects ask these rows, nobody asks for a model by name. To add a model, add a
@@ -1325,26 +1806,6 @@ class OpenAiDecoder:
         if usage:
             chunk["usage"] = write_openai_usage(self._dialect.usage_of(usage, self._translation.provider))
         return chunk
-
-
-def read_event_json(payload: bytes) -> Json:
-    """Parse an event's JSON object; UpstreamError for anything else (a broken event is never passed on silently)."""
-    try:
-        value = orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise UpstreamError("the provider sent an event that is no JSON object", code="upstream_malformed")
-    return value
-
-
-def refuse_error_event(event: Json, dialect: Dialect) -> None:
-    """Raise the error that some providers put inside a 200 stream."""
-    error = event.get("error") or (event.get("x_groq") or {}).get("error")
-    if error:
-        status = error.get("code") if isinstance(error, dict) else None
-        status = status if isinstance(status, int) and 400 <= status < 600 else 502
-        raise dialect.read_error(status, dump_json({"error": error}))
 
 
 class OpenAiRenderer:
@@ -2401,47 +2862,6 @@ class ResponsesDecoder:
     }  # fmt: skip
 
 
-def join_chunks(chunks: Sequence[Json]) -> Json:
-    """Whole canonical chunks as one completion."""
-    message: Json = {"role": "assistant", "content": None}
-    calls: dict[int, Json] = {}
-    completion: Json = {**chunks[0], "object": "chat.completion", "choices": []}
-    choice: Json = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-    for chunk in chunks:
-        if chunk.get("usage"):
-            completion["usage"] = chunk["usage"]
-        for part in chunk["choices"]:
-            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-            if tokens := (part.get("logprobs") or {}).get("content"):
-                before = choice["logprobs"]["content"] if choice["logprobs"] else []
-                choice["logprobs"] = {"content": before + tokens, "refusal": None}
-            _join_delta(message, calls, part.get("delta") or {})
-    if calls:
-        message["tool_calls"] = list(calls.values())
-    completion["choices"] = [choice]
-    return completion
-
-
-def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
-    for name, value in delta.items():
-        if name == "tool_calls":
-            for piece in value or ():
-                _join_call(calls, piece)
-        elif isinstance(value, list):
-            message.setdefault(name, []).extend(value)
-        elif name != "role" and value:
-            message[name] = (message.get(name) or "") + value
-
-
-def _join_call(calls: dict[int, Json], piece: Json) -> None:
-    kind, text = ("custom", "input") if "custom" in piece else ("function", "arguments")
-    blank = {"id": piece.get("id"), "type": kind, kind: {"name": "", text: ""}}
-    call = calls.setdefault(piece.get("index") or 0, blank)
-    inner = piece.get(kind) or {}
-    call[kind]["name"] = call[kind]["name"] or inner.get("name") or ""
-    call[kind][text] += inner.get(text) or ""
-
-
 #: Members of the client's request that its response repeats, with what stands for a missing one.
 REPEATED: Final[Mapping[str, Any]] = {
     "background": False, "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
@@ -3425,50 +3845,7 @@ MEDIA_TYPES: Final[Mapping[str, str]] = {
 RESULT_MEDIA: Final = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"})
 GEMINI_IMAGE_TOKENS: Final = 258
 FUNCTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}\Z")
-DATA_URI: Final = re.compile(r"data:([^;,]*)((?:;[^;,]*)*),", re.ASCII)
 LABEL: Final = re.compile(r"[a-z0-9_-]{0,63}\Z")
-
-
-def want_object(value: Any, where: str) -> Json:
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"`{where}` must be an object", param=where)
-    return value
-
-
-def want_list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise InvalidRequest(f"`{where}` must be an array", param=where)
-    return value
-
-
-def want_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"`{where}` must be a string", param=where)
-    return value
-
-
-def want_number(value: Any, where: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequest(f"`{where}` must be a number", param=where)
-    return value
-
-
-def want_whole(value: Any, where: str) -> int:
-    """A whole number; JSON writers of some languages send 40.0."""
-    number = want_number(value, where)
-    if number != int(number):
-        raise InvalidRequest(f"`{where}` must be a whole number", param=where)
-    return int(number)
-
-
-def want_flag(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"`{where}` must be true or false", param=where)
-    return value
-
-
-def want_texts(value: Any, where: str) -> list[str]:
-    return [want_text(item, f"{where}[{at}]") for at, item in enumerate(want_list(value, where))]
 
 
 def camel_case(name: str) -> str:
@@ -3510,44 +3887,10 @@ def unpack_blocks(signature: str, where: str) -> list[Json] | None:
     return [want_object(block, where) for block in want_list(blocks, where)]
 
 
-def read_arguments(text: Any) -> Json:
-    """A call's arguments as the object Gemini demands; what is no object is kept whole under `arguments`."""
-    if not text or text == "null":
-        return {}
-    value = load_object(text) if isinstance(text, str) else text
-    return value if isinstance(value, dict) else {"arguments": text}
-
-
-def load_object(text: str) -> Json | None:
-    """Parse text that holds a JSON object, exactly (integers of any size); None for all else."""
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
 def media_type_of(name: str) -> str | None:
     """Guess a media type from the extension of a file name or URL."""
     path = urllib.parse.urlsplit(name).path if "://" in name else name
     return MEDIA_TYPES.get(path.rpartition(".")[2].lower()) if "." in path else None
-
-
-def read_data_uri(uri: str, where: str) -> tuple[str, str]:
-    """Split a data URI into its media type and standard base64."""
-    match = DATA_URI.match(uri)
-    if match is None:
-        raise InvalidRequest(f"`{where}` must be a data URI with a comma, or a URL", param=where)
-    kind, data = match[1].lower() or "text/plain", uri[match.end() :]
-    if ";base64" not in match[2].lower():
-        data = base64.b64encode(urllib.parse.unquote_to_bytes(data)).decode()
-    return {"image/jpg": "image/jpeg", "audio/mpeg": "audio/mp3"}.get(kind, kind), data
 
 
 # Schemas: JSON Schema trimmed to what Gemini reads, and the OpenAPI subset of older models, both ways.
@@ -6623,340 +6966,8 @@ class AnthropicMessages(Dialect):
 
 # ----- Cohere ---------------------------------------------------------------------------------------------------------
 # Cohere v2: near to OpenAI's chat, but text beside tool calls is a `tool_plan`, tools cannot be chosen by name, schemas
-# nest differently, and unknown members are refused. First come the parts that every provider dialect from here on
-# shares: which values say nothing, tools and their choice, histories, and the writers of canonical chunks.
-# What differs by model is a row of COHERE_FAMILIES.
+# nest differently, and unknown members are refused. What differs by model is a row of COHERE_FAMILIES.
 # Sources: https://docs.cohere.com/v2/reference/chat, …/embed, …/rerank; the types of the vendor's Python SDK 7.3
-
-#: Members of a canonical request that ask for nothing beyond what happens anyway when they have these values.
-SAYS_NOTHING: Final[Mapping[str, tuple[Any, ...]]] = {
-    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
-    "parallel_tool_calls": (True,), "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],),
-    "response_format": ({"type": "text"},), "tool_choice": ("auto",), "logit_bias": ({},), "metadata": ({},),
-    "stop": ("", []), "tools": ([],), "functions": ([],), "function_call": ("auto",), "extra_body": ({},),
-}  # fmt: skip
-#: Members that every encoder carries by itself.
-ALWAYS_CARRIED: Final = frozenset({
-    "model", "messages", "stream", "stream_options", "tools", "tool_choice", "functions", "function_call", "extra_body",
-})  # fmt: skip
-CARRIED_IN_MESSAGES: Final = frozenset({
-    "role", "content", "tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "refusal",
-    "thinking_blocks", "is_error", "cache_control",
-})  # fmt: skip
-#: The schema of a custom (free text) tool sent as a function; `read_call` and `CallWriter` undo it.
-CUSTOM_SCHEMA: Final[Json] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-ANY_OBJECT: Final[Json] = {"type": "object", "properties": {}}
-
-
-def says_nothing(name: str, value: Any) -> bool:
-    return value is None or value in SAYS_NOTHING.get(name, ())
-
-
-@contextlib.contextmanager
-def provider_shape() -> Iterator[None]:
-    """An answer of an unforeseen shape is the provider's failure, not ours."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
-
-
-def with_effort(request: Json) -> Json:
-    """A request whose effort, if it came in OpenRouter's `reasoning`, stands in `reasoning_effort`."""
-    reasoning = request.get("reasoning")
-    if not isinstance(reasoning, dict) or reasoning.keys() != {"effort"} or request.get("reasoning_effort"):
-        return request
-    return {**request, "reasoning_effort": reasoning["effort"], "reasoning": None}
-
-
-def own_extras(request: Json, dialect: str, translation: Translation) -> Json:
-    """The members kept for `dialect` in `extra_body`; those for others are named as dropped."""
-    mine: Json = {}
-    for owner, members in want_object(request.get("extra_body") or {}, "extra_body").items():
-        for name, value in want_object(members, f"extra_body.{owner}").items():
-            if owner == dialect:
-                mine[name] = value
-            else:
-                translation.drop(name)
-    return mine
-
-
-@dataclass(frozen=True, slots=True)
-class ToolSpec:
-    """One function that the model may call; a custom tool is one, too."""
-
-    name: str
-    description: str
-    parameters: Json
-    strict: bool
-    cache_control: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """`mode` is auto, required or none; `names` are the only tools allowed, None for all; `named` if just one is."""
-
-    mode: str = "auto"
-    names: frozenset[str] | None = None
-    named: bool = False
-
-
-def read_tools(request: Json, dialect: str, translation: Translation) -> tuple[list[ToolSpec], list[Json]]:
-    """The tools of a canonical request: functions, and this dialect's own tools as they came. Others are dropped."""
-    functions: list[ToolSpec] = []
-    native: list[Json] = []
-    tools = want_list(request.get("tools") or [], "tools")
-    legacy = [{"type": "function", "function": each} for each in want_list(request.get("functions") or [], "functions")]
-    for at, tool in enumerate([*tools, *legacy]):
-        tool = want_object(tool, f"tools[{at}]")
-        kind = tool.get("type") or ("function" if "function" in tool else None)
-        if kind in ("function", "custom"):
-            inner = want_object(tool.get(kind), f"tools[{at}].{kind}")
-            functions.append(_read_tool(inner, f"tools[{at}].{kind}", kind, tool.get("cache_control"), translation))
-        elif kind == "native" and tool.get("dialect") == dialect:
-            native.append(want_object(tool.get("tool"), f"tools[{at}].tool"))
-        else:
-            own = tool.get("tool")
-            what = (own.get("type") or next(iter(own), "")) if isinstance(own, dict) else kind
-            translation.drop(f"tools.{what}")
-    return functions, native
-
-
-def _read_tool(inner: Json, where: str, kind: str, cache_control: Any, translation: Translation) -> ToolSpec:
-    name = want_text(inner.get("name"), f"{where}.name")
-    description = want_text(inner.get("description") or "", f"{where}.description")
-    if kind == "custom":
-        if inner.get("format") not in (None, {"type": "text"}):
-            translation.drop("tools.custom.format")
-        translation.names.setdefault("custom_tools", set()).add(name)
-        return ToolSpec(name, description, CUSTOM_SCHEMA, False, cache_control)
-    schema = want_object(inner.get("parameters") or ANY_OBJECT, f"{where}.parameters")
-    schema = schema if schema.get("type") else {"type": "object", **schema}
-    return ToolSpec(name, description, schema, inner.get("strict") is True, cache_control)
-
-
-def read_chosen_tools(request: Json) -> ToolChoice:
-    """OpenAI's `tool_choice`, its legacy `function_call`, and the list of allowed tools, as one value."""
-    choice = request.get("tool_choice") or request.get("function_call") or "auto"
-    if choice in ("auto", "required", "none"):
-        return ToolChoice(choice)
-    choice = want_object(choice, "tool_choice")
-    if choice.get("type") == "allowed_tools":
-        allowed = want_object(choice.get("allowed_tools") or choice, "tool_choice.allowed_tools")
-        tools = want_list(allowed.get("tools"), "tool_choice.tools")
-        names = frozenset(_chosen_name(want_object(tool, "tool_choice.tools")) for tool in tools)
-        return ToolChoice("required" if allowed.get("mode") == "required" else "auto", names)
-    return ToolChoice("required", frozenset({_chosen_name(choice)}), True)
-
-
-def _chosen_name(choice: Json) -> str:
-    inner = choice.get("function") or choice.get("custom") or choice
-    return want_text(want_object(inner, "tool_choice").get("name"), "tool_choice.name")
-
-
-def read_messages(request: Json, translation: Translation) -> Iterator[tuple[Json, str, str]]:
-    """The messages with their roles and places; members no encoder carries are named as dropped."""
-    for at, message in enumerate(want_list(request.get("messages"), "messages")):
-        where = f"messages[{at}]"
-        message = want_object(message, where)
-        role = want_text(message.get("role"), f"{where}.role")
-        if role == "function":  # the calls of 2023 had no ids
-            message = {**message, "role": "tool", "tool_call_id": f"call_{message.get('name')}"}
-        elif message.get("name"):
-            translation.drop("messages.name")
-        for name, value in message.items():
-            if value and name not in CARRIED_IN_MESSAGES and name != "name":
-                translation.drop(f"messages.{name}")
-        yield message, {"developer": "system"}.get(role, message["role"]), where
-
-
-def read_parts(content: Any, where: str) -> list[Json]:
-    """A message's content as parts; text is one part, null none."""
-    if content is None or content == "":
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    parts = []
-    for at, part in enumerate(want_list(content, where)):
-        part = {"type": "text", "text": part} if isinstance(part, str) else want_object(part, f"{where}[{at}]")
-        if part.get("type") in ("text", "refusal", "input_text", "output_text"):
-            text = want_text(part.get("text") or part.get("refusal") or "", f"{where}[{at}].text")
-            part = {**part, "type": "text", "text": text}
-        parts.append(part)
-    return parts
-
-
-def read_history_calls(message: Json, where: str) -> list[tuple[str, str, str]]:
-    """The tool calls of an assistant's message as ids, names and arguments in JSON."""
-    found = []
-    calls = want_list(message.get("tool_calls") or [], f"{where}.tool_calls")
-    for at, call in enumerate(calls):
-        place = f"{where}.tool_calls[{at}]"
-        call = want_object(call, place)
-        kind = "custom" if call.get("type") == "custom" else "function"
-        inner = want_object(call.get(kind), f"{place}.{kind}")
-        given = dump_json({"input": inner.get("input") or ""}).decode() if kind == "custom" else inner.get("arguments")
-        name = want_text(inner.get("name"), f"{place}.{kind}.name")
-        found.append((want_text(call.get("id") or f"call_{name}", f"{place}.id"), name, argument_text(given)))
-    if isinstance(legacy := message.get("function_call"), dict) and not calls:
-        name = want_text(legacy.get("name"), f"{where}.function_call.name")
-        found.append((f"call_{name}", name, argument_text(legacy.get("arguments"))))
-    return found
-
-
-def argument_text(arguments: Any) -> str:
-    """A call's arguments as JSON text; a call without any may come as null, "null", "" or not at all."""
-    if not isinstance(arguments, str):
-        return dump_json(arguments).decode() if arguments else "{}"
-    return "{}" if arguments.strip() in ("", "null") else arguments
-
-
-def read_reasoning(message: Json) -> str:
-    """An assistant's reasoning as text, from whichever member holds it."""
-    text = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(text, str) and text:
-        return text
-    blocks = message.get("thinking_blocks")
-    blocks = blocks if isinstance(blocks, list) else ()
-    return "".join(str(block.get("thinking") or "") for block in blocks if isinstance(block, dict))
-
-
-def read_stops(value: Any) -> list[str]:
-    """Stop sequences as a list; blank ones are refused by several models and mean nothing."""
-    stops = [value] if isinstance(value, str) else want_list(value, "stop")
-    return [text for text in stops if want_text(text, "stop").strip()]
-
-
-def original_name(name: Any, translation: Translation) -> str:
-    """The client's own name of a tool whose name had to be made fit for the provider."""
-    names: dict[str, str] = translation.names.get("tool_names") or {}
-    return names.get(str(name), str(name))
-
-
-def read_call(call_id: Any, name: Any, arguments: Any, translation: Translation) -> Json:
-    """A provider's tool call as a canonical one; a function that stands for a custom tool becomes one again."""
-    name, call_id = original_name(name or "", translation), call_id or translation.new_id("call_")
-    text = argument_text(arguments)
-    if name in (translation.names.get("custom_tools") or ()):
-        return {"id": call_id, "type": "custom", "custom": {"name": name, "input": custom_text(text)}}
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": text}}
-
-
-def custom_text(arguments: str) -> str:
-    given = load_object(arguments)
-    text = given.get("input") if given else None
-    return text if isinstance(text, str) else arguments
-
-
-@dataclass(slots=True)
-class PendingCall:
-    """A tool call whose arguments are still arriving; `held` is what was not passed on yet."""
-
-    index: int
-    custom: bool
-    held: str = ""
-    sent: bool = False
-    ended: bool = False
-
-
-class CallWriter:
-    """Turns a provider's tool-call events into canonical deltas; calls may interleave, `key` tells them apart.
-
-    Text that may still become `null` is held back, so that a call without arguments always ends as `{}`.
-    """
-
-    def __init__(self, translation: Translation) -> None:
-        self._translation = translation
-        self._calls: dict[Any, PendingCall] = {}
-        self._started = 0
-
-    def start(self, key: Any, call_id: Any, name: Any) -> list[Json]:
-        ended = self.end(key)
-        name = original_name(name or "", self._translation)
-        custom = name in (self._translation.names.get("custom_tools") or ())
-        self._calls[key] = call = PendingCall(self._started, custom)
-        self._started += 1
-        body = {"name": name, "input": ""} if custom else {"name": name, "arguments": ""}
-        kind = "custom" if custom else "function"
-        return ended + self._delta(call, id=call_id or self._translation.new_id("call_"), type=kind, **{kind: body})
-
-    def add(self, key: Any, arguments: Any) -> list[Json]:
-        """Pass on a piece of a call's arguments. A piece without a start opens a nameless call rather than get lost."""
-        deltas = [] if key in self._calls else self.start(key, None, None)
-        call = self._calls[key]
-        call.held += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
-        if call.custom or (not call.sent and "null".startswith(call.held.strip())):
-            return deltas
-        text, call.held, call.sent = call.held, "", True
-        return deltas + self._delta(call, function={"arguments": text})
-
-    def end(self, key: Any) -> list[Json]:
-        call = self._calls.get(key)
-        if call is None or call.ended:
-            return []
-        call.ended = True
-        if call.custom:
-            return self._delta(call, type="custom", custom={"input": custom_text(call.held)})
-        return [] if call.sent else self._delta(call, function={"arguments": argument_text(call.held)})
-
-    def end_all(self) -> list[Json]:
-        return [delta for key in self._calls for delta in self.end(key)]
-
-    @property
-    def any(self) -> bool:
-        return self._started > 0
-
-    def _delta(self, call: PendingCall, **members: Any) -> list[Json]:
-        return [{"tool_calls": [{"index": call.index, **members}]}]
-
-
-class ChunkWriter:
-    """Makes the canonical chunks of an answer with one choice: the same head on each, the role on the first."""
-
-    def __init__(self, translation: Translation) -> None:
-        self._translation = translation
-        self.id = ""
-        self._begun = False
-
-    def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
-        if not self._begun:
-            self._begun, delta = True, {"role": "assistant", **delta}
-        choice: Json = {"index": 0, "delta": delta, "finish_reason": finish}
-        return self._frame([{**choice, "logprobs": logprobs} if logprobs else choice])
-
-    def deltas(self, deltas: Iterable[Json]) -> list[Json]:
-        return [self.delta(delta) for delta in deltas]
-
-    def usage(self, usage: Json, **members: Any) -> Json:
-        return {**self._frame([]), "usage": usage, **members}
-
-    def _frame(self, choices: list[Json]) -> Json:
-        self.id = self.id or self._translation.new_id("chatcmpl-")
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self._translation.now_s}
-        return {**head, "model": self._translation.model, "choices": choices}
-
-
-def write_completion(message: Json, finish: str, usage: Json | None, translation: Translation, **members: Any) -> Json:
-    """A canonical completion with one choice. Absent content is null beside tool calls, and empty text otherwise."""
-    content = message.pop("content", "") or (None if message.get("tool_calls") else "")
-    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
-    logprobs = members.pop("logprobs", None)
-    if logprobs is not None:
-        choice["logprobs"] = logprobs
-    answer = {
-        "id": members.pop("id", None) or translation.new_id("chatcmpl-"), "object": "chat.completion",
-        "created": translation.now_s, "model": translation.model, "choices": [choice], **members,
-    }  # fmt: skip
-    return {**answer, "usage": usage} if usage is not None else answer
-
-
-def write_embeddings(vectors: Sequence[Any], input_tokens: int, translation: Translation) -> Json:
-    """OpenAI's embeddings answer with lists of floats."""
-    if not all(isinstance(vector, list) for vector in vectors):
-        raise UpstreamError("the provider's answer has no embeddings", code="upstream_malformed")
-    rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
-    usage = {"prompt_tokens": input_tokens, "total_tokens": input_tokens}
-    return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
