@@ -17445,6 +17445,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_held",
         "_loop",
         "_origin",
+        "_owner",
         "_parser",
         "_payload",
         "_reusable",
@@ -17466,6 +17467,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._payload: Any = None
         self._reusable = False
         self.sink: Sink | None = None
+        self._owner: Sink | None = None
         self.transport: asyncio.Transport | None = None
         self.idle_since_s = self.touched_s = self.began_s = 0.0
         self.answered = self._held = False
@@ -17550,7 +17552,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def begin(self, sink: Sink, request: bytes, now_s: float, deadlines: Deadlines) -> None:
         assert self.transport is not None
-        self.sink, self._payload, self.answered, self.deadlines = sink, None, False, deadlines
+        self.sink = self._owner = sink
+        self._payload, self.answered, self.deadlines = None, False, deadlines
         self.pace = None
         if deadlines.min_bytes_per_s:
             self.sink = self.pace = Pace(sink)
@@ -17558,8 +17561,18 @@ class UpstreamConnection(asyncio.Protocol):
         self._upstream.watch(self)
         self.transport.write(request)
 
-    def hold(self, paused: bool) -> None:
+    def throttle(self, sink: Sink, paused: bool) -> None:
         """Stop or go on reading: the client at the other end is slow, or has caught up."""
+        if self._owner is sink:
+            self.hold(paused)
+
+    def cut(self, sink: Sink) -> None:
+        """End the exchange of this sink, without telling it: its client is gone, or has enough. Where that exchange has
+        ended already, the connection may serve somebody else by now."""
+        if self._owner is sink:
+            self.abort()
+
+    def hold(self, paused: bool) -> None:
         if paused is not self._held and self.transport is not None and not self.transport.is_closing():
             self._held = paused
             self.touched_s = self._loop.time()
@@ -17571,8 +17584,7 @@ class UpstreamConnection(asyncio.Protocol):
                 self.transport.resume_reading()
 
     def abort(self) -> None:
-        """End the exchange now, without telling the sink: the client is gone, or has enough."""
-        self.sink = None
+        self.sink = self._owner = None
         self._upstream.unwatch(self)
         if self.transport is not None:
             self.transport.abort()
@@ -17600,7 +17612,8 @@ class UpstreamConnection(asyncio.Protocol):
         return bool(self._payload.is_eof())
 
     def _finish(self) -> None:
-        sink, self.sink, self._payload = self.sink, None, None
+        sink = self.sink
+        self.sink = self._owner = self._payload = None
         self._upstream.unwatch(self)
         if self.transport is not None and not self.transport.is_closing():
             if self._reusable:
@@ -17646,13 +17659,13 @@ class EchoExchange:
             self._stopped = True
             self._sink.end()
 
-    def hold(self, paused: bool) -> None:
+    def throttle(self, sink: Sink, paused: bool) -> None:
         was_paused, self._paused = self._paused, paused
         if was_paused and not paused and not self._stopped:
             self._handle.cancel()
             self._handle = self._loop.call_soon(self._step)
 
-    def abort(self) -> None:
+    def cut(self, sink: Sink) -> None:
         self._stopped = True
         self._handle.cancel()
 
@@ -18288,11 +18301,11 @@ class Reply:
 
 
 class Client(Protocol):
-    """The other end of a streamed call. `begin_stream` once, `send` any times, then `end_stream`; `broken` closes the connection."""
+    """The other end of a streamed call. `begin_stream` once, `send` any times, then `end_stream`."""
 
     def begin_stream(self, headers: list[tuple[str, str]]) -> None: ...
     def send(self, data: bytes) -> None: ...
-    def end_stream(self, broken: bool) -> None: ...
+    def end_stream(self) -> None: ...
 
     #: Set by a relay: called with True when the client reads too slowly, False when it has caught up.
     throttle: Callable[[bool], None] | None
@@ -18370,8 +18383,8 @@ class GuardedClient:
         if kept := b"".join(self._kept):
             self.client.send(kept)
 
-    def end_stream(self, broken: bool) -> None:
-        self.client.end_stream(broken)
+    def end_stream(self) -> None:
+        self.client.end_stream()
 
 
 @dataclass(slots=True)
@@ -18880,7 +18893,7 @@ class Flight:
         if self._is_slow:
             self._balance()
 
-    def end_stream(self, broken: bool) -> None:
+    def end_stream(self) -> None:
         """Each rider ends its own."""
 
     def _begin(self, rider: Rider) -> None:
@@ -19228,8 +19241,8 @@ class Gateway:
         except (TimeoutError, GatewayError, OSError, ValueError, LookupError, TypeError):
             verdict = ""
         finally:
-            if exchange is not None and not answer.done.done():
-                exchange.abort()
+            if exchange is not None:
+                exchange.cut(answer)
         if verdict not in ("allow", "flag", "block"):
             raise rule.refusal(side, ", because its webhook did not answer as it must")
         return str(verdict)
@@ -19508,7 +19521,7 @@ class Gateway:
             self.replay_stream(call, client, entry)
             if isinstance(client, GuardedClient):
                 client.release()
-            client.end_stream(broken=False)
+            client.end_stream()
         else:
             rider = Rider(call, client)
             await self.end_stream(call, client, self.share_stream(call, rider, key), lambda: rider.renderer)
@@ -19520,7 +19533,7 @@ class Gateway:
         try:
             await (self.judge_stream(call, client, work) if isinstance(client, GuardedClient) else work)
             await self.close_row(call)
-            client.end_stream(broken=False)
+            client.end_stream()
         except (Exception, asyncio.CancelledError) as fault:
             if call.status == 0 or (isinstance(fault, asyncio.CancelledError) and not self.is_ending):
                 raise
@@ -19529,7 +19542,7 @@ class Gateway:
             last = (renderer() or self.renderer(call)).fail(error, call.id)
             (client.fail if isinstance(client, GuardedClient) else client.send)(last)
             await self.close_row(call)
-            client.end_stream(broken=True)
+            client.end_stream()
 
     async def share_stream(self, call: Call, rider: Rider, key: bytes) -> None:
         flight = await self.share(call, rider, key)
@@ -20162,8 +20175,7 @@ class Gateway:
         try:
             await answer.done
         finally:
-            if not answer.done.done() or answer.done.cancelled():
-                exchange.abort()
+            exchange.cut(answer)
         return answer
 
     async def exchange(self, target: Target, outgoing: Outgoing, sink: Sink) -> UpstreamConnection | EchoExchange:
@@ -20623,7 +20635,7 @@ class Nobody:
 
     def begin_stream(self, headers: list[tuple[str, str]]) -> None: ...
     def send(self, data: bytes) -> None: ...
-    def end_stream(self, broken: bool) -> None: ...
+    def end_stream(self) -> None: ...
 
 
 class StreamedCall:
@@ -20668,14 +20680,13 @@ class StreamedCall:
         flow_of = functools.partial(self._taped_flow, call, target, outgoing)
         relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)
         exchange = await gateway.exchange(target, outgoing, relay)
-        relay.throttle = exchange.hold
+        relay.throttle = functools.partial(exchange.throttle, relay)
         try:
             await relay.done
         finally:
             if relay.sent_content:
                 self._client.throttle = None
-            if not relay.done.done() or relay.done.cancelled() or relay.done.exception():
-                exchange.abort()
+            exchange.cut(relay)
             self._learn(call, target, relay.flow)
 
     async def _attempt_branch(self, call: Call, target: Target) -> None:
@@ -21123,11 +21134,9 @@ class Lane(RequestHandler):
         if self.transport is not None:
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
-    def end_stream(self, broken: bool) -> None:
+    def end_stream(self) -> None:
         if self.transport is not None:
             self.transport.write(b"0\r\n\r\n")
-            if broken:
-                self._keep = False
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -21252,7 +21261,6 @@ class WebClient:
     def __init__(self) -> None:
         self.throttle: Callable[[bool], None] | None = None
         self.headers: list[tuple[str, str]] | None = None
-        self.broken = False
         self._pieces: collections.deque[bytes] = collections.deque()
         self._size = 0
         self._more = asyncio.Event()
@@ -21269,11 +21277,7 @@ class WebClient:
             self.throttle(True)
         self._more.set()
 
-    def end_stream(self, broken: bool) -> None:
-        self.broken = broken
-        self.end()
-
-    def end(self) -> None:
+    def end_stream(self) -> None:
         self._ended = True
         self._more.set()
 
@@ -21368,7 +21372,7 @@ async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.St
     client = WebClient()
     task = asyncio.create_task(gateway.answer(call, client))
     gateway.web_calls.add(task)
-    task.add_done_callback(lambda _: client.end())
+    task.add_done_callback(lambda _: client.end_stream())
     task.add_done_callback(gateway.web_calls.discard)
     try:
         await client.started()
@@ -21385,8 +21389,6 @@ async def run_call(request: web.Request, gateway: Gateway, call: Call) -> web.St
             ):  # a client that reads nothing for so long is gone
                 await response.write(piece)
         await task
-        if client.broken:
-            response.force_close()
         await response.write_eof()
         return response
     finally:

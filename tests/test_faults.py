@@ -6,6 +6,7 @@ to other targets is test_failover.py's, life before the first byte to a client (
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gzip
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Proxy, Start
-from upstreams import GOLDENS, Answer, Golden, event, plain, stream
+from upstreams import GOLDENS, STREAM, Answer, Golden, event, plain, stream
 
 import stockyard
 
@@ -173,7 +174,7 @@ FAULTS: dict[str, Fault] = {
         raw(lambda g, s: head(False, "content-length: 3000000") + b" " * 3_000_000), (502, "upstream_too_large"), MALFORMED, False
     ),
     "endless event": Fault(
-        lambda g, s: stream([half(g, True), b'data: {"a":"' + b"a" * 300_000]) if s else Answer(200, JSON, [b'{"a":"' + b"a" * 300_000]),
+        lambda g, s: stream([half(g, True), b'data: {"a":"' + b"a" * 300_000], gap_s=0.01) if s else Answer(200, JSON, [b'{"a":"' + b"a" * 300_000]),
         MALFORMED, GARBLED,
     ),
     "slow drip": Fault(
@@ -345,3 +346,50 @@ def test_a_stream_cut_at_any_byte_shows_no_success(way: tuple[str, str, str], at
         assert at >= end or SUCCESS[client] not in out, at
     assert flow.complete
     assert SUCCESS[client] in out
+
+
+async def test_who_ends_an_exchange_leaves_the_next_one_on_its_connection_alone(start: Start) -> None:
+    """A call learns of its answer a moment after the connection is free again; its clean-up must not hit the next call."""
+    async with start() as proxy:
+        upstream = proxy.gateway.upstream
+        origin = upstream.origin(proxy.upstream.url)
+        request = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+        first, second = (stockyard.PlainAnswer(proxy.gateway.loop) for _ in range(2))
+        exchange = await upstream.send(origin, request, first)
+        await first.done
+        assert await upstream.send(origin, request, second) is exchange
+        exchange.throttle(first, True)
+        exchange.cut(first)
+        async with asyncio.timeout(10):
+            await second.done
+        assert second.status == 200
+
+
+async def test_an_answer_past_its_bound_is_read_no_further(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_bounds(monkeypatch)
+    async with start(cache="off") as proxy:
+        proxy.upstream.answers = [Answer(200, JSON, [b" " * 1_500_000] * 2 + [b" "] * 99, gap_s=0.3)]
+        status, _, _ = await proxy.post("/v1/chat/completions", GOLDENS["openai"].request)
+        async with asyncio.timeout(10):
+            while not proxy.upstream.hung_up:
+                await asyncio.sleep(0.01)
+    assert status == 502
+
+
+async def test_a_broken_stream_leaves_its_connection_to_the_next_call(start: Start) -> None:
+    """Its chunks end well, so nothing needs to close; a connection that closes now would cost the next call."""
+    async with start(cache="off") as proxy:
+        path, request = request_of("openai", "gpt-4o-mini", True)
+        body = json.dumps(request).encode()
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path.encode()
+        plain = b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.url.rpartition(":")[2]))
+        for sent in (plain, chunked, plain, chunked):
+            proxy.upstream.answers = [stream(STREAM[:2])]
+            writer.write(head + sent)
+            async with asyncio.timeout(20):
+                told = await reader.readuntil(b"\r\n0\r\n\r\n")
+            assert told.startswith(b"HTTP/1.1 200")
+            assert told.count(FAILURE["openai"]) == 1
+        writer.close()

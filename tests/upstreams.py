@@ -224,9 +224,11 @@ class FakeUpstream:
         if seconds:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    if not await reader.read(1):
-                        self.hung_up += 1
-                        raise ConnectionError
+                    with contextlib.suppress(ConnectionError):  # a reset is a hang-up as well
+                        if await reader.read(1):
+                            return
+                    self.hung_up += 1
+                    raise ConnectionError
 
     def _answer(self, path: str, body: bytes) -> Answer:
         if self.answers:
