@@ -82,7 +82,7 @@ async function open() {
   frame();
   if (!location.hash) {
     const { total } = await api("overview").catch(() => ({}));
-    history.replaceState(null, "", total ? "#/overview" : "#/start");
+    if (!location.hash) history.replaceState(null, "", total ? "#/overview" : "#/start");
   }
   show();
 }

@@ -38,7 +38,7 @@ export function usd(value) {
 }
 export function ms(value) {
   if (value === null || value === undefined) return "–";
-  return value >= 10000 ? `${(value / 1000).toFixed(1)} s` : value >= 100 ? `${plain.format(value)} ms` : `${value.toFixed(1)} ms`;
+  return value >= 1000 ? `${(value / 1000).toFixed(value >= 10000 ? 1 : 2)} s` : value >= 100 ? `${plain.format(value)} ms` : `${value.toFixed(1)} ms`;
 }
 export function bytes(value) {
   if (value === null || value === undefined) return "–";
