@@ -102,8 +102,11 @@ async def call(proxy: Proxy, text: str = "Hi", **headers: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-async def test_every_view_shows_itself_without_a_fault_to_everybody(start: Start, width: int, scheme: str) -> None:
-    """Nothing for axe to say, nothing that moves while it loads, nothing wider than the window."""
+async def test_every_view_shows_itself_without_a_fault_to_everybody(
+    start: Start, tmp_path_factory: pytest.TempPathFactory, width: int, scheme: str
+) -> None:
+    """Nothing for axe to say, nothing that moves while it loads, nothing wider than the window; and a picture is kept."""
+    pictures = tmp_path_factory.mktemp(f"dashboard-{width}-{scheme}")
     async with start(require_key="always", redact="mask", guard_injection="flag", budget="5/day") as proxy:
         await call(proxy)
         await proxy.post(
@@ -122,6 +125,7 @@ async def test_every_view_shows_itself_without_a_fault_to_everybody(start: Start
                 assert await page.evaluate(SEES) == [], view
                 shifted = await page.evaluate("[window.shifted, window.shifted = 0][0]")
                 assert shifted < 0.1, f"{view} moves by {shifted} while it loads"
+                await page.screenshot(path=pictures / f"{view.replace('/', '-')}.png")
             assert faults == []
 
 
