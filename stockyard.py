@@ -24273,6 +24273,12 @@ def print_bench(rows: list[Json], options: argparse.Namespace) -> int:
 
 
 def run_version(options: argparse.Namespace) -> int:
+    if options.json:
+        try:
+            print(read_asset("sbom.json").decode(), end="")
+        except FileNotFoundError:
+            raise SettingsError("only the packed file, which ./build.sh makes, has a bill of materials") from None
+        return 0
     print(f"{PROGRAM} {__version__}")
     if options.deps:
         for name in sorted({"aiohttp", "orjson", "uvloop", *DEPENDENCIES}):
@@ -24367,7 +24373,10 @@ VERBS: Final = (
         ("--seconds", {"default": "3", "help": "how long each load lasts (default: 3)"}),
         ("--clients", {"default": "32", "help": "how many at once (default: 32)"}), _JSON,
         ("--provider-port", {"help": argparse.SUPPRESS}))),
-    Verb("version", run_version, "print the version", (("--deps", {"action": "store_true", "help": "also print the bundled packages"}),)),
+    Verb("version", run_version, "print the version", (
+        ("--deps", {"action": "store_true", "help": "also print the bundled packages"}),
+        ("--json", {"action": "store_true", "help": "print the file's bill of materials (CycloneDX) instead"}),
+    )),
 )  # fmt: skip
 
 

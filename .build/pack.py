@@ -2,11 +2,12 @@
 
 pack.py merge TARGET FOLDER...        add what a running Stockyard reads of some folders, native parts without symbols
 pack.py compile FOLDER TARGET         every module as .pyc of the running Python
-pack.py seal FROM_SHIV COMPILED FILE  add compiled modules and the manifest, put bootstrap.py in as __main__.py
+pack.py seal FROM_SHIV COMPILED FILE  add compiled modules, bill of materials and manifest, put bootstrap.py in as __main__.py
 """
 
 from __future__ import annotations
 
+import email
 import hashlib
 import importlib.util
 import json
@@ -119,6 +120,7 @@ def seal(from_shiv: Path, compiled: Path, file: Path) -> None:
         shebang = data[: min(member.header_offset for member in archive.infolist())]
     for path in sorted(compiled.rglob("*.pyc")):
         members[f"site-packages/{path.relative_to(compiled).as_posix()}"] = path.read_bytes()
+    members["site-packages/stockyard_assets/sbom.json"] = bill_of_materials(members)
     files = {name: sha256(members[name]) for name in sorted(members) if name.startswith("site-packages/")}
     builds = builds_of(files)
     members["manifest.json"] = json.dumps({"builds": builds, "files": files}, indent=0).encode()
@@ -135,6 +137,36 @@ def seal(from_shiv: Path, compiled: Path, file: Path) -> None:
     partial.replace(file)
     versions = ", ".join(sorted(set(builds.values())))
     print(f"{file}: {size:,} bytes, CPython {versions}, sha256 {sha256(file.read_bytes())}")
+
+
+def bill_of_materials(members: dict[str, bytes]) -> bytes:
+    """The packages in the file as CycloneDX 1.6 has them; what is the same in two builds, so neither time nor serial.
+
+    Source: https://cyclonedx.org/docs/1.6/json/
+    """
+    components = {}
+    for name in sorted(members):
+        if name.endswith(".dist-info/METADATA"):
+            told = email.message_from_bytes(members[name])
+            origin = "generic" if told["Name"] == "stockyard" else "pypi"
+            purl = f"pkg:{origin}/{told['Name'].lower().replace('_', '-')}@{told['Version']}"
+            licence = told["License-Expression"]
+            components[told["Name"]] = {
+                "type": "library",
+                "bom-ref": purl,
+                "name": told["Name"],
+                "version": told["Version"],
+                "purl": purl,
+                "licenses": [{"expression": licence} if licence else {"license": {"name": told["License"]}}],
+            }
+    bill = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": {**components.pop("stockyard"), "type": "application"}},
+        "components": list(components.values()),
+    }
+    return json.dumps(bill, indent=1).encode() + b"\n"
 
 
 def builds_of(files: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -501,6 +502,36 @@ def test_file_holds_what_runs_and_its_licences_only(zipapp: Path) -> None:
     for package in ("aiohttp", "orjson", "uvloop", "stockyard"):
         (metadata,) = [name for name in names if name.startswith(f"site-packages/{package}-") and "METADATA" in name]
         assert [name for name in names if name.startswith(metadata.rpartition("/")[0]) and "LICENSE" in name]
+
+
+def test_the_bill_of_materials_names_every_package_in_the_file(zipapp: Path, root: Path) -> None:
+    bill = json.loads(run([zipapp, "version", "--json"], SHIV_ROOT=root).stdout)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    with zipfile.ZipFile(zipapp) as archive:
+        folders = {
+            name.split("/")[1].removesuffix(".dist-info") for name in archive.namelist() if ".dist-info/" in name
+        }
+    parts = [bill["metadata"]["component"], *bill["components"]]
+    assert {f"{part['name'].replace('-', '_')}-{part['version']}" for part in parts} == folders
+    assert all(part["purl"].startswith("pkg:pypi/") for part in bill["components"])
+    assert all(part["licenses"] for part in parts)
+    listed = run([zipapp, "version", "--deps"], SHIV_ROOT=root).stdout.splitlines()
+    assert {f"{part['name']} {part['version']}" for part in bill["components"]} <= set(listed)
+
+
+def test_everything_that_is_installed_is_pinned_by_its_hash() -> None:
+    for pins in (".build/requirements.txt", ".build/build-requirements.txt", "tests/requirements.txt"):
+        lines = [
+            line
+            for line in (TOP / pins).read_text().split("\n")
+            if line and not line.startswith(("#", "-r ../.build/"))
+        ]
+        heads = [at for at, line in enumerate(lines) if not line.startswith(" ")]
+        assert heads
+        for at in heads:
+            assert re.fullmatch(r"[\w.-]+==[\w.]+( ; .*)? \\", lines[at]), lines[at]
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", lines[at + 1]), lines[at + 1]
+    assert (TOP / "build.sh").read_text().count("--require-hashes") == 3  # each of its ways to install them
 
 
 def test_pip_install_brings_the_assets(tmp_path: Path) -> None:
