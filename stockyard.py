@@ -598,12 +598,14 @@ def write_openai_usage(usage: Usage) -> Json:
     out: Json = {"reasoning_tokens": usage.reasoning_tokens, "audio_tokens": usage.output_audio_tokens}
     if usage.output_image_tokens:
         out["image_tokens"] = usage.output_image_tokens
+    searches = {"num_search_queries": usage.searches} if usage.searches else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": details,
         "completion_tokens_details": out,
+        **searches,
     }
 
 
@@ -1143,16 +1145,41 @@ class Dialect:
 # functions only, and the writers and the joiner of canonical chunks.
 
 
+def given(holder: Json, *names: str) -> Json:
+    """The members of these names that are there and not null."""
+    return {name: holder[name] for name in names if holder.get(name) is not None}
+
+
+def without(holder: Json, *names: str) -> Json:
+    return {name: value for name, value in holder.items() if name not in names}
+
+
+def filled(**members: Any) -> Json:
+    """The members that say something: neither empty nor zero."""
+    return {name: value for name, value in members.items() if value}
+
+
 def want_object(value: Any, where: str) -> Json:
     if not isinstance(value, dict):
         raise InvalidRequest(f"`{where}` must be an object", param=where)
     return value
 
 
+def want_members(value: Any, where: str) -> Json:
+    """An object; null stands for an empty one."""
+    return {} if value is None else want_object(value, where)
+
+
 def want_list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise InvalidRequest(f"`{where}` must be an array", param=where)
     return value
+
+
+def want_objects(value: Any, where: str) -> list[tuple[str, Json]]:
+    """An array of objects with the place of each; null stands for an empty one."""
+    members = [] if value is None else want_list(value, where)
+    return [(f"{where}[{at}]", want_object(member, f"{where}[{at}]")) for at, member in enumerate(members)]
 
 
 def want_text(value: Any, where: str) -> str:
@@ -1169,10 +1196,9 @@ def want_number(value: Any, where: str) -> int | float:
 
 def want_whole(value: Any, where: str) -> int:
     """A whole number; JSON writers of some languages send 40.0."""
-    number = want_number(value, where)
-    if number != int(number):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise InvalidRequest(f"`{where}` must be a whole number", param=where)
-    return int(number)
+    return int(value)
 
 
 def want_flag(value: Any, where: str) -> bool:
@@ -1187,10 +1213,10 @@ def want_texts(value: Any, where: str) -> list[str]:
 
 @contextlib.contextmanager
 def provider_shape() -> Iterator[None]:
-    """An answer of an unforeseen shape is the provider's failure, not ours."""
+    """Answers are read without checks, as they are documented; where one strays, that is the provider's failure."""
     try:
         yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, InvalidRequest) as error:
         raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
 
 
@@ -1291,11 +1317,23 @@ def own_extras(request: Json, dialect: str, translation: Translation) -> Json:
     return mine
 
 
+def merge_members(body: Json, members: Json) -> None:
+    """Merge objects into objects, all the way down, and share none; anything else replaces what was there."""
+    for name, value in members.items():
+        if isinstance(value, dict):
+            held = body.get(name)
+            body[name] = dict(held) if isinstance(held, dict) else {}
+            merge_members(body[name], value)
+        else:
+            body[name] = value
+
+
 #: The schema of a custom (free text) tool sent as a function; `read_call` and `CallWriter` undo it.
 CUSTOM_SCHEMA: Final[Json] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 def custom_text(arguments: str) -> str:
+    """The text a custom tool gets from the arguments of the function it was sent as."""
     given = load_object(arguments)
     text = given.get("input") if given else None
     return text if isinstance(text, str) else arguments
@@ -1361,8 +1399,8 @@ def _read_tool(inner: Json, where: str, kind: str, cache_control: Any, translati
 def read_chosen_tools(request: Json) -> ToolChoice:
     """OpenAI's `tool_choice`, its legacy `function_call`, and the list of allowed tools, as one value."""
     choice = request.get("tool_choice") or request.get("function_call") or "auto"
-    if choice in ("auto", "required", "none"):
-        return ToolChoice(choice)
+    if choice in ("auto", "required", "none", "any"):  # Mistral says `any`
+        return ToolChoice("required" if choice == "any" else choice)
     choice = want_object(choice, "tool_choice")
     if choice.get("type") == "allowed_tools":
         allowed = want_object(choice.get("allowed_tools") or choice, "tool_choice.allowed_tools")
@@ -1534,6 +1572,7 @@ class ChunkWriter:
     def __init__(self, translation: Translation) -> None:
         self._translation = translation
         self.id = ""
+        self.created, self.model = translation.now_s, translation.model
         self._begun = False
 
     def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
@@ -1550,8 +1589,8 @@ class ChunkWriter:
 
     def _frame(self, choices: list[Json]) -> Json:
         self.id = self.id or self._translation.new_id("chatcmpl-")
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self._translation.now_s}
-        return {**head, "model": self._translation.model, "choices": choices}
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
+        return {**head, "model": self.model, "choices": choices}
 
 
 def write_completion(message: Json, finish: str, usage: Json | None, translation: Translation, **members: Any) -> Json:
@@ -1569,7 +1608,7 @@ def write_completion(message: Json, finish: str, usage: Json | None, translation
 
 
 def join_chunks(chunks: Sequence[Json]) -> Json:
-    """Whole canonical chunks as one completion."""
+    """Whole canonical chunks as one completion. Absent content is null beside calls or a refusal, else empty text."""
     message: Json = {"role": "assistant", "content": None}
     calls: dict[int, Json] = {}
     completion: Json = {**chunks[0], "object": "chat.completion", "choices": []}
@@ -1578,13 +1617,15 @@ def join_chunks(chunks: Sequence[Json]) -> Json:
         if chunk.get("usage"):
             completion["usage"] = chunk["usage"]
         for part in chunk["choices"]:
-            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+            choice |= given(part, "finish_reason", "stop_sequence")
             if tokens := (part.get("logprobs") or {}).get("content"):
                 before = choice["logprobs"]["content"] if choice["logprobs"] else []
                 choice["logprobs"] = {"content": before + tokens, "refusal": None}
             _join_delta(message, calls, part.get("delta") or {})
     if calls:
         message["tool_calls"] = list(calls.values())
+    elif message["content"] is None and not message.get("refusal"):
+        message["content"] = ""
     completion["choices"] = [choice]
     return completion
 
@@ -1596,6 +1637,8 @@ def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
                 _join_call(calls, piece)
         elif isinstance(value, list):
             message.setdefault(name, []).extend(value)
+        elif isinstance(value, dict):
+            message[name] = {**(message.get(name) or {}), **value}
         elif name != "role" and value:
             message[name] = (message.get(name) or "") + value
 
@@ -1607,6 +1650,116 @@ def _join_call(calls: dict[int, Json], piece: Json) -> None:
     inner = piece.get(kind) or {}
     call[kind]["name"] = call[kind]["name"] or inner.get("name") or ""
     call[kind][text] += inner.get(text) or ""
+    call |= given(piece, "extra_content")
+
+
+class QueuedCall:
+    """A tool call on its way; `open` once it was announced, `closed` when all of it was told."""
+
+    def __init__(self, call_id: str) -> None:
+        self.call_id, self.name, self.custom = call_id, "", False
+        self.text: list[str] = []
+        self.open = self.closed = False
+        #: What a renderer keeps with it: opaque state, the item it opened.
+        self.blocks: list[Json] = []
+        self.item: Any = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the arguments are complete: only then can nothing but another call follow."""
+        text = "".join(self.text)
+        return text.rstrip().endswith("}") and load_object(text) is not None
+
+
+class SerialRenderer:
+    """Writes canonical chunks for clients whose answers are items, told one after the other.
+
+    The first tool call streams, further ones wait until every earlier one is whole. The end is written in `close`, when
+    the usage is known. A subclass says how things look: `_begin`, `_read`, `_open_call`, `_tell_call`, `_end_call`,
+    `_end` and `fail`.
+    """
+
+    call_prefix: ClassVar[str] = "call_"
+
+    def __init__(self, new_id: Callable[[str], str]) -> None:
+        self._new_id = new_id
+        self._events: list[bytes] = []
+        self._calls: list[QueuedCall] = []
+        self._by_index: dict[Any, QueuedCall] = {}
+        self._finish = "stop"
+        self._usage: Json | None = None
+
+    def feed(self, chunk: Json) -> bytes:
+        self._events.clear()
+        self._begin(chunk)
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk.get("choices") or ():
+            if not choice.get("index"):
+                self._read(choice, choice.get("delta") or {})
+                self._finish = choice.get("finish_reason") or self._finish
+        return b"".join(self._events)
+
+    def close(self) -> bytes:
+        self._events.clear()
+        self._begin({})
+        self._end()
+        return b"".join(self._events)
+
+    def _begin(self, chunk: Json) -> None:
+        raise NotImplementedError
+
+    def _read(self, choice: Json, delta: Json) -> None:
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+    def _open_call(self, call: QueuedCall) -> None:
+        raise NotImplementedError
+
+    def _tell_call(self, call: QueuedCall, text: str) -> None:
+        raise NotImplementedError
+
+    def _end_call(self, call: QueuedCall) -> None:
+        raise NotImplementedError
+
+    def _call(self, piece: Json) -> None:
+        self._extend_call(self._call_of(piece), piece)
+
+    def _extend_call(self, call: QueuedCall, piece: Json) -> None:
+        inner = piece.get("custom") or piece.get("function") or {}
+        call.name = call.name or inner.get("name") or ""
+        call.custom = call.custom or "custom" in piece
+        text = inner.get("input" if call.custom else "arguments") or ""
+        if call.closed:
+            return
+        if text:
+            call.text.append(text)
+        if call.open:
+            self._tell_call(call, text)
+        elif call.name and self._is_next(call):
+            self._open_call(call)
+
+    def _call_of(self, piece: Json) -> QueuedCall:
+        """The call a piece belongs to. Some hosts leave `index` out or always send 0: then a new id is a new call."""
+        at, call_id = piece.get("index"), piece.get("id")
+        known = self._by_index.get(at if at is not None else call_id)
+        named = (piece.get("function") or piece.get("custom") or {}).get("name")
+        if at is None and call_id is None and not named and self._calls:
+            known = self._calls[-1]
+        if known is None or (call_id and named and call_id != known.call_id):
+            known = QueuedCall(call_id or self._new_id(self.call_prefix))
+            self._calls.append(known)
+            self._by_index[at if at is not None else known.call_id] = known
+        return known
+
+    def _is_next(self, call: QueuedCall) -> bool:
+        """Whether `call` may stream: every earlier one is told, or is whole and now is."""
+        for earlier in self._calls[: self._calls.index(call)]:
+            if not earlier.closed and (not earlier.open or earlier.custom or not earlier.whole):
+                return False
+            self._end_call(earlier)
+        return True
 
 
 def write_embeddings(vectors: Sequence[Any], input_tokens: int, translation: Translation) -> Json:
@@ -2087,26 +2240,6 @@ FAILURE_STATUSES: Final = {
     "invalid_api_key": 401, "authentication_error": 401,
 }  # fmt: skip
 
-JSON_KINDS: Final = {dict: "an object", list: "an array", str: "a string", bool: "true or false", int: "a whole number"}
-
-
-def expect_json(value: Any, kind: type, where: str) -> Any:
-    """Give back `value` if it is of `kind`; InvalidRequest names the place otherwise."""
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InvalidRequest(f"`{where}` must be {JSON_KINDS[kind]}", param=where)
-    return value
-
-
-def optional_json(value: Any, kind: type, where: str) -> Any:
-    """The same where null or nothing stands for an empty one."""
-    return kind() if value is None else expect_json(value, kind, where)
-
-
-def expect_objects(value: Any, where: str) -> list[tuple[str, Json]]:
-    """An array of objects with the place of each; null stands for an empty one."""
-    members = enumerate(optional_json(value, list, where))
-    return [(f"{where}[{at}]", expect_json(member, dict, f"{where}[{at}]")) for at, member in members]
-
 
 def pack_state(blocks: list[Json]) -> str:
     """Opaque blocks as the text of an `encrypted_content`; `unpack_state` is the inverse, byte for byte."""
@@ -2136,23 +2269,21 @@ def reasoning_text(item: Json) -> str:
 # Tools: flat here, nested in chat; grammars of custom tools likewise. Custom tools as functions serve targets that know
 # functions only: one text argument `input`, taken out again on the way back.
 
-CUSTOM_AS_FUNCTION: Final = {
-    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False,
-}  # fmt: skip
+CUSTOM_AS_FUNCTION: Final = {**CUSTOM_SCHEMA, "additionalProperties": False}
 
 
 def read_tool(tool: Json, where: str) -> tuple[Json, Json]:
     """A Responses tool as a chat tool, and its members that chat has no place for."""
-    kind = expect_json(tool.get("type"), str, f"{where}.type")
+    kind = want_text(tool.get("type"), f"{where}.type")
     if kind == "function":
-        expect_json(tool.get("name"), str, f"{where}.name")
+        want_text(tool.get("name"), f"{where}.name")
         names = ("name", "description", "parameters", "strict")
         function = {name: tool[name] for name in names if tool.get(name) is not None}
         rest = {name: value for name, value in tool.items() if name not in (*names, "type") and value is not None}
         return {"type": "function", "function": function}, rest
     if kind == "custom":
         custom = {name: value for name, value in tool.items() if name != "type" and value is not None}
-        expect_json(custom.get("name"), str, f"{where}.name")
+        want_text(custom.get("name"), f"{where}.name")
         grammar = custom.get("format")
         if isinstance(grammar, dict) and grammar.get("type") == "grammar":
             inner = {name: value for name, value in grammar.items() if name != "type"}
@@ -2172,11 +2303,11 @@ def read_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
     """A Responses tool choice as chat's; None for the choice of a provider's own tool."""
     if isinstance(choice, str):
         return choice
-    kind = expect_json(choice, dict, where).get("type")
+    kind = want_object(choice, where).get("type")
     if kind in ("function", "custom"):
-        return {"type": kind, kind: {"name": expect_json(choice.get("name"), str, f"{where}.name")}}
+        return {"type": kind, kind: {"name": want_text(choice.get("name"), f"{where}.name")}}
     if kind == "allowed_tools":
-        tools = [read_tool_choice(tool, place) or tool for place, tool in expect_objects(choice.get("tools"), where)]
+        tools = [read_tool_choice(tool, place) or tool for place, tool in want_objects(choice.get("tools"), where)]
         return {"type": kind, kind: {"mode": choice.get("mode", "auto"), "tools": tools}}
     return None
 
@@ -2184,26 +2315,26 @@ def read_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
 def write_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
     if isinstance(choice, str):
         return choice
-    kind = expect_json(choice, dict, where).get("type")
+    kind = want_object(choice, where).get("type")
     if kind in ("function", "custom"):
-        return {"type": kind, "name": expect_json(choice.get(kind), dict, f"{where}.{kind}").get("name")}
+        return {"type": kind, "name": want_object(choice.get(kind), f"{where}.{kind}").get("name")}
     if kind == "allowed_tools":
-        allowed = expect_json(choice.get(kind), dict, f"{where}.{kind}")
-        tools = [write_tool_choice(tool, place) for place, tool in expect_objects(allowed.get("tools"), where)]
+        allowed = want_object(choice.get(kind), f"{where}.{kind}")
+        tools = [write_tool_choice(tool, place) for place, tool in want_objects(allowed.get("tools"), where)]
         return {"type": kind, "mode": allowed.get("mode", "auto"), "tools": tools}
     return choice
 
 
 def customs_as_functions(request: Json) -> tuple[Json, frozenset[str]]:
     """A canonical request whose custom tools became functions, and their names; the same request if it has none."""
-    tools = [tool for _, tool in expect_objects(request.get("tools"), "tools")]
-    customs = [expect_json(tool.get("custom"), dict, "tools.custom") for tool in tools if tool.get("type") == "custom"]
+    tools = [tool for _, tool in want_objects(request.get("tools"), "tools")]
+    customs = [want_object(tool.get("custom"), "tools.custom") for tool in tools if tool.get("type") == "custom"]
     if not customs:
         return request, frozenset()
     messages = [
         {**message, "tool_calls": [_custom_as_call(call) for call in message["tool_calls"]]}
         if isinstance(message.get("tool_calls"), list) else message
-        for _, message in expect_objects(request.get("messages"), "messages")
+        for _, message in want_objects(request.get("messages"), "messages")
     ]  # fmt: skip
     changed = {**request, "messages": messages, "tools": [_custom_as_tool(tool) for tool in tools]}
     if isinstance(request.get("tool_choice"), dict):
@@ -2227,7 +2358,7 @@ def _custom_as_tool(tool: Json) -> Json:
 def _custom_as_call(call: Any) -> Any:
     if not isinstance(call, dict) or call.get("type") != "custom":
         return call
-    custom = expect_json(call.get("custom"), dict, "tool_calls.custom")
+    custom = want_object(call.get("custom"), "tool_calls.custom")
     arguments = dump_json({"input": custom.get("input") or ""}).decode()
     kept = {name: value for name, value in call.items() if name != "custom"}
     return {**kept, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
@@ -2241,16 +2372,6 @@ def _custom_as_choice(choice: Json) -> Json:
         return choice
     tools = [_custom_as_choice(tool) if isinstance(tool, dict) else tool for tool in allowed["tools"]]
     return {**choice, "allowed_tools": {**allowed, "tools": tools}}
-
-
-def custom_input(arguments: str) -> str:
-    """The text a custom tool gets from the arguments of the function it was sent as."""
-    try:
-        value = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
-    text = value.get("input") if isinstance(value, dict) else None
-    return text if isinstance(text, str) else arguments
 
 
 class ResponsesReader:
@@ -2268,7 +2389,7 @@ class ResponsesReader:
         self._attached: list[Json] = []
 
     def read(self, place: str, item: Json) -> None:
-        kind: str = expect_json(item.get("type") or ("message" if "role" in item else None), str, f"{place}.type")
+        kind: str = want_text(item.get("type") or ("message" if "role" in item else None), f"{place}.type")
         if kind not in ("function_call_output", "custom_tool_call_output"):
             self._attach()
         self.READERS.get(kind, ResponsesReader._native)(self, place, item)
@@ -2300,7 +2421,7 @@ class ResponsesReader:
             self._attached = []
 
     def _reference(self, place: str, item: Json) -> None:
-        name = expect_json(item.get("id"), str, f"{place}.id")
+        name = want_text(item.get("id"), f"{place}.id")
         if not isinstance(self._items.get(name), dict):
             raise InvalidRequest(f"Item with id '{name}' not found.", status=404, code="item_not_found", param=place)
         if self._items[name].get("type") == "item_reference":
@@ -2308,7 +2429,7 @@ class ResponsesReader:
         self.read(place, self._items[name])
 
     def _message(self, place: str, item: Json) -> None:
-        role = expect_json(item.get("role"), str, f"{place}.role")
+        role = want_text(item.get("role"), f"{place}.role")
         if role not in ("user", "assistant", "system", "developer"):
             raise InvalidRequest(f"`{place}.role` must be user, assistant, system or developer", param=f"{place}.role")
         parts = self._parts(item.get("content"), f"{place}.content")
@@ -2340,21 +2461,21 @@ class ResponsesReader:
             return [{"type": "text", "text": content}]
         if not isinstance(content, list):
             raise InvalidRequest(f"`{place}` must be a string or an array of parts", param=place)
-        return [self._part(where, part) for where, part in expect_objects(content, place)]
+        return [self._part(where, part) for where, part in want_objects(content, place)]
 
     def _part(self, place: str, part: Json) -> Json:
         kind = part.get("type")
         if kind in ("input_text", "output_text", "text"):
-            read: Json = {"type": "text", "text": expect_json(part.get("text"), str, f"{place}.text")}
+            read: Json = {"type": "text", "text": want_text(part.get("text"), f"{place}.text")}
         elif kind == "refusal":
-            read = {"type": "refusal", "refusal": expect_json(part.get("refusal"), str, f"{place}.refusal")}
+            read = {"type": "refusal", "refusal": want_text(part.get("refusal"), f"{place}.refusal")}
         elif kind == "input_image":
             read = self._image(place, part)
         elif kind == "input_file":
             names = ("file_data", "file_url", "file_id", "filename", "detail")
             read = {"type": "file", "file": {name: part[name] for name in names if part.get(name) is not None}}
         elif kind == "input_audio":
-            read = {"type": "input_audio", "input_audio": expect_json(part.get("input_audio"), dict, place)}
+            read = {"type": "input_audio", "input_audio": want_object(part.get("input_audio"), place)}
         else:
             raise InvalidRequest(f"`{place}.type` is {kind!r}, which is no content part", param=f"{place}.type")
         if part.get("prompt_cache_breakpoint") is not None:
@@ -2365,17 +2486,17 @@ class ResponsesReader:
         detail = {"detail": part["detail"]} if part.get("detail") is not None else {}
         if part.get("file_id") is not None and part.get("image_url") is None:
             return {"type": "file", "file": {"file_id": part["file_id"], "image": True, **detail}}
-        url = expect_json(part.get("image_url"), str, f"{place}.image_url")
+        url = want_text(part.get("image_url"), f"{place}.image_url")
         return {"type": "image_url", "image_url": {"url": url, **detail}}
 
     def _call(self, place: str, item: Json) -> None:
-        name = expect_json(item.get("name"), str, f"{place}.name")
-        call: Json = {"id": expect_json(item.get("call_id"), str, f"{place}.call_id")}
+        name = want_text(item.get("name"), f"{place}.name")
+        call: Json = {"id": want_text(item.get("call_id"), f"{place}.call_id")}
         if item["type"] == "custom_tool_call":
-            text = expect_json(item.get("input"), str, f"{place}.input")
+            text = want_text(item.get("input"), f"{place}.input")
             call.update(type="custom", custom={"name": name, "input": text})
         else:
-            text = expect_json(item.get("arguments"), str, f"{place}.arguments")
+            text = want_text(item.get("arguments"), f"{place}.arguments")
             call.update(type="function", function={"name": name, "arguments": text})
         if item.get("namespace") is not None:
             self.extra.setdefault("input.namespace", {})[call["id"]] = item["namespace"]
@@ -2392,7 +2513,7 @@ class ResponsesReader:
         return call
 
     def _result(self, place: str, item: Json) -> None:
-        call_id = expect_json(item.get("call_id"), str, f"{place}.call_id")
+        call_id = want_text(item.get("call_id"), f"{place}.call_id")
         parts = self._parts(item.get("output"), f"{place}.output")
         self._end_turn()
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
@@ -2443,8 +2564,8 @@ class ResponsesWriter:
         self.items: list[Json] = []
         self._dialect, self._translation = dialect, translation
         told = {} if dialect.closed else extra
-        self._phases = optional_json(told.get("input.phase"), dict, "input.phase")
-        self._namespaces = optional_json(told.get("input.namespace"), dict, "input.namespace")
+        self._phases = want_members(told.get("input.phase"), "input.phase")
+        self._namespaces = want_members(told.get("input.namespace"), "input.namespace")
         self._customs: set[str] = set()
 
     def write(self, at: int, message: Json) -> None:
@@ -2466,7 +2587,7 @@ class ResponsesWriter:
     def _content(self, content: Any, place: str, text_type: str = "input_text") -> Any:
         if content is None or isinstance(content, str):
             return content or ""
-        parts = [self._part(part, where, text_type) for where, part in expect_objects(content, f"{place}.content")]
+        parts = [self._part(part, where, text_type) for where, part in want_objects(content, f"{place}.content")]
         return [part for part in parts if part is not None]
 
     def _part(self, part: Json, place: str, text_type: str) -> Json | None:
@@ -2475,17 +2596,17 @@ class ResponsesWriter:
             self._translation.drop("cache_control")
         mark = {name: part[name] for name in ("prompt_cache_breakpoint",) if part.get(name) is not None}
         if kind == "text":
-            return {"type": text_type, "text": expect_json(part.get("text"), str, f"{place}.text"), **mark}
+            return {"type": text_type, "text": want_text(part.get("text"), f"{place}.text"), **mark}
         if kind == "refusal":
             return {"type": "refusal", "refusal": part.get("refusal")}
         if kind == "image_url":
-            image = expect_json(part.get("image_url"), dict, f"{place}.image_url")
+            image = want_object(part.get("image_url"), f"{place}.image_url")
             detail = {"detail": image["detail"]} if image.get("detail") else {}
             return {"type": "input_image", "image_url": image.get("url"), **detail, **mark}
         if kind == "input_audio":
             return {"type": "input_audio", "input_audio": part.get("input_audio"), **mark}
         if kind == "file":
-            file = expect_json(part.get("file"), dict, f"{place}.file")
+            file = want_object(part.get("file"), f"{place}.file")
             rest = {name: value for name, value in file.items() if name != "image"}
             return {"type": "input_image" if file.get("image") else "input_file", **rest, **mark}
         self._translation.drop(f"content.{kind}")
@@ -2494,7 +2615,7 @@ class ResponsesWriter:
     def _turn(self, message: Json, place: str, phase: Any) -> None:
         """One assistant turn: reasoning where it stood, the text, then the calls with theirs in front."""
         blocks = self._blocks(message, place)
-        calls = [call for _, call in expect_objects(message.get("tool_calls"), f"{place}.tool_calls")]
+        calls = [call for _, call in want_objects(message.get("tool_calls"), f"{place}.tool_calls")]
         self.items += [item for before, text, item in blocks if not before and not text]
         content = self._content(message.get("content"), place, "output_text")
         if message.get("refusal"):
@@ -2512,7 +2633,7 @@ class ResponsesWriter:
     def _blocks(self, message: Json, place: str) -> list[tuple[int, bool, Json]]:
         """The items among the opaque blocks, with where they stood. Those of another provider stay behind."""
         found = []
-        for where, block in expect_objects(message.get("thinking_blocks"), f"{place}.thinking_blocks"):
+        for where, block in want_objects(message.get("thinking_blocks"), f"{place}.thinking_blocks"):
             item, origin = block.get("item"), block.get("provider")
             mine = origin is None or origin == self._translation.provider.id
             if block.get("type") != "reasoning_item" or not mine or not self._dialect.takes_items:
@@ -2520,7 +2641,7 @@ class ResponsesWriter:
                 continue
             before = block.get("calls_before")
             at = before if isinstance(before, int) else 0
-            found.append((at, bool(block.get("text_before")), expect_json(item, dict, f"{where}.item")))
+            found.append((at, bool(block.get("text_before")), want_object(item, f"{where}.item")))
         if message.get("reasoning_content") and not any(item.get("type") == "reasoning" for _, _, item in found):
             self._translation.drop("reasoning_content")
         if message.get("extra_content"):
@@ -2529,8 +2650,8 @@ class ResponsesWriter:
 
     def _call(self, call: Json, place: str) -> None:
         kind = "custom" if call.get("type") == "custom" else "function"
-        inner = expect_json(call.get(kind), dict, f"{place}.{kind}")
-        call_id = fit_call_id(expect_json(call.get("id"), str, f"{place}.id"))
+        inner = want_object(call.get(kind), f"{place}.{kind}")
+        call_id = fit_call_id(want_text(call.get("id"), f"{place}.id"))
         if call.get("extra_content"):
             self._translation.drop("extra_content")
         space = self._namespaces.get(call["id"])
@@ -2542,7 +2663,7 @@ class ResponsesWriter:
             self.items.append({"type": "function_call", **named, "arguments": inner.get("arguments") or "{}"})
 
     def _result(self, message: Json, place: str) -> None:
-        call_id = fit_call_id(expect_json(message.get("tool_call_id"), str, f"{place}.tool_call_id"))
+        call_id = fit_call_id(want_text(message.get("tool_call_id"), f"{place}.tool_call_id"))
         kind = "custom_tool_call_output" if call_id in self._customs else "function_call_output"
         output = self._content(message.get("content"), place)
         if isinstance(output, list) and all(part.keys() == {"type", "text"} for part in output):
@@ -2620,15 +2741,6 @@ class ItemProgress:
         return full[start:]
 
 
-@contextlib.contextmanager
-def malformed_is_theirs() -> Iterator[None]:
-    """Members of another type than documented are the provider's failure, not ours."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as cause:
-        raise UpstreamError("the provider sent an event of an unknown shape", code="upstream_malformed") from cause
-
-
 class ResponsesDecoder:
     """Reads a Responses stream into canonical chunks.
 
@@ -2665,7 +2777,7 @@ class ResponsesDecoder:
             raise self._dialect.failure(event.get("error") or event)
         reader = self.READERS.get(kind)
         if reader is not None:
-            with malformed_is_theirs():
+            with provider_shape():
                 reader(self, event)
 
     def finish(self, response: Json) -> list[Json]:
@@ -2679,7 +2791,7 @@ class ResponsesDecoder:
         self._emit({}, self._reason(response))
         usage = self._dialect.read_usage(response)
         if usage is not None:
-            self._out.append({**self._head, "choices": [], "usage": self._dialect.canonical_usage(usage)})
+            self._out.append({**self._head, "choices": [], "usage": write_openai_usage(usage)})
         self.complete = True
         return self._out
 
@@ -2812,7 +2924,7 @@ class ResponsesDecoder:
     def _end_call(self, progress: ItemProgress, item: Json) -> None:
         self._start_call(progress, item)
         if progress.held:
-            self._argue(progress, custom_input(item.get("arguments") or ""))
+            self._argue(progress, custom_text(item.get("arguments") or ""))
         elif progress.call is not None:
             full = item.get("input") if item["type"] == "custom_tool_call" else item.get("arguments")
             self._argue(progress, progress.rest("call", full))
@@ -3221,7 +3333,7 @@ class ResponsesRenderer:
         call.closed = True
         text, wrapped = "".join(call.text), self._wrapped(call)
         if wrapped:
-            text = custom_input(text)
+            text = custom_text(text)
             self._tell(call.open, "custom_tool_call_input.delta", delta=text)
         elif not call.custom and text.strip() in ("", "null"):
             if not text:
@@ -3288,13 +3400,14 @@ class OpenAiResponses(Dialect):
         body's ITEMS_KEY member. What only a Responses provider can carry ends in `extra_body.responses`, under its
         dotted path; `refuse_foreign` says which of that no other provider may be asked without.
         """
-        request: Json = {"model": expect_json(body.get("model"), str, "model")}
-        reader = ResponsesReader(optional_json(body.get(ITEMS_KEY), dict, ITEMS_KEY))
+        request: Json = {"model": want_text(body.get("model"), "model")}
+        reader = ResponsesReader(want_members(body.get(ITEMS_KEY), ITEMS_KEY))
         request["messages"] = self._messages(body, reader)
         request.update({name: body[name] for name in SAME_IN_CHAT if body.get(name) is not None})
-        for name, chat_name in (("stream", "stream"), ("max_output_tokens", "max_completion_tokens")):
-            if body.get(name) is not None:
-                request[chat_name] = expect_json(body[name], bool if name == "stream" else int, name)
+        if body.get("stream") is not None:
+            request["stream"] = want_flag(body["stream"], "stream")
+        if body.get("max_output_tokens") is not None:
+            request["max_completion_tokens"] = want_whole(body["max_output_tokens"], "max_output_tokens")
         extra = reader.extra
         self._read_shape(body, request, extra)
         self._read_tools(body, request, extra)
@@ -3308,13 +3421,13 @@ class OpenAiResponses(Dialect):
 
     def _messages(self, body: Json, reader: ResponsesReader) -> list[Json]:
         if body.get("instructions") is not None:
-            text = expect_json(body["instructions"], str, "instructions")
+            text = want_text(body["instructions"], "instructions")
             reader.messages += [{"role": "system", "content": text}] if text else []
         given = body.get("input")
         if isinstance(given, str):
             reader.messages.append({"role": "user", "content": given})
         elif isinstance(given, list):
-            for place, item in expect_objects(given, "input"):
+            for place, item in want_objects(given, "input"):
                 reader.read(place, item)
         elif given is not None or body.get("prompt") is None:
             raise InvalidRequest("`input` must be a string or an array of items", param="input")
@@ -3325,16 +3438,16 @@ class OpenAiResponses(Dialect):
 
     def _read_shape(self, body: Json, request: Json, extra: Json) -> None:
         """`reasoning` and `text`: one member of each has a place in chat, or two."""
-        reasoning = optional_json(body.get("reasoning"), dict, "reasoning")
-        text = optional_json(body.get("text"), dict, "text")
+        reasoning = want_members(body.get("reasoning"), "reasoning")
+        text = want_members(body.get("text"), "text")
         for group, members, known in (("reasoning", reasoning, ("effort",)), ("text", text, ("format", "verbosity"))):
             rest = {f"{group}.{name}": value for name, value in members.items() if name not in known}
             extra.update({name: value for name, value in rest.items() if value is not None})
         if reasoning.get("effort") is not None:
-            request["reasoning_effort"] = expect_json(reasoning["effort"], str, "reasoning.effort")
+            request["reasoning_effort"] = want_text(reasoning["effort"], "reasoning.effort")
         if text.get("verbosity") is not None:
             request["verbosity"] = text["verbosity"]
-        form = optional_json(text.get("format"), dict, "text.format")
+        form = want_members(text.get("format"), "text.format")
         if form.get("type") == "json_schema":
             inner = {name: value for name, value in form.items() if name != "type" and value is not None}
             request["response_format"] = {"type": "json_schema", "json_schema": inner}
@@ -3343,7 +3456,7 @@ class OpenAiResponses(Dialect):
 
     def _read_tools(self, body: Json, request: Json, extra: Json) -> None:
         tools = []
-        for place, tool in expect_objects(body.get("tools"), "tools"):
+        for place, tool in want_objects(body.get("tools"), "tools"):
             read, rest = read_tool(tool, place)
             tools.append(read)
             for name, value in rest.items():
@@ -3355,11 +3468,11 @@ class OpenAiResponses(Dialect):
             (extra if choice is None else request)["tool_choice"] = body["tool_choice"] if choice is None else choice
 
     def _read_include(self, body: Json, request: Json, extra: Json) -> None:
-        include = [expect_json(name, str, "include[]") for name in optional_json(body.get("include"), list, "include")]
+        include = want_texts(body.get("include") or [], "include")
         if "message.output_text.logprobs" in include:
             request["logprobs"] = True
         if body.get("top_logprobs"):
-            request.update(logprobs=True, top_logprobs=expect_json(body["top_logprobs"], int, "top_logprobs"))
+            request.update(logprobs=True, top_logprobs=want_whole(body["top_logprobs"], "top_logprobs"))
         known = ("message.output_text.logprobs", "reasoning.encrypted_content")
         if rest := [name for name in include if name not in known]:
             extra["include"] = rest
@@ -3424,16 +3537,16 @@ class OpenAiResponses(Dialect):
 
     def _extra(self, request: Json, translation: Translation) -> Json:
         """What a client of this dialect said beyond chat; the other dialects' extras cannot be carried."""
-        extras = optional_json(request.get("extra_body"), dict, "extra_body")
+        extras = want_members(request.get("extra_body"), "extra_body")
         for dialect, members in extras.items():
             if dialect != OpenAiResponses.name:
                 for name in members if isinstance(members, dict) else (dialect,):
                     translation.drop(name)
-        return dict(optional_json(extras.get(OpenAiResponses.name), dict, "extra_body"))
+        return dict(want_members(extras.get(OpenAiResponses.name), "extra_body"))
 
     def _conversation(self, request: Json, translation: Translation, extra: Json) -> Json:
         """`instructions` from a first system message that is plain text, `input` from the rest."""
-        messages = expect_objects(request.get("messages"), "messages")
+        messages = want_objects(request.get("messages"), "messages")
         writer = ResponsesWriter(self, translation, extra)
         first = messages[0][1] if messages else {}
         plain = isinstance(first.get("content"), str) and first["content"] and not first.get("cache_control")
@@ -3444,10 +3557,10 @@ class OpenAiResponses(Dialect):
         return {**({"instructions": first["content"]} if lead else {}), "input": writer.items}
 
     def _write_tools(self, body: Json, request: Json, translation: Translation, extra: Json) -> None:
-        tools = [self._tool(tool, place, translation) for place, tool in expect_objects(request.get("tools"), "tools")]
+        tools = [self._tool(tool, place, translation) for place, tool in want_objects(request.get("tools"), "tools")]
         body["tools"] = [tool for tool in tools if tool is not None]
         for name in [name for name in extra if name.startswith("tools.") and not self.closed]:
-            values = optional_json(extra[name], dict, name)
+            values = want_members(extra[name], name)
             for tool in body["tools"]:
                 if tool.get("type") == "function" and tool.get("name") in values:
                     tool[name.removeprefix("tools.")] = values[tool["name"]]
@@ -3465,14 +3578,14 @@ class OpenAiResponses(Dialect):
         if tool.get("cache_control"):
             translation.drop("cache_control")
         if kind == "native" and tool.get("dialect") == OpenAiResponses.name:
-            return expect_json(tool.get("tool"), dict, f"{place}.tool")  # type: ignore[no-any-return]
+            return want_object(tool.get("tool"), f"{place}.tool")
         if kind == "custom":
-            return write_custom_tool(expect_json(tool.get("custom"), dict, f"{place}.custom"))
+            return write_custom_tool(want_object(tool.get("custom"), f"{place}.custom"))
         if kind != "function":
             translation.drop(f"tools.{tool.get('dialect') or kind}")
             return None
-        function = expect_json(tool.get("function"), dict, f"{place}.function")
-        expect_json(function.get("name"), str, f"{place}.function.name")
+        function = want_object(tool.get("function"), f"{place}.function")
+        want_text(function.get("name"), f"{place}.function.name")
         # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
         lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
         given = {name: value for name, value in function.items() if value is not None}
@@ -3481,20 +3594,20 @@ class OpenAiResponses(Dialect):
     def _write_shape(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
         limits = [request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None]
         if limits:
-            limit = expect_json(limits[0], int, "max_completion_tokens")
+            limit = want_whole(limits[0], "max_completion_tokens")
             if limit < self.min_output_tokens:
                 translation.drop("max_completion_tokens", f"the least is {self.min_output_tokens}")
             body["max_output_tokens"] = max(limit, self.min_output_tokens)
         asked = request.get("reasoning_effort")
         if asked is not None:
-            effort = facts.effort(expect_json(asked, str, "reasoning_effort"))
+            effort = facts.effort(want_text(asked, "reasoning_effort"))
             effort = effort if not self.efforts or effort in self.efforts else None
             if effort != asked and not (asked == "none" and not facts.reasons):
                 translation.drop("reasoning_effort", f"the model knows no effort `{asked}`")
             if effort is not None:
                 body["reasoning"] = {"effort": effort}
         if request.get("response_format") is not None:
-            self._write_format(body, expect_json(request["response_format"], dict, "response_format"))
+            self._write_format(body, want_object(request["response_format"], "response_format"))
         if request.get("verbosity") is not None and "verbosity" not in self.unsent:
             body.setdefault("text", {})["verbosity"] = request["verbosity"]
         if facts.reasons and not self.closed:
@@ -3502,7 +3615,7 @@ class OpenAiResponses(Dialect):
 
     def _write_format(self, body: Json, form: Json) -> None:
         if form.get("type") == "json_schema":
-            inner = expect_json(form.get("json_schema"), dict, "response_format.json_schema")
+            inner = want_object(form.get("json_schema"), "response_format.json_schema")
             form = {"type": "json_schema", "name": "response", **inner}
         body.setdefault("text", {})["format"] = form
 
@@ -3531,8 +3644,7 @@ class OpenAiResponses(Dialect):
             if group in ("input", "tools") and member:
                 continue
             if name == "include":
-                more = [expect_json(item, str, "include[]") for item in optional_json(value, list, name)]
-                body["include"] = list(dict.fromkeys([*body.get("include", ()), *more]))
+                body["include"] = list(dict.fromkeys([*body.get("include", ()), *want_texts(value or [], name)]))
             elif member:
                 body.setdefault(group, {})[member] = value
             else:
@@ -3543,16 +3655,11 @@ class OpenAiResponses(Dialect):
             raise UpstreamError("the provider's answer has no `output`", code="upstream_malformed")
         if answer.get("status") in ("queued", "in_progress"):
             raise UpstreamError("the provider answered before it had finished", code="upstream_malformed")
-        with malformed_is_theirs():
+        with provider_shape():
             return join_chunks(ResponsesDecoder(self, translation).finish(answer))
 
     def decoder(self, translation: Translation) -> Decoder:
         return ResponsesDecoder(self, translation)
-
-    def canonical_usage(self, usage: Usage) -> Json:
-        """Usage in chat's words; the number of searches rides along under the name `read_openai_usage` knows."""
-        written = write_openai_usage(usage)
-        return {**written, "num_search_queries": usage.searches} if usage.searches else written
 
     def read_usage(self, answer: Json) -> Usage | None:
         usage = answer.get("usage")
@@ -3645,7 +3752,7 @@ class PerplexityAgent(OpenAiResponses):
 
     def _search_tool(self, request: Json) -> Json:
         """The search options of a chat client, as the tool they became; empty where none was given."""
-        options = optional_json(request.get("web_search_options"), dict, "web_search_options")
+        options = want_members(request.get("web_search_options"), "web_search_options")
         names = ("search_context_size", "user_location")
         tool = {name: options[name] for name in names if options.get(name) is not None}
         if request.get("num_search_results") is not None:
@@ -4792,22 +4899,6 @@ def count_searches(candidates: Any, model: str) -> int:
     return total if gemini_family(model).counts_queries else min(total, 1)
 
 
-def write_gemini_canonical_usage(usage: Usage) -> Json:
-    written = write_openai_usage(usage)
-    if usage.searches:
-        written["num_search_queries"] = usage.searches
-    return written
-
-
-@contextlib.contextmanager
-def google_shape() -> Iterator[None]:
-    """Answers are read without checks, as Google documents them; where one strays, this says so."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, InvalidRequest):
-        raise UpstreamError("the provider's answer has another shape", code="upstream_malformed") from None
-
-
 class GoogleEvents:
     """Reads Google's event stream; a broken one may end in bare JSON, and the wrong door answers nothing else."""
 
@@ -4855,19 +4946,19 @@ class GeminiDecoder:
         self._closed = True
         chunks = [chunk for payload in self._events.close() for chunk in self._read(payload)]
         for index, reason in sorted(self._finish.items()):
-            with google_shape():
+            with provider_shape():
                 text = "".join(self._text.get(index, ()))
                 annotations = read_gemini_citations(self._grounded.get(index, {}), text)
             chunks.append(self._chunk(index, {"annotations": annotations} if annotations else {}, reason))
         if self._usage is not None:
             searches = count_searches(self._grounded.values(), self._translation.model)
-            usage = write_gemini_canonical_usage(read_gemini_usage(self._usage, searches))
+            usage = write_openai_usage(read_gemini_usage(self._usage, searches))
             chunks.append({**self._frame(), "choices": [], "usage": usage})
         return chunks
 
     def _read(self, payload: bytes) -> list[Json]:
         events = read_event_json(b'{"all":%b}' % payload)["all"]
-        with google_shape():
+        with provider_shape():
             chunks = [chunk for event in google_list(events, "") for chunk in self._read_event(event)]
         self.complete = bool(self._finish) and self._finish.keys() >= self._calls.keys()
         return chunks
@@ -5577,7 +5668,7 @@ class GeminiGenerate(Dialect):
 
     def decode(self, answer: Json, translation: Translation) -> Json:
         refuse_error_event(answer, self)
-        with google_shape():
+        with provider_shape():
             choices = [self._choice(candidate, translation) for candidate in answer.get("candidates") or ()]
         if not choices:
             choices = [self._blocked(answer)]
@@ -5591,7 +5682,7 @@ class GeminiGenerate(Dialect):
         if isinstance(answer.get("usageMetadata"), dict):
             searches = count_searches(answer.get("candidates"), translation.model)
             usage = read_gemini_usage(answer["usageMetadata"], searches)
-            completion["usage"] = write_gemini_canonical_usage(usage)
+            completion["usage"] = write_openai_usage(usage)
         return completion
 
     def _choice(self, candidate: Json, translation: Translation) -> Json:
@@ -5668,7 +5759,7 @@ class GeminiGenerate(Dialect):
 
     def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
         refuse_error_event(answer, self)
-        with google_shape():
+        with provider_shape():
             vectors, tokens = self._vectors(answer)
         if not tokens:
             tokens = sum(-(-size // 4) for size in translation.names.get("embedding_bytes") or ())
@@ -5819,31 +5910,30 @@ class ClaudeFacts:
     default_output_tokens: int = 32_000
 
 
-_EFFORTS_OF_46: Final = ("low", "medium", "high", "max")
+_CLAUDE_5: Final = ClaudeFacts(inline_system=True)
+_CLAUDE_4_7: Final = ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), on=False, forced="always")
+_CLAUDE_4_6: Final = dataclasses.replace(
+    _CLAUDE_4_7, thinking=_CLAUDE_4_7.thinking | {"enabled"}, sampling=True, efforts=("low", "medium", "high", "max")
+)
+_CLAUDE_4_5: Final = ClaudeFacts(
+    thinking=frozenset({"enabled", "disabled"}), on=False, sampling=True, forced="unthinking",
+    efforts=("low", "medium", "high"),
+)  # fmt: skip
 CLAUDE_MODELS: Final[Mapping[str, ClaudeFacts]] = {
-    "claude-fable-5": ClaudeFacts(inline_system=True),
-    "claude-mythos-5": ClaudeFacts(inline_system=True),
-    "claude-opus-5-5": ClaudeFacts(inline_system=True),
+    "claude-fable-5": _CLAUDE_5,
+    "claude-mythos-5": _CLAUDE_5,
+    "claude-opus-5-5": _CLAUDE_5,
     "claude-sonnet-5-5": ClaudeFacts(thinking=frozenset({"adaptive", "between_tools"})),
-    "claude-opus-5": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), forced="always", inline_system=True),
-    "claude-opus-4-8": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), on=False, forced="always", inline_system=True),
-    "claude-opus-4-7": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), on=False, forced="always"),
-    "claude-sonnet-5": ClaudeFacts(thinking=frozenset({"adaptive", "disabled"}), forced="always"),
-    "claude-opus-4-6": ClaudeFacts(
-        thinking=frozenset({"adaptive", "enabled", "disabled"}), on=False, sampling=True, forced="always", efforts=_EFFORTS_OF_46
-    ),
-    "claude-sonnet-4-6": ClaudeFacts(
-        thinking=frozenset({"adaptive", "enabled", "disabled"}), on=False, sampling=True, forced="always", efforts=_EFFORTS_OF_46
-    ),
-    "claude-opus-4-5": ClaudeFacts(
-        thinking=frozenset({"enabled", "disabled"}), on=False, sampling=True, forced="unthinking", efforts=("low", "medium", "high")
-    ),
+    "claude-opus-5": dataclasses.replace(_CLAUDE_4_7, on=True, inline_system=True),
+    "claude-opus-4-8": dataclasses.replace(_CLAUDE_4_7, inline_system=True),
+    "claude-opus-4-7": _CLAUDE_4_7,
+    "claude-sonnet-5": dataclasses.replace(_CLAUDE_4_7, on=True),
+    "claude-opus-4-6": _CLAUDE_4_6,
+    "claude-sonnet-4-6": _CLAUDE_4_6,
+    "claude-opus-4-5": _CLAUDE_4_5,
     # Older models, and the safe guess for names that are not known: no effort, thinking by budget, sampling taken.
-    "claude": ClaudeFacts(
-        thinking=frozenset({"enabled", "disabled"}), on=False, sampling=True, forced="unthinking", efforts=(),
-        default_output_tokens=8192,
-    ),
-}  # fmt: skip
+    "claude": dataclasses.replace(_CLAUDE_4_5, efforts=(), default_output_tokens=8192),
+}
 #: Thinking budgets of the models that count tokens, by effort.
 THINKING_BUDGETS: Final = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_000}
 CLAUDE_IMAGES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
@@ -5852,59 +5942,47 @@ CLAUDE_FINISHES: Final = {
     "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
 }  # fmt: skip
 STOP_REASONS: Final = {
-    "stop": "end_turn",
-    "length": "max_tokens",
-    "tool_calls": "tool_use",
-    "function_call": "tool_use",
-    "content_filter": "refusal",
-}
+    "length": "max_tokens", "tool_calls": "tool_use", "function_call": "tool_use", "content_filter": "refusal",
+}  # fmt: skip
 ANTHROPIC_ERRORS: Final = {
-    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
-    409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
-    504: "timeout_error", 529: "overloaded_error",
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error", 403: "permission_error",
+    404: "not_found_error", 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error",
+    503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
 #: Canonical members that this encoder reads; what else is set, and says something, is dropped by name.
-CLAUDE_READS: Final = frozenset(
-    "model messages max_tokens max_completion_tokens temperature top_p top_k stop stream stream_options tools tool_choice "
-    "parallel_tool_calls response_format reasoning_effort user safety_identifier service_tier extra_body functions cache_control".split()
-)
-SAYS_LITTLE: Final[Mapping[str, Any]] = {
-    "n": 1,
-    "store": False,
-    "logprobs": False,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-}
+CLAUDE_READS: Final = ALWAYS_CARRIED | {
+    "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop", "parallel_tool_calls",
+    "response_format", "reasoning_effort", "user", "safety_identifier", "service_tier", "cache_control",
+}  # fmt: skip
+#: Members of a Messages body that are the same in canonical requests, and those that `AnthropicParser` reads itself.
+SAME_IN_CLAUDE: Final = ("temperature", "top_p", "top_k", "stream")
+CLAUDE_PARSES: Final = (
+    *SAME_IN_CLAUDE, "model", "messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "thinking",
+    "output_config", "metadata", "service_tier", "cache_control",
+)  # fmt: skip
+THOUGHTS: Final = ("thinking", "redacted_thinking")
 
 
 def claude_facts(model: str) -> ClaudeFacts:
     """The row of a model under any host's decoration (`us.anthropic.`, `anthropic/`, `@date`): the longest prefix."""
     at = model.find("claude")
     name = model[at:].replace("@", "-") if at >= 0 else "claude"
-    known = max(
-        (prefix for prefix in CLAUDE_MODELS if name == prefix or name.startswith(f"{prefix}-")),
-        key=len,
-        default="claude",
-    )
-    return CLAUDE_MODELS[known]
+    fitting = [prefix for prefix in CLAUDE_MODELS if f"{name}-".startswith(f"{prefix}-")]
+    return CLAUDE_MODELS[max(fitting, key=len, default="claude")]
 
 
 class SchemaForClaude:
     """JSON Schema trimmed to the subset of structured outputs; what a keyword said goes into the description."""
 
-    DROPPED: ClassVar = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
-                         "pattern", "maxItems", "uniqueItems", "minProperties", "maxProperties")  # fmt: skip
+    DROPPED: ClassVar = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+                         "maxLength", "pattern", "maxItems", "uniqueItems", "minProperties", "maxProperties")  # fmt: skip
     FORMATS: ClassVar = frozenset("date-time time date duration email hostname uri ipv4 ipv6 uuid".split())
 
     def write(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
-        kept = {
-            name: self._member(name, value)
-            for name, value in schema.items()
-            if name not in (*self.DROPPED, "$schema", "strict")
-        }
+        kept = without(schema, *self.DROPPED, "$schema", "strict")
+        kept = {name: self._member(name, value) for name, value in kept.items()}
         if "oneOf" in kept:
             kept["anyOf"] = kept.pop("oneOf")
         told = [f"{name}: {dump_json(schema[name]).decode()}" for name in self.DROPPED if name in schema]
@@ -5930,7 +6008,9 @@ class AnthropicEncoder:
     """One canonical request as a Messages body."""
 
     def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, self._names = customs_as_functions(request)
+        self._request, customs = customs_as_functions(request)
+        if customs:
+            translation.names["custom_tools"] = customs
         self._translation = translation
         self._facts = claude_facts(translation.model)
         self._turns: list[Json] = []
@@ -5938,45 +6018,45 @@ class AnthropicEncoder:
 
     def build(self) -> Json:
         request, translation = self._request, self._translation
-        for message in request.get("messages") or ():
+        for _, message in want_objects(request.get("messages"), "messages"):
             self._add(message)
         body: Json = {"model": translation.model, "messages": self._turns}
-        if self._system:
-            plain = all(block.keys() == {"type", "text"} for block in self._system)
-            body["system"] = "\n\n".join(block["text"] for block in self._system) if plain else self._system
         self._write_limits(body)
         self._write_tools(body)
         self._write_thinking(body)
         self._write_format(body)
+        if self._system:
+            plain = all(block.keys() == {"type", "text"} for block in self._system)
+            body["system"] = "\n\n".join(block["text"] for block in self._system) if plain else self._system
         if translation.stream:
             body["stream"] = True
-        user = request.get("safety_identifier") or request.get("user")
-        if user:
+        if user := request.get("safety_identifier") or request.get("user"):
             body["metadata"] = {"user_id": user}
         if request.get("service_tier") in ("auto", "default"):
             body["service_tier"] = "auto" if request["service_tier"] == "auto" else "standard_only"
         elif request.get("service_tier") is not None:
             translation.drop("service_tier")
-        if request.get("cache_control"):
-            body["cache_control"] = request["cache_control"]
-        self._write_extras(body)
+        body |= filled(cache_control=request.get("cache_control"))
+        merge_members(body, own_extras(request, "anthropic", translation))
+        for name, value in request.items():
+            if name not in CLAUDE_READS and not says_nothing(name, value):
+                translation.drop(name)
         return body
 
     # -- conversation
 
     def _add(self, message: Json) -> None:
-        role = message.get("role")
+        role, content = message.get("role"), message.get("content")
         if role in ("system", "developer"):
-            self._add_system(message)
+            self._add_system([block for block in self._parts(content) if block.get("type") == "text"])
         elif role in ("tool", "function"):
-            self._add_result(message)
+            self._append("user", [self._result(message)])
         elif role == "assistant":
             self._append("assistant", self._assistant(message))
         else:
-            self._append("user", self._parts(message.get("content")))
+            self._append("user", self._parts(content))
 
-    def _add_system(self, message: Json) -> None:
-        blocks = [block for block in self._parts(message.get("content")) if block.get("type") == "text"]
+    def _add_system(self, blocks: list[Json]) -> None:
         if not self._turns:
             self._system += blocks
         elif self._facts.inline_system and blocks:
@@ -5992,33 +6072,24 @@ class AnthropicEncoder:
         if not self._turns or self._turns[-1]["role"] != role:
             self._turns.append({"role": role, "content": []})
         content = self._turns[-1]["content"]
-        if blocks[0]["type"] == "tool_result":
-            at = sum(block["type"] == "tool_result" for block in content)
-            content[at:at] = blocks
-        else:
-            content += blocks
+        is_result = blocks[0]["type"] == "tool_result"
+        at = sum(block["type"] == "tool_result" for block in content) if is_result else len(content)
+        content[at:at] = blocks
 
-    def _add_result(self, message: Json) -> None:
-        content = message.get("content")
-        block: Json = {
-            "type": "tool_result",
-            "tool_use_id": fit_claude_id(message.get("tool_call_id") or message.get("name") or ""),
-        }
-        parts = self._parts(content)
+    def _result(self, message: Json) -> Json:
+        content, call_id = message.get("content"), message.get("tool_call_id") or message.get("name") or ""
+        block: Json = {"type": "tool_result", "tool_use_id": fit_claude_id(call_id)}
         if isinstance(content, str):
             block["content"] = content
-        elif parts:
+        elif parts := self._parts(content):
             block["content"] = parts
-        if message.get("is_error"):
-            block["is_error"] = True
-        if message.get("cache_control"):
-            block["cache_control"] = message["cache_control"]
-        self._append("user", [block])
+        error = {"is_error": True} if message.get("is_error") else {}
+        return {**block, **error, **cache_mark(message)}
 
     def _assistant(self, message: Json) -> list[Json]:
         blocks: list[Json] = []
         for block in message.get("thinking_blocks") or ():
-            if block.get("type") in ("thinking", "redacted_thinking") and (block.get("signature") or block.get("data")):
+            if block.get("type") in THOUGHTS and (block.get("signature") or block.get("data")):
                 blocks.append(block)
             else:
                 self._translation.drop("thinking_blocks")
@@ -6030,60 +6101,57 @@ class AnthropicEncoder:
             else:
                 self._translation.drop("native_blocks")
         blocks += self._parts(message.get("content") or message.get("refusal"))
-        for call in message.get("tool_calls") or ():
-            function = call.get("function") or {}
-            block = {"type": "tool_use", "id": fit_claude_id(call.get("id") or ""), "name": function.get("name")}
-            blocks.append({**block, "input": read_arguments(function.get("arguments")), **cache_mark(call)})
-        return blocks
+        return blocks + [self._call(call) for call in message.get("tool_calls") or ()]
+
+    def _call(self, call: Json) -> Json:
+        function = call.get("function") or {}
+        named = {"id": fit_claude_id(call.get("id") or ""), "name": function.get("name")}
+        return {"type": "tool_use", **named, "input": read_arguments(function.get("arguments")), **cache_mark(call)}
 
     def _parts(self, content: Any) -> list[Json]:
         if isinstance(content, str):
             return [{"type": "text", "text": content}] if content.strip() else []
-        parts = [self._part(part) for part in content or () if isinstance(part, dict)]
-        return [part for part in parts if part is not None]
+        blocks = [(part, self._part(part)) for part in content or () if isinstance(part, dict)]
+        return [{**block, **cache_mark(part)} for part, block in blocks if block]
 
     def _part(self, part: Json) -> Json | None:
+        """A content part as a block, without its cache mark; None for blank text, which is refused."""
         kind = part.get("type")
         if kind in ("text", "refusal", "input_text", "output_text"):
             text = part.get("text") or part.get("refusal") or ""
-            return {"type": "text", "text": text, **cache_mark(part)} if text.strip() else None
+            return {"type": "text", "text": text} if text.strip() else None
         if kind == "image_url":
             image = part.get("image_url")
-            return self._image(image.get("url", "") if isinstance(image, dict) else str(image), part)
+            return self._image(image.get("url", "") if isinstance(image, dict) else str(image))
         if kind == "file":
-            return self._file(part)
+            return self._file(part.get("file") or {}, part)
         if kind == "native" and part.get("dialect") == "anthropic":
             return dict(part["block"])
-        raise InvalidRequest(
-            f"a content part of the type `{kind}` cannot be sent to {self._translation.model}", param="messages"
-        )
+        what = f"a content part of the type `{kind}` cannot be sent to {self._translation.model}"
+        raise InvalidRequest(what, param="messages")
 
-    def _image(self, url: str, part: Json) -> Json | None:
+    def _image(self, url: str) -> Json:
         if not url.startswith("data:"):
-            return {"type": "image", "source": {"type": "url", "url": url}, **cache_mark(part)}
+            return {"type": "image", "source": {"type": "url", "url": url}}
         kind, data = read_data_uri(url, "image_url.url")
         if kind not in CLAUDE_IMAGES:
-            raise InvalidRequest(
-                f"images of the type {kind} are not taken by {self._translation.model}", param="image_url"
-            )
-        return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}, **cache_mark(part)}
+            what = f"images of the type {kind} are not taken by {self._translation.model}"
+            raise InvalidRequest(what, param="image_url")
+        return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
 
-    def _file(self, part: Json) -> Json | None:
-        file = part.get("file") or {}
-        named: Json = {"title": file["filename"]} if file.get("filename") else {}
+    def _file(self, file: Json, part: Json) -> Json:
         if file.get("file_url"):
             source: Json = {"type": "url", "url": file["file_url"]}
         elif file.get("file_id"):
             source = {"type": "file", "file_id": file["file_id"]}
         else:
             kind, data = read_data_uri(str(file.get("file_data") or ""), "file.file_data")
+            source = {"type": "base64", "media_type": kind, "data": data}
             if kind.startswith("text/"):
                 text = base64.b64decode(data).decode("utf-8", "replace")
                 source = {"type": "text", "media_type": "text/plain", "data": text}
-            else:
-                source = {"type": "base64", "media_type": kind, "data": data}
-        extra = {name: part[name] for name in ("citations", "context") if part.get(name)}
-        return {"type": "document", "source": source, **named, **extra, **cache_mark(part)}
+        more = filled(title=file.get("filename"), citations=part.get("citations"), context=part.get("context"))
+        return {"type": "document", "source": source, **more}
 
     # -- everything else
 
@@ -6091,58 +6159,38 @@ class AnthropicEncoder:
         request, facts = self._request, self._facts
         cap = request.get("max_completion_tokens") or request.get("max_tokens")
         body["max_tokens"] = cap if isinstance(cap, int) and cap > 0 else facts.default_output_tokens
-        for name in ("temperature", "top_p", "top_k"):
-            value = request.get(name)
-            if value is None:
-                continue
+        for name, value in given(request, "temperature", "top_p", "top_k").items():
             if not facts.sampling or (name == "top_p" and "temperature" in body):
                 self._translation.drop(name)
             else:
                 body[name] = min(value, 1) if name == "temperature" else value
-        stop = request.get("stop")
-        if stop:
-            body["stop_sequences"] = [text for text in ([stop] if isinstance(stop, str) else stop) if text.strip()]
+        if stop := request.get("stop"):
+            body["stop_sequences"] = read_stops(stop)
 
     def _write_tools(self, body: Json) -> None:
-        request = self._request
-        choice = request.get("tool_choice")
-        tools = [tool for tool in map(self._tool, request.get("tools") or ()) if tool]
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = choice.get("allowed_tools") or choice
-            names = {(tool.get("function") or tool).get("name") for tool in allowed.get("tools") or ()}
-            tools, choice = [tool for tool in tools if tool["name"] in names], allowed.get("mode")
+        request, choice = self._request, read_chosen_tools(self._request)
+        functions, native = read_tools(request, "anthropic", self._translation)
+        tools = [self._tool(tool) for tool in functions] + native
+        if choice.names is not None and not choice.named:
+            tools = [tool for tool in tools if tool.get("name") in choice.names]
         if not tools:
             return
         body["tools"] = tools
-        written: Json = {"type": "auto"}
-        if choice == "none":
-            written = {"type": "none"}
-        elif choice == "required":
-            written = {"type": "any"}
-        elif isinstance(choice, dict):
-            written = {"type": "tool", "name": (choice.get("function") or choice).get("name")}
-        if written["type"] in ("any", "tool") and self._facts.forced == "never":
+        written: Json = {"type": {"required": "any"}.get(choice.mode, choice.mode)}
+        if choice.mode == "required" and self._facts.forced == "never":
             self._translation.drop("tool_choice", "this model cannot be forced to call a tool")
             written = {"type": "auto"}
-        if request.get("parallel_tool_calls") is False and written["type"] != "none":
+        elif choice.named and choice.names:
+            written = {"type": "tool", "name": min(choice.names)}
+        if request.get("parallel_tool_calls") is False and choice.mode != "none":
             written["disable_parallel_tool_use"] = True
-        if choice is not None or len(written) > 1:
+        if request.get("tool_choice") is not None or len(written) > 1:
             body["tool_choice"] = written
 
-    def _tool(self, tool: Json) -> Json | None:
-        if tool.get("type") == "native":
-            if tool.get("dialect") == "anthropic":
-                return dict(tool["tool"])
-            self._translation.drop(f"tools.{(tool.get('tool') or {}).get('type') or 'native'}")
-            return None
-        function = tool.get("function") or {}
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        written: Json = {"name": function.get("name"), "input_schema": {"type": "object", **schema}}
-        if function.get("description"):
-            written["description"] = function["description"]
-        if function.get("strict"):
-            written |= {"strict": True, "input_schema": SchemaForClaude().write(schema)}
-        return {**written, **cache_mark(tool)}
+    def _tool(self, tool: ToolSpec) -> Json:
+        schema = SchemaForClaude().write(tool.parameters) if tool.strict else tool.parameters
+        more = filled(description=tool.description, strict=tool.strict, cache_control=tool.cache_control)
+        return {"name": tool.name, "input_schema": schema, **more}
 
     def _write_thinking(self, body: Json) -> None:
         """Reasoning effort in the words of the model's generation."""
@@ -6151,64 +6199,41 @@ class AnthropicEncoder:
             return
         if effort == "none":
             off = next((word for word in ("disabled", "between_tools") if word in facts.thinking), "")
-            body |= (
-                {"thinking": {"type": off}} if off and facts.on else {} if off else {"output_config": {"effort": "low"}}
-            )
+            if not off:
+                body["output_config"] = {"effort": "low"}
+            elif facts.on:
+                body["thinking"] = {"type": off}
             return
-        forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
         if "adaptive" in facts.thinking:
             body["thinking"] = {"type": "adaptive", "display": "summarized"}
-        elif facts.forced == "unthinking" and forced:
-            self._translation.drop("reasoning_effort", "it does not go with a forced tool choice")
+        elif not self._write_budget(body, effort):
             return
-        else:
-            budget = min(THINKING_BUDGETS.get(effort, 8192), max(1024, body["max_tokens"] * 3 // 4))
-            if budget >= body["max_tokens"]:  # the cap is the client's, and money may be held by it: it is never raised
-                self._translation.drop("reasoning_effort", "the output cap leaves no room to think")
-                return
-            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            for name in ("temperature", "top_k", "top_p"):
-                if body.pop(name, None) is not None:
-                    self._translation.drop(name)
         if facts.efforts:
-            near = {"minimal": "low", "xhigh": "xhigh" if "xhigh" in facts.efforts else facts.efforts[-1]}.get(
-                effort, effort
-            )
-            body.setdefault("output_config", {})["effort"] = near if near in facts.efforts else facts.efforts[-1]
+            known = {"minimal": "low"}.get(effort, effort)
+            body["output_config"] = {"effort": known if known in facts.efforts else facts.efforts[-1]}
+
+    def _write_budget(self, body: Json, effort: str) -> bool:
+        """Thinking by a number of tokens; False where there can be none."""
+        if self._facts.forced == "unthinking" and body.get("tool_choice", {}).get("type") in ("any", "tool"):
+            self._translation.drop("reasoning_effort", "it does not go with a forced tool choice")
+            return False
+        budget = min(THINKING_BUDGETS.get(effort, 8192), max(1024, body["max_tokens"] * 3 // 4))
+        if budget >= body["max_tokens"]:  # the cap is the client's, and money may be held by it: it is never raised
+            self._translation.drop("reasoning_effort", "the output cap leaves no room to think")
+            return False
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+        for name in ("temperature", "top_k", "top_p"):
+            if body.pop(name, None) is not None:
+                self._translation.drop(name)
+        return True
 
     def _write_format(self, body: Json) -> None:
         form = self._request.get("response_format") or {}
         if form.get("type") == "json_schema":
-            schema = (form.get("json_schema") or {}).get("schema") or {}
-            body.setdefault("output_config", {})["format"] = {
-                "type": "json_schema",
-                "schema": SchemaForClaude().write(schema),
-            }
+            schema = SchemaForClaude().write((form.get("json_schema") or {}).get("schema") or {})
+            body.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
         elif form.get("type") == "json_object":
-            asked = "Answer with one JSON object and nothing else."
-            system = body.get("system")
-            body["system"] = (
-                [*system, {"type": "text", "text": asked}]
-                if isinstance(system, list)
-                else f"{system}\n\n{asked}"
-                if system
-                else asked
-            )
-
-    def _write_extras(self, body: Json) -> None:
-        for dialect, members in (self._request.get("extra_body") or {}).items():
-            for name, value in members.items():
-                if dialect == "anthropic":
-                    body[name] = (
-                        {**body[name], **value}
-                        if isinstance(value, dict) and isinstance(body.get(name), dict)
-                        else value
-                    )
-                else:
-                    self._translation.drop(name)
-        for name, value in self._request.items():
-            if name not in CLAUDE_READS and value is not None and SAYS_LITTLE.get(name, self) != value:
-                self._translation.drop(name)
+            self._system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
 
 
 def cache_mark(holder: Json) -> Json:
@@ -6227,52 +6252,43 @@ def fit_claude_id(call_id: str) -> str:
 
 def read_claude_usage(usage: Mapping[str, Any]) -> Usage:
     """Anthropic counts uncached input alone; reads and writes of the cache stand beside it."""
-    creation = usage.get("cache_creation") or {}
-    write, write_1h = (
-        _count(usage.get("cache_creation_input_tokens")),
-        _count(creation.get("ephemeral_1h_input_tokens")),
-    )
-    details = usage.get("output_tokens_details") or {}
-    tools = usage.get("server_tool_use") or {}
+    write = _count(usage.get("cache_creation_input_tokens"))
+    write_1h = _count((usage.get("cache_creation") or {}).get("ephemeral_1h_input_tokens"))
     return Usage(
         input_tokens=_count(usage.get("input_tokens")),
         cached_tokens=_count(usage.get("cache_read_input_tokens")),
         cache_write_5m_tokens=max(0, write - write_1h),
         cache_write_1h_tokens=min(write, write_1h),
         output_tokens=_count(usage.get("output_tokens")),
-        reasoning_tokens=_count(details.get("thinking_tokens")),
-        searches=_count(tools.get("web_search_requests")),
+        reasoning_tokens=_count((usage.get("output_tokens_details") or {}).get("thinking_tokens")),
+        searches=_count((usage.get("server_tool_use") or {}).get("web_search_requests")),
     )
-
-
-def canonical_claude_usage(usage: Usage) -> Json:
-    told = write_openai_usage(usage)
-    return {**told, "num_search_queries": usage.searches} if usage.searches else told
 
 
 def write_claude_usage(usage: Json | None) -> Json:
     """Canonical usage in Anthropic's words."""
     read = read_openai_usage(usage or {})
     write = read.cache_write_5m_tokens + read.cache_write_1h_tokens
-    told: Json = {
-        "input_tokens": max(0, read.prompt_tokens - read.cached_tokens - read.cached_audio_tokens - write),
+    cached = read.cached_tokens + read.cached_audio_tokens
+    return {
+        "input_tokens": max(0, read.prompt_tokens - cached - write),
         "cache_creation_input_tokens": write,
-        "cache_read_input_tokens": read.cached_tokens + read.cached_audio_tokens,
+        "cache_read_input_tokens": cached,
         "output_tokens": read.completion_tokens,
+        **({"cost": usage["cost"]} if usage and "cost" in usage else {}),
     }
-    return {**told, "cost": usage["cost"]} if usage and "cost" in usage else told
 
 
 class AnthropicDecoder:
-    """Reads a Messages stream into canonical chunks. Block indices become running tool indices."""
+    """Reads a Messages stream into canonical chunks; a plain answer is read by the same code, as a stream of itself."""
 
     def __init__(self, dialect: AnthropicMessages, translation: Translation) -> None:
-        self._dialect, self._translation = dialect, translation
+        self._dialect = dialect
         self._events = SseReader()
+        self._chunks = ChunkWriter(translation)
+        self._calls = CallWriter(translation)
         self._blocks: dict[int, Json] = {}
-        self._tools: dict[int, int] = {}
         self._usage: Json = {}
-        self._head: Json = {"object": "chat.completion.chunk", "created": translation.now_s, "model": translation.model}
         self.complete = False
 
     def feed(self, data: bytes) -> list[Json]:
@@ -6283,109 +6299,84 @@ class AnthropicDecoder:
 
     def _read(self, payload: bytes) -> list[Json]:
         event = read_event_json(payload)
-        if event.get("type") == "error" or "error" in event:
-            raise self._dialect.read_error(_error_status(event), payload)
-        read = getattr(self, f"_on_{event.get('type')}", None)
-        with malformed_is_theirs():
-            return read(event) if read is not None else []
+        self._dialect.refuse_error(event)
+        reader = self.READERS.get(str(event.get("type")))
+        with provider_shape():
+            return [] if reader is None else reader(self, event)
 
-    def _chunk(self, delta: Json, finish: str | None = None) -> Json:
-        return {**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    def read_whole(self, answer: Json) -> list[Json]:
+        chunks = self._begin({"message": answer})
+        for at, block in enumerate(answer["content"]):
+            chunks += self._open({"index": at, "content_block": block}) + self._end({"index": at})
+        return chunks + self._stop({"delta": answer}) + (self._finish({}) if self._usage else [])
 
-    def _on_message_start(self, event: Json) -> list[Json]:
+    def _begin(self, event: Json) -> list[Json]:
         message = event["message"]
-        self._head |= {
-            "id": message.get("id") or self._translation.new_id("chatcmpl-"),
-            "model": message.get("model") or self._translation.model,
-        }
+        self._chunks.id = message.get("id") or ""
+        self._chunks.model = message.get("model") or self._chunks.model
         self._usage = dict(message.get("usage") or {})
-        return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunks.delta({"content": ""})]
 
-    def _on_content_block_start(self, event: Json) -> list[Json]:
-        block = self._blocks[event["index"]] = dict(event["content_block"])
+    def _open(self, event: Json) -> list[Json]:
+        at, block = event["index"], {**event["content_block"]}
+        self._blocks[at] = block
         kind = block.get("type")
         if kind == "tool_use":
-            at = self._tools[event["index"]] = len(self._tools)
-            block["json"] = ""
-            function = {"name": block.get("name"), "arguments": ""}
-            return [
-                self._chunk(
-                    {"tool_calls": [{"index": at, "id": block.get("id"), "type": "function", "function": function}]}
-                )
-            ]
-        if kind == "text":
-            return [self._chunk({"content": block["text"]})] if block.get("text") else []
-        if kind == "thinking":
-            return [self._chunk({"reasoning_content": block["thinking"]})] if block.get("thinking") else []
+            deltas = self._calls.start(at, block.get("id"), block.get("name"))
+            return self._chunks.deltas(deltas + (self._calls.add(at, block["input"]) if block.get("input") else []))
         if kind == "redacted_thinking":
-            return [self._chunk({"thinking_blocks": [{"type": "redacted_thinking", "data": block.get("data")}]})]
-        return []
+            return [self._chunks.delta({"thinking_blocks": [given(block, "type", "data")]})]
+        name = self.PROSE.get(str(kind))
+        told = [{name: block[kind]}] if name and block.get(kind) else []
+        notes = [read_claude_citation(citation) for citation in block.get("citations") or ()]
+        return self._chunks.deltas(told + ([{"annotations": notes}] if notes else []))
 
-    def _on_content_block_delta(self, event: Json) -> list[Json]:
-        block, delta = self._blocks.get(event["index"], {}), event["delta"]
-        kind = delta.get("type")
-        if kind == "text_delta":
-            return [self._chunk({"content": delta["text"]})]
-        if kind == "thinking_delta":
-            block["thinking"] = (block.get("thinking") or "") + delta["thinking"]
-            return [self._chunk({"reasoning_content": delta["thinking"]})]
-        if kind == "signature_delta":
-            block["signature"] = (block.get("signature") or "") + delta["signature"]
-        elif kind == "input_json_delta":
-            return self._argument(event["index"], block, delta["partial_json"])
-        elif kind == "citations_delta":
-            return [self._chunk({"annotations": [read_claude_citation(delta["citation"])]})]
-        return []
+    def _add(self, event: Json) -> list[Json]:
+        at, delta = event["index"], event["delta"]
+        block, kind = self._blocks.get(at, {}), str(delta.get("type")).removesuffix("_delta")
+        if kind == "input_json" and block.get("type") == "tool_use":
+            return self._chunks.deltas(self._calls.add(at, delta["partial_json"]))
+        if kind == "citations":
+            return [self._chunks.delta({"annotations": [read_claude_citation(delta["citation"])]})]
+        name = {"input_json": "partial_json"}.get(kind, kind)
+        if name in ("thinking", "signature", "partial_json"):
+            block[name] = (block.get(name) or "") + delta[name]
+        return [self._chunks.delta({self.PROSE[kind]: delta[kind]})] if kind in self.PROSE else []
 
-    def _argument(self, index: int, block: Json, text: str) -> list[Json]:
-        block["json"] = block.get("json", "") + text
-        if index not in self._tools or not text:
-            return []
-        return [self._chunk({"tool_calls": [{"index": self._tools[index], "function": {"arguments": text}}]})]
-
-    def _on_content_block_stop(self, event: Json) -> list[Json]:
+    def _end(self, event: Json) -> list[Json]:
         block = self._blocks.pop(event["index"], {})
         kind = block.get("type")
-        if kind == "tool_use" and not block["json"]:
-            text = dump_json(block.get("input") or {}).decode()
-            return [
-                self._chunk({"tool_calls": [{"index": self._tools[event["index"]], "function": {"arguments": text}}]})
-            ]
+        if kind == "tool_use":
+            return self._chunks.deltas(self._calls.end(event["index"]))
         if kind == "thinking" and block.get("signature"):
-            return [
-                self._chunk(
-                    {"thinking_blocks": [{name: block.get(name) or "" for name in ("type", "thinking", "signature")}]}
-                )
-            ]
-        if kind not in ("text", "thinking", "redacted_thinking", "tool_use", None):
-            text = block.pop("json", "")
-            whole = {**block, "input": read_arguments(text)} if text else block
-            return [self._chunk({"native_blocks": [{"dialect": "anthropic", "block": whole}]})]
-        return []
+            signed = {name: block.get(name) or "" for name in ("type", "thinking", "signature")}
+            return [self._chunks.delta({"thinking_blocks": [signed]})]
+        if kind in ("text", *THOUGHTS, None):
+            return []
+        text = block.pop("partial_json", "")
+        whole = {**block, "input": read_arguments(text)} if text else block
+        return [self._chunks.delta({"native_blocks": [{"dialect": "anthropic", "block": whole}]})]
 
-    def _on_message_delta(self, event: Json) -> list[Json]:
+    def _stop(self, event: Json) -> list[Json]:
         self._usage |= {name: value for name, value in (event.get("usage") or {}).items() if value is not None}
         delta = event.get("delta") or {}
         reason = delta.get("stop_reason")
         if not reason:
             return []
-        told: Json = (
-            {"refusal": (delta.get("stop_details") or {}).get("explanation") or ""} if reason == "refusal" else {}
-        )
-        chunk = self._chunk({name: value for name, value in told.items() if value}, CLAUDE_FINISHES.get(reason, "stop"))
-        if delta.get("stop_sequence"):
-            chunk["choices"][0]["stop_sequence"] = delta["stop_sequence"]
+        why = (delta.get("stop_details") or {}).get("explanation") if reason == "refusal" else None
+        chunk = self._chunks.delta(filled(refusal=why), CLAUDE_FINISHES.get(reason, "stop"))
+        chunk["choices"][0] |= filled(stop_sequence=delta.get("stop_sequence"))
         return [chunk]
 
-    def _on_message_stop(self, event: Json) -> list[Json]:
+    def _finish(self, event: Json) -> list[Json]:
         self.complete = True
-        return [{**self._head, "choices": [], "usage": canonical_claude_usage(read_claude_usage(self._usage))}]
+        return [self._chunks.usage(write_openai_usage(read_claude_usage(self._usage)))]
 
-
-def _error_status(event: Json) -> int:
-    kind = str((event.get("error") or {}).get("type") if isinstance(event.get("error"), dict) else "")
-    by_type = {kind: status for status, kind in ANTHROPIC_ERRORS.items()}
-    return by_type.get(kind, 502)
+    READERS: ClassVar[Mapping[str, Callable[[AnthropicDecoder, Json], list[Json]]]] = {
+        "message_start": _begin, "content_block_start": _open, "content_block_delta": _add, "content_block_stop": _end,
+        "message_delta": _stop, "message_stop": _finish,
+    }  # fmt: skip
+    PROSE: ClassVar[Mapping[str, str]] = {"text": "content", "thinking": "reasoning_content"}
 
 
 def read_claude_citation(citation: Json) -> Json:
@@ -6408,7 +6399,7 @@ class AnthropicParser:
         body = self._body
         request: Json = {"model": want_text(body.get("model"), "model"), "messages": self._messages}
         if body.get("system"):
-            self._messages.append({"role": "system", "content": self._text_parts(body["system"], "system")})
+            self._add("system", self._texts(body["system"], "system"))
         for at, message in enumerate(want_list(body.get("messages"), "messages")):
             where = f"messages[{at}]"
             self._read_message(want_object(message, where), where)
@@ -6416,48 +6407,40 @@ class AnthropicParser:
             raise InvalidRequest("`messages` must not be empty", param="messages")
         if "max_tokens" in body:
             request["max_completion_tokens"] = want_whole(body["max_tokens"], "max_tokens")
-        renamed = {
-            "temperature": "temperature",
-            "top_p": "top_p",
-            "top_k": "top_k",
-            "stop_sequences": "stop",
-            "stream": "stream",
-        }
-        request |= {name: body[given] for given, name in renamed.items() if body.get(given) is not None}
+        request |= given(body, *SAME_IN_CLAUDE)
+        if body.get("stop_sequences") is not None:
+            request["stop"] = body["stop_sequences"]
         self._read_tools(request)
         self._read_thinking(request)
         if body.get("metadata"):
             request["user"] = want_object(body["metadata"], "metadata").get("user_id")
         if body.get("service_tier"):
             request["service_tier"] = {"standard_only": "default"}.get(body["service_tier"], body["service_tier"])
-        if body.get("cache_control"):
-            request["cache_control"] = body["cache_control"]
-        known = {*renamed, "model", "messages", "system", "max_tokens", "tools", "tool_choice", "thinking", "output_config", "metadata",
-                 "service_tier", "cache_control"}  # fmt: skip
-        self._extra |= {name: value for name, value in body.items() if name not in known and value is not None}
+        request |= filled(cache_control=body.get("cache_control"))
+        self._extra |= {name: value for name, value in without(body, *CLAUDE_PARSES).items() if value is not None}
         return {**request, "extra_body": {"anthropic": self._extra}} if self._extra else request
 
-    def _text_parts(self, content: Any, where: str) -> Any:
+    def _add(self, role: str, content: Any, **members: Any) -> None:
+        self._messages.append({"role": role, "content": content, **members})
+
+    def _texts(self, content: Any, where: str) -> Any:
         if isinstance(content, str):
             return content
-        blocks = [want_object(block, f"{where}[{at}]") for at, block in enumerate(want_list(content, where))]
-        return [
-            {"type": "text", "text": want_text(block.get("text"), f"{where}.text"), **cache_mark(block)}
-            for block in blocks
-        ]
+        return [self._text(block, where) for _, block in want_objects(want_list(content, where), where)]
+
+    def _text(self, block: Json, where: str) -> Json:
+        return {"type": "text", "text": want_text(block.get("text"), f"{where}.text"), **cache_mark(block)}
 
     def _read_message(self, message: Json, where: str) -> None:
-        role, content = message.get("role"), message.get("content")
+        role, content, place = message.get("role"), message.get("content"), f"{where}.content"
         if role not in ("user", "assistant", "system"):
             raise InvalidRequest(f"`{where}.role` must be user or assistant", param=f"{where}.role")
-        if role == "system":
-            self._messages.append({"role": "system", "content": self._text_parts(content, f"{where}.content")})
-        elif isinstance(content, str):
-            self._messages.append({"role": role, "content": content})
+        if role == "system" or isinstance(content, str):
+            self._add(role, self._texts(content, place))
         else:
-            blocks = [want_object(block, f"{where}.content") for block in want_list(content, f"{where}.content")]
+            blocks = [want_object(block, place) for block in want_list(content, place)]
             read = self._read_user if role == "user" else self._read_assistant
-            read(blocks, f"{where}.content")
+            read(blocks, place)
 
     def _read_user(self, blocks: list[Json], where: str) -> None:
         """Tool results become messages of their own, before the rest of the turn."""
@@ -6468,116 +6451,91 @@ class AnthropicParser:
             else:
                 after.append(self._part(block, where))
         if after:
-            plain = len(after) == 1 and after[0].keys() == {"type", "text"}
-            self._messages.append({"role": "user", "content": after[0]["text"] if plain else after})
+            self._add("user", self._plain(after))
+
+    def _plain(self, parts: list[Json]) -> Any:
+        """One text without a mark is a string."""
+        return parts[0]["text"] if len(parts) == 1 and parts[0].keys() == {"type", "text"} else parts
 
     def _read_result(self, block: Json, where: str) -> None:
         content = block.get("content") or ""
-        message: Json = {"role": "tool", "tool_call_id": want_text(block.get("tool_use_id"), f"{where}.tool_use_id")}
         if isinstance(content, list):
             parts = [self._part(want_object(part, where), where) for part in content]
             plain = all(part.keys() == {"type", "text"} for part in parts)
             content = "\n".join(part["text"] for part in parts) if plain else parts
-        message["content"] = content
-        if block.get("is_error"):
-            message["is_error"] = True
-        self._messages.append({**message, **cache_mark(block)})
+        call_id = want_text(block.get("tool_use_id"), f"{where}.tool_use_id")
+        error = {"is_error": True} if block.get("is_error") else {}
+        self._add("tool", content, tool_call_id=call_id, **error, **cache_mark(block))
 
     def _part(self, block: Json, where: str) -> Json:
         kind = block.get("type")
         if kind == "text":
-            return {"type": "text", "text": want_text(block.get("text"), f"{where}.text"), **cache_mark(block)}
+            return self._text(block, where)
         if kind == "image":
-            return {"type": "image_url", "image_url": {"url": self._source_url(block, where)}, **cache_mark(block)}
+            url = self._source_url(want_object(block.get("source"), f"{where}.source"), where)
+            return {"type": "image_url", "image_url": {"url": url}, **cache_mark(block)}
         if kind == "document":
-            return self._document(block, where)
+            return {**self._document(block, where), **cache_mark(block)}
         if kind == "search_result":
-            texts = [
-                part.get("text") or "" for part in want_list(block.get("content"), where) if isinstance(part, dict)
-            ]
-            return {
-                "type": "text",
-                "text": f"{block.get('title') or ''} ({block.get('source') or ''})\n" + "\n".join(texts),
-                **cache_mark(block),
-            }
+            text = self._joined(want_list(block.get("content"), where))
+            source = f"{block.get('title') or ''} ({block.get('source') or ''})"
+            return {"type": "text", "text": f"{source}\n{text}", **cache_mark(block)}
         raise InvalidRequest(f"a block of the type `{kind}` is not understood in `{where}`", param=where)
 
-    def _source_url(self, block: Json, where: str) -> str:
-        source = want_object(block.get("source"), f"{where}.source")
-        if source.get("type") == "base64":
+    @staticmethod
+    def _joined(content: Any) -> str:
+        texts = [part.get("text") or "" for part in content or () if isinstance(part, dict)]
+        return content if isinstance(content, str) else "\n".join(texts)
+
+    def _source_url(self, source: Json, where: str) -> str:
+        kind = source.get("type")
+        if kind == "base64":
             return f"data:{source.get('media_type')};base64,{want_text(source.get('data'), f'{where}.source.data')}"
-        if source.get("type") == "url":
+        if kind == "url":
             return want_text(source.get("url"), f"{where}.source.url")
-        raise InvalidRequest(
-            f"a source of the type `{source.get('type')}` is known to Anthropic alone", param=f"{where}.source"
-        )
+        raise InvalidRequest(f"a source of the type `{kind}` is known to Anthropic alone", param=f"{where}.source")
 
     def _document(self, block: Json, where: str) -> Json:
         source = want_object(block.get("source"), f"{where}.source")
-        file: Json = {"filename": block["title"]} if block.get("title") else {}
-        if source.get("type") == "text":
-            data = base64.b64encode(want_text(source.get("data"), f"{where}.source.data").encode()).decode()
-            file["file_data"] = f"data:text/plain;base64,{data}"
-        elif source.get("type") == "content":
-            content = source.get("content")
-            texts = (
-                [content]
-                if isinstance(content, str)
-                else [part.get("text") or "" for part in content or () if isinstance(part, dict)]
-            )
-            return {"type": "text", "text": "\n".join(texts), **cache_mark(block)}
-        elif source.get("type") == "file":
+        kind, file = source.get("type"), filled(filename=block.get("title"))
+        if kind == "content":
+            return {"type": "text", "text": self._joined(source.get("content"))}
+        if kind == "text":
+            text = want_text(source.get("data"), f"{where}.source.data")
+            file["file_data"] = f"data:text/plain;base64,{base64.b64encode(text.encode()).decode()}"
+        elif kind == "file":
             file["file_id"] = source.get("file_id")
-        elif source.get("type") == "url":
-            file["file_url"] = self._source_url(block, where)
+        elif kind == "url":
+            file["file_url"] = self._source_url(source, where)
         else:
-            file.setdefault("filename", "document.pdf")
-            file["file_data"] = self._source_url(block, where)
-        extra = {name: block[name] for name in ("citations", "context") if block.get(name)}
-        return {"type": "file", "file": file, **extra, **cache_mark(block)}
+            file = {"filename": "document.pdf", **file, "file_data": self._source_url(source, where)}
+        return {"type": "file", "file": file, **filled(citations=block.get("citations"), context=block.get("context"))}
 
     def _read_assistant(self, blocks: list[Json], where: str) -> None:
-        message: Json = {"role": "assistant", "content": None}
         texts, calls, thoughts, natives = [], [], [], []
         for block in blocks:
             kind = block.get("type")
             if kind == "text":
-                texts.append(self._part({name: value for name, value in block.items() if name != "citations"}, where))
+                texts.append(self._text(block, where))
             elif kind == "tool_use":
-                function = {
-                    "name": want_text(block.get("name"), f"{where}.name"),
-                    "arguments": dump_json(block.get("input") or {}).decode(),
-                }
-                calls.append(
-                    {
-                        "id": want_text(block.get("id"), f"{where}.id"),
-                        "type": "function",
-                        "function": function,
-                        **cache_mark(block),
-                    }
-                )
-            elif kind in ("thinking", "redacted_thinking"):
+                calls.append(self._call(block, where))
+            elif kind in THOUGHTS:
                 thoughts.append(block)
             else:
                 natives.append({"dialect": "anthropic", "block": block})
-        if texts:
-            message["content"] = texts[0]["text"] if len(texts) == 1 and texts[0].keys() == {"type", "text"} else texts
         reasoning = "".join(str(block.get("thinking") or "") for block in thoughts)
-        found = {
-            "tool_calls": calls,
-            "thinking_blocks": thoughts,
-            "reasoning_content": reasoning,
-            "native_blocks": natives,
-        }
-        self._messages.append({**message, **{name: value for name, value in found.items() if value}})
+        members = filled(tool_calls=calls, thinking_blocks=thoughts, reasoning_content=reasoning, native_blocks=natives)
+        self._add("assistant", self._plain(texts) if texts else None, **members)
+
+    def _call(self, block: Json, where: str) -> Json:
+        arguments = dump_json(block.get("input") or {}).decode()
+        function = {"name": want_text(block.get("name"), f"{where}.name"), "arguments": arguments}
+        call = {"id": want_text(block.get("id"), f"{where}.id"), "type": "function", "function": function}
+        return {**call, **cache_mark(block)}
 
     def _read_tools(self, request: Json) -> None:
         body = self._body
-        tools = [
-            self._tool(want_object(tool, f"tools[{at}]"))
-            for at, tool in enumerate(want_list(body.get("tools") or [], "tools"))
-        ]
-        if tools:
+        if tools := [self._tool(tool) for _, tool in want_objects(body.get("tools") or [], "tools")]:
             request["tools"] = tools
         choice = want_object(body.get("tool_choice") or {}, "tool_choice")
         named = {"type": "function", "function": {"name": choice.get("name")}}
@@ -6592,12 +6550,13 @@ class AnthropicParser:
     def _tool(self, tool: Json) -> Json:
         if "input_schema" not in tool:
             return {"type": "native", "dialect": "anthropic", "tool": tool}
-        function = {
-            "name": want_text(tool.get("name"), "tools.name"),
-            "parameters": want_object(tool["input_schema"], "tools.input_schema"),
+        schema = want_object(tool["input_schema"], "tools.input_schema")
+        function = {"name": want_text(tool.get("name"), "tools.name"), "parameters": schema}
+        return {
+            "type": "function",
+            "function": {**function, **given(tool, "description", "strict")},
+            **cache_mark(tool),
         }
-        function |= {name: tool[name] for name in ("description", "strict") if tool.get(name) is not None}
-        return {"type": "function", "function": function, **cache_mark(tool)}
 
     def _read_thinking(self, request: Json) -> None:
         config = want_object(self._body.get("output_config") or {}, "output_config")
@@ -6610,203 +6569,145 @@ class AnthropicParser:
             effort = "none"
         elif thinking:
             effort = effort or "medium"
-        if effort:
-            request["reasoning_effort"] = effort
+        request |= filled(reasoning_effort=effort)
         form = config.get("format")
         if isinstance(form, dict) and form.get("type") == "json_schema":
-            request["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "response", "schema": form.get("schema") or {}},
-            }
-        rest = {name: value for name, value in config.items() if name not in ("effort", "format")}
-        if rest:
-            self._extra["output_config"] = rest
+            schema = {"name": "response", "schema": form.get("schema") or {}}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+        self._extra |= filled(output_config=without(config, "effort", "format"))
 
 
-class AnthropicRenderer:
-    """Writes canonical chunks as a Messages stream: blocks strictly one after the other, the end held until close.
+def claude_stop(finish: str, sequence: str | None, refused: bool) -> Json:
+    """Why an answer ended, in Anthropic's members."""
+    reason = "stop_sequence" if sequence else "refusal" if refused else STOP_REASONS.get(finish, "end_turn")
+    return {"stop_reason": reason, "stop_sequence": sequence}
 
-    Tool calls may come interleaved from OpenAI-like providers; the first open one streams, others wait for their turn.
-    """
+
+class AnthropicRenderer(SerialRenderer):
+    """Writes a Messages stream: blocks strictly one after the other, so that text ends the calls before it."""
+
+    call_prefix = "toolu_"
 
     def __init__(self, request: Json, new_id: Callable[[str], str]) -> None:
+        super().__init__(new_id)
         self._model = str(request.get("model") or "")
-        self._new_id = new_id
-        self._began = self._ended = False
-        self._open = ""
+        self._began = self._refused = False
         self._index = -1
-        self._signed = False
-        self._tools: dict[int, Json] = {}
-        self._current: int | None = None
-        self._stop = "end_turn"
-        self._refused = False
+        #: The type of the open block.
+        self._kind = ""
         self._stop_sequence: str | None = None
-        self._usage: Json | None = None
-
-    def feed(self, chunk: Json) -> bytes:
-        out = [] if self._began else [self._begin(chunk)]
-        for choice in chunk.get("choices") or ():
-            if not choice.get("index"):
-                out += self._choice(choice)
-        if chunk.get("usage"):
-            self._usage = chunk["usage"]
-        return b"".join(out)
-
-    def _begin(self, chunk: Json) -> bytes:
-        self._began = True
-        self._model = chunk.get("model") or self._model
-        given = str(chunk.get("id") or "")
-        message: Json = {
-            "id": given if given.startswith("msg_") else self._new_id("msg_"), "type": "message", "role": "assistant", "model": self._model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "usage": write_claude_usage(chunk.get("usage")),
-        }  # fmt: skip
-        return self._event("message_start", {"message": message})
-
-    @staticmethod
-    def _event(kind: str, members: Json) -> bytes:
-        return sse_event({"type": kind, **members}, kind)
-
-    def _choice(self, choice: Json) -> list[bytes]:
-        delta, out = choice.get("delta") or {}, []
-        if delta.get("reasoning_content"):
-            out += self._text("thinking", "thinking_delta", delta["reasoning_content"])
-        for block in delta.get("thinking_blocks") or ():
-            out += self._thinking_block(block)
-        for native in delta.get("native_blocks") or ():
-            if native.get("dialect") == "anthropic":
-                out += [*self._close(), self._start(native["block"]), *self._close()]
-        if delta.get("content"):
-            out += self._text("text", "text_delta", delta["content"])
-        if delta.get("refusal"):
-            self._refused = True
-            out += self._text("text", "text_delta", delta["refusal"])
-        for note in delta.get("annotations") or ():
-            if note.get("anthropic") and self._open == "text":
-                out.append(
-                    self._event(
-                        "content_block_delta",
-                        {"index": self._index, "delta": {"type": "citations_delta", "citation": note["anthropic"]}},
-                    )
-                )
-        for call in delta.get("tool_calls") or ():
-            out += self._tool(call)
-        reason = choice.get("finish_reason")
-        if reason:
-            self._stop = STOP_REASONS.get(reason, "end_turn")
-            self._stop_sequence = choice.get("stop_sequence")
-            self._stop = "stop_sequence" if self._stop_sequence else "refusal" if self._refused else self._stop
-        return out
-
-    def _start(self, block: Json) -> bytes:
-        self._index += 1
-        self._open = block["type"]
-        return self._event("content_block_start", {"index": self._index, "content_block": block})
-
-    def _close(self) -> list[bytes]:
-        if not self._open:
-            return []
-        self._open, self._current = "", None
-        return [self._event("content_block_stop", {"index": self._index})]
-
-    def _text(self, kind: str, delta_kind: str, text: str) -> list[bytes]:
-        out = []
-        if self._open != kind:
-            empty = (
-                {"type": "text", "text": ""}
-                if kind == "text"
-                else {"type": "thinking", "thinking": "", "signature": ""}
-            )
-            out = [*self._close(), *self._flush_tools(), self._start(empty)]
-        name = kind if kind == "thinking" else "text"
-        return [
-            *out,
-            self._event("content_block_delta", {"index": self._index, "delta": {"type": delta_kind, name: text}}),
-        ]
-
-    def _thinking_block(self, block: Json) -> list[bytes]:
-        if block.get("type") == "redacted_thinking":
-            return [*self._close(), self._start(block), *self._close()]
-        if block.get("type") != "thinking" or not block.get("signature"):
-            return []
-        out = (
-            []
-            if self._open == "thinking"
-            else [*self._close(), self._start({"type": "thinking", "thinking": "", "signature": ""})]
-        )
-        signed = {"type": "signature_delta", "signature": block["signature"]}
-        return [*out, self._event("content_block_delta", {"index": self._index, "delta": signed}), *self._close()]
-
-    def _tool(self, call: Json) -> list[bytes]:
-        at = call.get("index") or 0
-        kept = self._tools.setdefault(at, {"id": "", "name": "", "waiting": "", "started": False, "done": False})
-        function = call.get("function") or {}
-        kept["id"] = call.get("id") or kept["id"]
-        kept["name"] = function.get("name") or kept["name"]
-        kept["waiting"] += function.get("arguments") or ""
-        if self._current is None and not kept["done"] and kept["name"]:
-            return [*self._close(), *self._begin_tool(at)]
-        if self._current is not None and at > self._current and kept["name"] and self._is_whole(self._current):
-            return [*self._end_tool(), *self._begin_tool(at)]
-        return self._drain_tool(at) if at == self._current else []
-
-    def _is_whole(self, at: int) -> bool:
-        """Whether a call's arguments are a whole JSON value, so that the next call may begin."""
-        return load_object(self._tools[at].get("said", "")) is not None
-
-    def _begin_tool(self, at: int) -> list[bytes]:
-        kept = self._tools[at]
-        kept["started"], self._current = True, at
-        block = {"type": "tool_use", "id": kept["id"] or self._new_id("toolu_"), "name": kept["name"], "input": {}}
-        out = [self._start(block)]
-        self._current = at
-        return [*out, *self._drain_tool(at)]
-
-    def _drain_tool(self, at: int) -> list[bytes]:
-        kept = self._tools[at]
-        text, kept["waiting"] = kept["waiting"], ""
-        kept["said"] = kept.get("said", "") + text
-        if not text:
-            return []
-        return [
-            self._event(
-                "content_block_delta",
-                {"index": self._index, "delta": {"type": "input_json_delta", "partial_json": text}},
-            )
-        ]
-
-    def _end_tool(self) -> list[bytes]:
-        if self._current is not None:
-            self._tools[self._current]["done"] = True
-        return self._close()
-
-    def _flush_tools(self) -> list[bytes]:
-        """Write the calls that waited, whole."""
-        out = self._end_tool() if self._current is not None else []
-        for at, kept in sorted(self._tools.items()):
-            if not kept["done"] and kept["name"]:
-                kept["done"] = True
-                out += [*self._begin_tool(at), *self._end_tool()]
-        return out
-
-    def close(self) -> bytes:
-        out = [] if self._began else [self._begin({})]
-        out += [*self._flush_tools(), *self._close()]
-        delta = {"stop_reason": self._stop, "stop_sequence": self._stop_sequence}
-        out.append(self._event("message_delta", {"delta": delta, "usage": write_claude_usage(self._usage)}))
-        return b"".join([*out, self._event("message_stop", {})])
 
     def fail(self, error: GatewayError, request_id: str) -> bytes:
-        return self._event(
-            "error",
-            {name: value for name, value in anthropic_error_body(error, request_id)[1].items() if name != "type"},
-        )
+        return sse_event(anthropic_error_body(error, request_id)[1], "error")
+
+    def _emit(self, kind: str, **members: Any) -> None:
+        self._events.append(sse_event({"type": kind, **members}, kind))
+
+    def _begin(self, chunk: Json) -> None:
+        if self._began:
+            return
+        self._began = True
+        given_id = str(chunk.get("id") or "")
+        message: Json = {
+            "id": given_id if given_id.startswith("msg_") else self._new_id("msg_"), "type": "message",
+            "role": "assistant", "model": chunk.get("model") or self._model, "content": [], "stop_reason": None,
+            "stop_sequence": None, "usage": write_claude_usage(chunk.get("usage")),
+        }  # fmt: skip
+        self._emit("message_start", message=message)
+
+    def _read(self, choice: Json, delta: Json) -> None:
+        if delta.get("reasoning_content"):
+            self._prose("thinking")
+            self._tell("thinking", thinking=delta["reasoning_content"])
+        for block in delta.get("thinking_blocks") or ():
+            self._thought(block)
+        for native in delta.get("native_blocks") or ():
+            if native.get("dialect") == "anthropic":
+                self._whole(native["block"])
+        for name in ("content", "refusal"):
+            if delta.get(name):
+                self._prose("text")
+                self._tell("text", text=delta[name])
+        self._refused = self._refused or bool(delta.get("refusal"))
+        for note in delta.get("annotations") or ():
+            if note.get("anthropic"):
+                self._prose("text")
+                self._tell("citations", citation=note["anthropic"])
+        for piece in delta.get("tool_calls") or ():
+            self._call(piece)
+        self._stop_sequence = choice.get("stop_sequence") or self._stop_sequence
+
+    def _end(self) -> None:
+        self._flush_calls()
+        self._close_block()
+        ended = claude_stop(self._finish, self._stop_sequence, self._refused)
+        self._emit("message_delta", delta=ended, usage=write_claude_usage(self._usage))
+        self._emit("message_stop")
+
+    # -- blocks
+
+    def _open_block(self, block: Json) -> None:
+        self._close_block()
+        self._index += 1
+        self._kind = block["type"]
+        self._emit("content_block_start", index=self._index, content_block=block)
+
+    def _tell(self, kind: str, **members: Any) -> None:
+        self._emit("content_block_delta", index=self._index, delta={"type": f"{kind}_delta", **members})
+
+    def _close_block(self) -> None:
+        if self._kind:
+            self._kind = ""
+            self._emit("content_block_stop", index=self._index)
+
+    def _whole(self, block: Json) -> None:
+        self._flush_calls()
+        self._open_block(block)
+        self._close_block()
+
+    def _prose(self, kind: str) -> None:
+        """Have a block of text or thinking open. A citation that comes late gets a text of its own."""
+        if self._kind != kind:
+            self._flush_calls()
+            self._open_block({"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+
+    def _thought(self, block: Json) -> None:
+        if block.get("type") == "redacted_thinking":
+            self._whole(block)
+        elif block.get("type") == "thinking" and block.get("signature"):
+            self._prose("thinking")
+            self._tell("signature", signature=block["signature"])
+            self._close_block()
+
+    # -- calls
+
+    def _flush_calls(self) -> None:
+        for call in self._calls:
+            if call.name and not call.closed:
+                self._open_call(call)
+                self._end_call(call)
+
+    def _open_call(self, call: QueuedCall) -> None:
+        if not call.open:
+            call.open = True
+            self._open_block({"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}})
+            self._tell_call(call, "".join(call.text))
+
+    def _tell_call(self, call: QueuedCall, text: str) -> None:
+        if text:
+            self._tell("input_json", partial_json=text)
+
+    def _end_call(self, call: QueuedCall) -> None:
+        if not call.closed:
+            call.closed = True
+            self._close_block()
 
 
 def anthropic_error_body(error: GatewayError, request_id: str) -> tuple[int, Json]:
     status = 529 if error.status == 503 else error.status
     kind = ANTHROPIC_ERRORS.get(status) or ("invalid_request_error" if status < 500 else "api_error")
     told = {**error.fields, "type": kind, "message": error.message}
-    details = {"error_code": error.code, **({"param": error.param} if error.param else {})}
+    details = {"error_code": error.code, **filled(param=error.param)}
     return status, {"type": "error", "error": {**told, "details": details}, "request_id": request_id}
 
 
@@ -6818,50 +6719,43 @@ class AnthropicMessages(Dialect):
     foreign_marks = (b'"signature":""', b'"signature": ""')
     forwarded_headers = ("anthropic-version", "anthropic-beta")
     fixed_headers: ClassVar[Mapping[str, str]] = {"anthropic-version": "2023-06-01"}
+    heartbeat = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+    # -- client side
 
     def with_output_cap(self, request: Json, tokens: int) -> Json:
         return {**request, "max_tokens": tokens}
-
-    heartbeat = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
         return AnthropicParser(body).parse()
 
     def render(self, completion: Json, request: Json) -> Json:
         choice = (completion.get("choices") or [{}])[0]
-        message = choice.get("message") or {}
-        content: list[Json] = [
-            block
-            for block in message.get("thinking_blocks") or ()
-            if block.get("type") in ("thinking", "redacted_thinking")
-        ]
+        message, given_id = choice.get("message") or {}, str(completion.get("id") or "")
+        refused = bool(message.get("refusal"))
+        return {
+            "id": given_id if given_id.startswith("msg_") else f"msg_{given_id.removeprefix('chatcmpl-')}",
+            "type": "message", "role": "assistant", "model": completion.get("model") or request.get("model"),
+            "content": self._content(message),
+            **claude_stop(choice.get("finish_reason") or "", choice.get("stop_sequence"), refused),
+            "usage": write_claude_usage(completion.get("usage")),
+        }  # fmt: skip
+
+    @staticmethod
+    def _content(message: Json) -> list[Json]:
+        content = [block for block in message.get("thinking_blocks") or () if block.get("type") in THOUGHTS]
         if message.get("reasoning_content") and not content:
             content.append({"type": "thinking", "thinking": message["reasoning_content"], "signature": ""})
-        content += [
-            native["block"] for native in message.get("native_blocks") or () if native.get("dialect") == "anthropic"
-        ]
-        text = (message.get("content") or "") + (message.get("refusal") or "")
-        if text:
+        natives = message.get("native_blocks") or ()
+        content += [native["block"] for native in natives if native.get("dialect") == "anthropic"]
+        if text := (message.get("content") or "") + (message.get("refusal") or ""):
             cited = [note["anthropic"] for note in message.get("annotations") or () if note.get("anthropic")]
-            content.append({"type": "text", "text": text, **({"citations": cited} if cited else {})})
+            content.append({"type": "text", "text": text, **filled(citations=cited)})
         for call in message.get("tool_calls") or ():
             function = call.get("function") or {}
-            content.append(
-                {
-                    "type": "tool_use",
-                    "id": call.get("id"),
-                    "name": function.get("name"),
-                    "input": read_arguments(function.get("arguments")),
-                }
-            )
-        given, sequence = str(completion.get("id") or ""), choice.get("stop_sequence")
-        return {
-            "id": given if given.startswith("msg_") else f"msg_{given.removeprefix('chatcmpl-')}", "type": "message", "role": "assistant",
-            "model": completion.get("model") or request.get("model"), "content": content,
-            "stop_reason": "stop_sequence" if sequence else "refusal" if message.get("refusal")
-            else STOP_REASONS.get(choice.get("finish_reason") or "", "end_turn"),
-            "stop_sequence": sequence, "usage": write_claude_usage(completion.get("usage")),
-        }  # fmt: skip
+            named = {"id": call.get("id"), "name": function.get("name")}
+            content.append({"type": "tool_use", **named, "input": read_arguments(function.get("arguments"))})
+        return content
 
     def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
         return AnthropicRenderer(request, new_id)
@@ -6876,18 +6770,16 @@ class AnthropicMessages(Dialect):
 
     def render_model(self, row: Json) -> Json:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.get("created") or 0))
-        return {
-            "type": "model",
-            "id": row["id"],
-            "display_name": row.get("display_name") or row["id"],
-            "created_at": made,
-        }
+        named = {"id": row["id"], "display_name": row.get("display_name") or row["id"]}
+        return {"type": "model", **named, "created_at": made}
 
     def count_tokens(self, canonical: Json, request: Json) -> Json:
         """An estimate: four bytes of text a token, and what a message and a picture cost at the least."""
         counted = {name: canonical.get(name) for name in ("messages", "tools") if canonical.get(name)}
         text = re.sub(rb'"data:[^"]{200,}"', b'"%b"' % (b"x" * 6000), dump_json(counted))
         return {"input_tokens": (len(text) + 3) // 4}
+
+    # -- provider side
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         return provider.path("chat", model)
@@ -6896,54 +6788,11 @@ class AnthropicMessages(Dialect):
         return AnthropicEncoder(request, translation).build()
 
     def decode(self, answer: Json, translation: Translation) -> Json:
-        if answer.get("type") == "error":
-            raise self.read_error(_error_status(answer), dump_json(answer))
+        self.refuse_error(answer)
         if not isinstance(answer.get("content"), list):
             raise UpstreamError("the provider's answer has no `content`", code="upstream_malformed")
-        with malformed_is_theirs():
-            message = self._message(answer["content"])
-        reason = answer.get("stop_reason")
-        if reason == "refusal" and (answer.get("stop_details") or {}).get("explanation"):
-            message["refusal"] = answer["stop_details"]["explanation"]
-        choice: Json = {"index": 0, "message": message, "finish_reason": CLAUDE_FINISHES.get(str(reason), "stop")}
-        if answer.get("stop_sequence"):
-            choice["stop_sequence"] = answer["stop_sequence"]
-        usage = self.read_usage(answer)
-        return {
-            "id": answer.get("id") or translation.new_id("chatcmpl-"), "object": "chat.completion", "created": translation.now_s,
-            "model": answer.get("model") or translation.model, "choices": [choice],
-            **({"usage": canonical_claude_usage(usage)} if usage else {}),
-        }  # fmt: skip
-
-    @staticmethod
-    def _message(blocks: list[Json]) -> Json:
-        of = {
-            kind: [block for block in blocks if block.get("type") == kind]
-            for kind in ("text", "tool_use", "thinking", "redacted_thinking")
-        }
-        message: Json = {"role": "assistant", "content": "".join(block["text"] for block in of["text"]) or None}
-        if of["tool_use"]:
-            message["tool_calls"] = [
-                {
-                    "id": block["id"],
-                    "type": "function",
-                    "function": {"name": block["name"], "arguments": dump_json(block.get("input") or {}).decode()},
-                }
-                for block in of["tool_use"]
-            ]
-        elif message["content"] is None:
-            message["content"] = ""
-        thoughts = [block for block in blocks if block.get("type") in ("thinking", "redacted_thinking")]
-        reasoning = "".join(block.get("thinking") or "" for block in of["thinking"])
-        natives = [{"dialect": "anthropic", "block": block} for block in blocks if block.get("type") not in of]
-        notes = [read_claude_citation(citation) for block in of["text"] for citation in block.get("citations") or ()]
-        found = {
-            "thinking_blocks": thoughts,
-            "reasoning_content": reasoning,
-            "native_blocks": natives,
-            "annotations": notes,
-        }
-        return {**message, **{name: value for name, value in found.items() if value}}
+        with provider_shape():
+            return join_chunks(AnthropicDecoder(self, translation).read_whole(answer))
 
     def decoder(self, translation: Translation) -> Decoder:
         return AnthropicDecoder(self, translation)
@@ -6952,16 +6801,23 @@ class AnthropicMessages(Dialect):
         usage = answer.get("usage")
         return read_claude_usage(usage) if isinstance(usage, dict) else None
 
+    def refuse_error(self, event: Json) -> None:
+        """Raise the error that an event or answer is; its type tells the status."""
+        if event.get("type") == "error" or event.get("error"):
+            error = event.get("error")
+            kind = error.get("type") if isinstance(error, dict) else None
+            status = max((status for status, name in ANTHROPIC_ERRORS.items() if name == kind), default=502)
+            raise self.read_error(status, dump_json(event))
+
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         members = read_error_members(body)
-        kind = members.get("type")
-        code = (members.get("details") or {}).get("error_code") if isinstance(members.get("details"), dict) else None
+        kind, details = members.get("type"), members.get("details")
+        code = details.get("error_code") if isinstance(details, dict) else None
         code = code or (kind if isinstance(kind, str) and kind != "error" else None)
-        spent = isinstance(code, str) and code.endswith("spend_limit_reached")
+        if isinstance(code, str) and code.endswith("spend_limit_reached"):
+            code = "insufficient_quota"
         text = str(members.get("message") or f"the provider answered {status}")
-        return upstream_failure(
-            status, text, code="insufficient_quota" if spent else code, bad_key=kind == "authentication_error"
-        )
+        return upstream_failure(status, text, code=code, bad_key=kind == "authentication_error")
 
 
 # ----- Cohere ---------------------------------------------------------------------------------------------------------
@@ -8030,17 +7886,6 @@ class BedrockEncoder:
 
 def _at_least(value: Any, least: float) -> bool:
     return isinstance(value, int | float) and value >= least
-
-
-def merge_members(body: Json, members: Json) -> None:
-    """Merge objects into objects, all the way down, and share none; anything else replaces what was there."""
-    for name, value in members.items():
-        if isinstance(value, dict):
-            held = body.get(name)
-            body[name] = dict(held) if isinstance(held, dict) else {}
-            merge_members(body[name], value)
-        else:
-            body[name] = value
 
 
 def read_bedrock_usage(usage: Json) -> Usage:

@@ -494,7 +494,7 @@ def test_answers_of_another_shape_are_the_providers_failure(attempt: Attempt) ->
         {"messages": [{"role": "user", "content": 5}]},
         {"tools": 5},
         {"tools": [{"type": "function"}]},
-        {"tool_choice": "any"},
+        {"tool_choice": "sometimes"},
         {"stop": [1]},
         {"top_p": "x"},
         {"messages": [{"role": "tool", "content": "x"}]},

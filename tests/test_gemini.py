@@ -661,7 +661,7 @@ def test_a_blocked_prompt_is_an_empty_filtered_answer() -> None:
     ]
     with pytest.raises(UpstreamError, match="candidates"):
         GEMINI.decode({}, translation())
-    with pytest.raises(UpstreamError, match="another shape"):
+    with pytest.raises(UpstreamError, match="unknown shape"):
         GEMINI.decode({"candidates": ["x"]}, translation())
 
 
