@@ -94,6 +94,7 @@ import random
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -114,7 +115,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, Protocol, TextIO, TypeVar, cast
 
 import aiohttp
 import orjson
@@ -23481,6 +23482,59 @@ EXAMPLE_TOML: Final = """\
 """
 
 
+COLOURS: Final = {"ok": "32", "warn": "33", "bad": "31", "dim": "2", "strong": "1"}
+
+
+def paint(words: object, kind: str, stream: TextIO | None = None) -> str:
+    """Words in a colour where `stream` (stdout) is a terminal that wants any: https://no-color.org."""
+    stream = stream or sys.stdout
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return str(words) if is_plain else f"\x1b[{COLOURS[kind]}m{words}\x1b[0m"
+
+
+@contextlib.contextmanager
+def shown_progress(what: str, total: Callable[[], int], prints: bool = False) -> Iterator[Callable[[int], object]]:
+    """Gives a function that is told how much more of `total` (0: nobody knows) is done, and shows it on stderr.
+
+    Only where that is a terminal, and the work does not print to it meanwhile; the line is gone when the work is done.
+    """
+    if not sys.stderr.isatty() or (prints and sys.stdout.isatty()):
+        yield lambda more: None
+        return
+    whole, done, shown_s = total(), 0, -math.inf
+
+    def tell(more: int) -> None:
+        nonlocal done, shown_s
+        done += more
+        if (now_s := time.monotonic()) - shown_s < 0.1:
+            return
+        shown_s, share = now_s, min(1, done / whole) if whole else 0
+        bar = f"[{'#' * round(24 * share):24}] {share:4.0%} of {whole:,}" if whole else f"{done:,}"
+        print(f"\r{what} {bar}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    tell(0)
+    try:
+        yield tell
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class WatchedReader:
+    """Reads as another reader does, and tells how many rows came."""
+
+    def __init__(self, reader: Reads, tell: Callable[[int], object]) -> None:
+        self._reader, self._tell = reader, tell
+
+    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        rows = self._reader.read(sql, parameters)
+        self._tell(len(rows))
+        return rows
+
+
+def rows_in(reader: Reads, *tables: str) -> Callable[[], int]:
+    return lambda: sum(reader.read(f"SELECT COUNT(*) FROM {table}")[0][0] for table in tables)  # noqa: S608 - our names
+
+
 def curl_example(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello, Stockyard!"}]})
     return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
@@ -23501,7 +23555,8 @@ def dashboard_line(gateway: Gateway, url: str) -> str:
     """The way in for a person: a link that signs in once, soon. Empty where no dashboard is built in."""
     if not any(row.path == "/ui" for row in ROUTES):
         return ""
-    return f"\n  dashboard (signs in once, within {LINK_MS // 60_000} minutes):  {url}/ui?token={gateway.sessions.offer(int(gateway.clock() * 1000))}\n"
+    way = paint(f"{url}/ui?token={gateway.sessions.offer(int(gateway.clock() * 1000))}", "strong")
+    return f"\n  dashboard (signs in once, within {LINK_MS // 60_000} minutes):  {way}\n"
 
 
 async def print_banner(gateway: Gateway, url: str) -> None:
@@ -23620,8 +23675,8 @@ def run_doctor(options: argparse.Namespace) -> int:
         print(dump_json({"ok": not failed, "checks": checks}).decode())
     else:
         for check in checks:
-            mark = "FAIL" if not check["ok"] else "warn" if check["warning"] else "ok"
-            print(f"{mark:5} {check['check']:24} {check['detail']}")
+            mark, kind = ("FAIL", "bad") if not check["ok"] else ("warn", "warn") if check["warning"] else ("ok", "ok")
+            print(f"{paint(f'{mark:5}', kind)} {check['check']:24} {check['detail']}")
     return 1 if failed else 0
 
 
@@ -23739,8 +23794,11 @@ def log_line(row: Json) -> str:
     cost = "unpriced" if row["cost_usd"] is None else f"${row['cost_usd']:.6f}"
     tokens = f"{row['input_tokens'] or 0:>6}+{row['output_tokens'] or 0:<6}"
     mark = row["error"] or row["finish_reason"]
-    what = f"{row['status']}  {row['model'][:28]:28} {row['provider'][:12]:12} {row['latency_ms']:>9.1f} ms"
-    return f"{row['ts']}  {row['id']}  {what} {tokens} {cost:>11} {mark}"
+    kind = "ok" if row["status"] < 400 else "warn" if row["status"] in (429, 499) else "bad"
+    what = (
+        f"{paint(row['status'], kind)}  {row['model'][:28]:28} {row['provider'][:12]:12} {row['latency_ms']:>9.1f} ms"
+    )
+    return f"{row['ts']}  {paint(row['id'], 'dim')}  {what} {tokens} {cost:>11} {mark}"
 
 
 def run_logs(options: argparse.Namespace) -> int:
@@ -23754,8 +23812,10 @@ def run_logs(options: argparse.Namespace) -> int:
     if options.limit:
         rows = [*itertools.islice(itertools.chain.from_iterable(steps), options.limit)]
         steps = iter([rows[::-1]])
-    for rows in steps:
-        print_log(rows, options)
+    with shown_progress("rows", lambda: 0, prints=True) as tell:
+        for rows in steps:
+            print_log(rows, options)
+            tell(len(rows))
     while options.follow:
         time.sleep(0.5)
         fresh, block = find_new_requests(store, block, wanted, now_ms)
@@ -23801,7 +23861,9 @@ def repriced_line(row: Json) -> str:
 def run_costs(options: argparse.Namespace) -> int:
     wanted = {"since": options.since} if options.since else {}
     if options.reprice:
-        rows = reprice(open_log(options), load_prices(load_settings(options)), wanted, int(time.time() * 1000))
+        log, prices = open_log(options), load_prices(load_settings(options))
+        with shown_progress("rows", rows_in(log, "calls")) as tell:
+            rows = reprice(cast(LogStore, WatchedReader(log, tell)), prices, wanted, int(time.time() * 1000))
         return print_rows(rows, options, repriced_line)
     rows = find_spend(open_log(options), options.by, wanted, int(time.time() * 1000))
 
@@ -23818,8 +23880,11 @@ def run_backup(options: argparse.Namespace) -> int:
     if not (settings.data_path / "stockyard.db").exists():
         raise StoreError(f"there is no database in {settings.data_path}; set STOCKYARD_DATA_DIR")
     try:
-        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            asyncio.run(ask_admin(settings, "POST", "/api/backup", into=file))
+        with (
+            open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file,
+            shown_progress("bytes", lambda: (settings.data_path / "stockyard.db").stat().st_size) as tell,
+        ):
+            asyncio.run(ask_admin(settings, "POST", "/api/backup", into=lambda piece: tell(file.write(piece))))
     except FileExistsError:
         raise StoreError(f"{path} exists, and is not overwritten") from None
     except BaseException:
@@ -23842,13 +23907,20 @@ def run_audit(options: argparse.Namespace) -> int:
         return 0
     reader = AuditReader(path)
     if options.action == "export":
-        for entry in read_audit(reader):
-            told = {"seq": entry.seq, "ts_ms": entry.ts_ms, "kind": entry.kind, "record": orjson.loads(entry.record)}
-            print(dump_json({**told, "digest": entry.digest.hex()}).decode())
+        with shown_progress("entries", rows_in(reader, "audit"), prints=True) as tell:
+            for entry in read_audit(WatchedReader(reader, tell)):
+                told = {
+                    "seq": entry.seq,
+                    "ts_ms": entry.ts_ms,
+                    "kind": entry.kind,
+                    "record": orjson.loads(entry.record),
+                }
+                print(dump_json({**told, "digest": entry.digest.hex()}).decode())
         return 0
     checkpoint = read_checkpoint(Path(options.checkpoint)) if options.checkpoint else None
-    report = check_audit(reader, audit_key(load_pepper(settings)), checkpoint)
-    print(report.fault or f"{report.entries} entries and {report.calls} calls: nothing was changed" + (
+    with shown_progress("rows", rows_in(reader, "audit", "calls")) as tell:
+        report = check_audit(WatchedReader(reader, tell), audit_key(load_pepper(settings)), checkpoint)
+    print(paint(report.fault, "bad") if report.fault else f"{report.entries} entries and {report.calls} calls: nothing was changed" + (
         f", and all is there up to entry {checkpoint['seq']} of the checkpoint" if checkpoint else
         "; only a checkpoint kept elsewhere (--checkpoint FILE) tells a chain that was cut off or written anew"
     ))  # fmt: skip
@@ -23872,14 +23944,14 @@ async def ask_admin(
     path: str,
     body: Json | None = None,
     environment: Mapping[str, str] = NO_VARIABLES,
-    into: BinaryIO | None = None,
+    into: Callable[[bytes], object] | None = None,
 ) -> Json:
     """Ask the running proxy of a data directory; where none runs, a short-lived one of our own.
 
     So keys and budgets are written by one process only, and the command line and the API cannot differ. Ours
     has the providers and routes that `environment` turns on.
 
-    With `into` the answer is no JSON but a file, and goes there.
+    With `into` the answer is no JSON but a file, and goes there piece by piece.
     """
 
     async def ask(url: str, admin_key: str) -> Json:
@@ -23890,7 +23962,7 @@ async def ask_admin(
         ):
             if into is not None and answer.status < 400:
                 async for piece in answer.content.iter_any():
-                    into.write(piece)
+                    into(piece)
                 return {}
             document: Json = await answer.json()
             if answer.status >= 400:
@@ -23946,11 +24018,7 @@ def run_keys(options: argparse.Namespace) -> int:
     path = f"/api/keys/{options.id}" if options.id else "/api/keys"
     if options.action == "list":
         rows = asyncio.run(ask_admin(settings, "GET", "/api/keys"))["data"]
-        return print_rows(
-            rows,
-            options,
-            lambda row: f"{row['id']}  {row['status']:8} {row['role']:7} {row['name']:24} {show_budget(row['budget'])}",
-        )
+        return print_rows(rows, options, key_line)
     if options.action == "create":
         answer = asyncio.run(ask_admin(settings, "POST", path, key_body(options)))
     elif options.action == "rotate":
@@ -23986,6 +24054,11 @@ def read_amount(text: str) -> float:
         return float(text)
     except ValueError:
         raise SettingsError(f"--limit-usd {text!r} is not understood; write 20/day") from None
+
+
+def key_line(row: Json) -> str:
+    status = paint(f"{row['status']:8}", "ok" if row["status"] == "active" else "dim")
+    return f"{row['id']}  {status} {row['role']:7} {row['name']:24} {show_budget(row['budget'])}"
 
 
 def show_budget(budget: Json | None) -> str:
@@ -24117,6 +24190,79 @@ def print_bench(rows: list[Json], options: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def completions() -> Iterator[tuple[str, str, Json]]:
+    """What may be typed: the command ("" for every one), the flag ("" for what stands alone), and its row."""
+    for verb in VERBS:
+        for name, row in verb.arguments:
+            if row.get("help") is not argparse.SUPPRESS:
+                yield verb.name, name if name.startswith("-") else "", row
+    for name, words in setting_flags():
+        yield "", name, {"help": words}
+
+
+def bash_completion() -> str:
+    """One function. A value has its choices or, as a name of a file, what bash itself knows; flags come after a dash, and
+    by themselves where a command takes nothing else."""
+    alone: dict[str, str] = {}
+    flags: dict[str, list[str]] = {verb: [] for verb in ("", *(verb.name for verb in VERBS))}
+    values, free = [], []
+    for verb, flag, row in completions():
+        choices = " ".join(row.get("choices", ()))
+        if not flag:
+            alone[verb] = alone.get(verb, "") or choices
+            continue
+        flags[verb].append(flag)
+        if choices:
+            values.append(f"  *' {verb} {flag}') words='{choices}' ;;")
+        elif "action" not in row:
+            free.append(f"*' {flag}'")
+    settings = " ".join(flags.pop(""))
+    cases = [*values, f"  {' | '.join(dict.fromkeys(free))}) ;;"]
+    for verb, known in flags.items():
+        all_flags = " ".join([*known, "$settings"])
+        cases.append(f"""  *' {verb} '*) words="{alone.get(verb, all_flags)}" flags="{all_flags}" ;;""")
+    return BASH_COMPLETION.format(
+        verbs=" ".join(verb.name for verb in VERBS), settings=settings, cases="\n".join(cases)
+    )
+
+
+BASH_COMPLETION: Final = """\
+_stockyard() {{
+  local words= flags= word=${{COMP_WORDS[COMP_CWORD]}} settings='{settings}'
+  case "$COMP_CWORD ${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+  '1 '*) words='{verbs}' flags=$settings ;;
+{cases}
+  esac
+  case $word in -*) words=$flags ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _stockyard stockyard
+"""
+
+
+def fish_completion() -> str:
+    lines = [f"-n __fish_use_subcommand -fa {verb.name} -d {shlex.quote(verb.help)}" for verb in VERBS]
+    for verb, flag, row in completions():
+        where = f"__fish_seen_subcommand_from {verb}" if verb else "not __fish_use_subcommand"
+        name = f" -l {flag[2:]} -d {shlex.quote(row['help'])}" if flag else ""
+        choices = (
+            f" -xa '{' '.join(row['choices'])}'" if "choices" in row else "" if "action" in row or not flag else " -r"
+        )
+        lines.append(f"-n '{where}'{name}{choices}")
+    return "".join(f"complete -c {PROGRAM} {line}\n" for line in lines)
+
+
+COMPLETIONS: Final[Mapping[str, Callable[[], str]]] = {
+    "bash": bash_completion, "fish": fish_completion,
+    "zsh": lambda: f"autoload -U +X compinit bashcompinit && compinit && bashcompinit\n{bash_completion()}",
+}  # fmt: skip
+
+
+def run_completion(options: argparse.Namespace) -> int:
+    print(COMPLETIONS[options.shell](), end="")
+    return 0
+
+
 def run_version(options: argparse.Namespace) -> int:
     if options.json:
         try:
@@ -24218,11 +24364,22 @@ VERBS: Final = (
         ("--seconds", {"default": "3", "help": "how long each load lasts (default: 3)"}),
         ("--clients", {"default": "32", "help": "how many at once (default: 32)"}), _JSON,
         ("--provider-port", {"help": argparse.SUPPRESS}))),
+    Verb("completion", run_completion, "print what teaches a shell these commands: source <(stockyard completion bash)", (
+        ("shell", {"choices": tuple(sorted(COMPLETIONS))}),
+    )),
     Verb("version", run_version, "print the version", (
         ("--deps", {"action": "store_true", "help": "also print the bundled packages"}),
         ("--json", {"action": "store_true", "help": "print the file's bill of materials (CycloneDX) instead"}),
     )),
 )  # fmt: skip
+
+
+def setting_flags() -> Iterator[tuple[str, str]]:
+    """Every setting as a flag, but secrets: those on a command line show in every process list."""
+    yield "--config", "path of stockyard.toml"
+    for row in SETTING_ROWS:
+        if row.name not in SECRET_SETTINGS:
+            yield f"--{row.name.replace('_', '-')}", f"{row.metadata['help']} (default: {row.default})"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24232,19 +24389,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     settings = argparse.ArgumentParser(add_help=False)
     group = settings.add_argument_group("settings (also as STOCKYARD_<NAME> in the environment, or in stockyard.toml)")
-    group.add_argument("--config", help="path of stockyard.toml")
-    for row in SETTING_ROWS:
-        if row.name not in SECRET_SETTINGS:  # a secret on a command line shows in every process list
-            group.add_argument(
-                f"--{row.name.replace('_', '-')}",
-                help=f"{row.metadata['help']} (default: {row.default})".replace("%", "%%"),
-            )
+    for name, words in setting_flags():
+        group.add_argument(name, help=words.replace("%", "%%"))
     commands = parser.add_subparsers(dest="verb", metavar="command")
     for verb in VERBS:
         command = commands.add_parser(verb.name, help=verb.help, description=verb.help, parents=[settings])
         for name, options in verb.arguments:
-            if name == "--config":
-                continue
             command.add_argument(name, **options)
         command.set_defaults(run=verb.run)
     return parser
@@ -24258,11 +24408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(given)
     try:
         return int(options.run(options))
-    except (SettingsError, StoreError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except InvalidRequest as error:
-        print(f"{PROGRAM}: {error.message}", file=sys.stderr)
+    except (SettingsError, StoreError, InvalidRequest) as error:
+        print(f"{paint(PROGRAM, 'bad', sys.stderr)}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
