@@ -11776,7 +11776,13 @@ class Scanner:
         starts, ends = reading.starts, reading.ends
         if starts is None or ends is None:
             return [Finding(start, end, row.entity, row.secret) for start, end, row in kept]
-        return [Finding(starts[start], ends[end - 1], row.entity, row.secret) for start, end, row in kept]
+        mapped, last = [], 0
+        for start, end, row in kept:  # two may share a letter that reads as several, such as ½
+            low, high = max(starts[start], last), ends[end - 1]
+            if low < high:
+                mapped.append(Finding(low, high, row.entity, row.secret))
+                last = high
+        return mapped
 
     def _places(self, text: str) -> Iterator[tuple[Recogniser, int, int]]:
         lowered = text.lower()

@@ -463,3 +463,12 @@ def test_no_text_takes_more_than_linear_time(piece: str) -> None:
     SCANNER.find(text)
     s.injection_score(text)
     assert time.process_time() - begin < 8
+
+
+def test_findings_that_share_a_letter_which_reads_as_several_are_disjoint() -> None:
+    """Overlapping ones would write that letter twice when they are hidden."""
+    text = "Tel 4186  0044 05 Tel +4 011111½ 0044 05 or so"
+    found = s.Scanner().find(text)
+    assert [text[one.start : one.end] for one in found] == ["4186  0044 05", "+4 011111½", " 0044 05"]
+    hidden = s.Hidden("reversible", b"k" * 32, "")
+    assert hidden.restore(hidden.hide(text, [one[:3] for one in found])) == text
