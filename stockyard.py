@@ -23433,59 +23433,8 @@ async def bench(proxy_pid: int, ports: Mapping[str, int], clients: int, seconds:
 # One function a verb, each short: parse, do, print. `main` stands last and reads as the program's summary.
 
 PROGRAM: Final = "stockyard"
-EXAMPLE_TOML: Final = """\
-# stockyard.toml: read from ./, else from the data directory, else from STOCKYARD_CONFIG.
-# Flags and environment variables win over this file. Every setting of `stockyard config check` may stand here.
-
-# port = 4200
-# cache = "deterministic"
-
-# [providers.openai]                  # instead of OPENAI_API_KEY and OPENAI_BASE_URL
-# api_key = "sk-..."
-# base_url = "https://api.openai.com/v1"
-
-# [aliases]
-# fast = "groq/llama-3.3-70b-versatile"
-
-# [routes.chat]                       # clients ask for the model "chat"
-# strategy = "weighted"               # ordered, weighted, least_latency, cheapest, fewest_in_flight
-# targets = ["openai/gpt-4o-mini", {to = "groq/llama-3.3-70b-versatile", weight = 0.5, max_prompt_tokens = 100000}]
-# fallbacks = ["anthropic/claude-haiku-4-5"]    # where calls go when the targets fail; nowhere else, ever
-# first_byte_timeout = 20             # also connect_, idle_ and total_timeout, retries
-# hedge_after_ms = 3000               # ask the next target as well; min_bytes_per_s = 20 ends streams that crawl
-# shadow = ["openai/gpt-4.1-mini"]    # gets a copy of shadow_fraction of the calls; its answers are thrown away
-# defaults = {temperature = 0.2}      # also forced, system_prefix, max_output_tokens, headers
-
-# [limits]                            # rates of all calls, beside those of keys
-# rpm = 6000                          # also tpm, parallel; queue_ms = 2000 lets calls that come too soon wait
-# models."gpt-5*" = {rpm = 600, parallel = 32}
-
-# [keys.team-a]                       # a virtual key as code, with the members of POST /api/keys
-# key_env = "TEAM_A_STOCKYARD_KEY"    # the variable with its secret; or digest = "sha256:..."
-# models = ["gpt-*"]
-# budget = {usd = 5, period = "day"}
-
-# [[prices]]                          # your own price of a model, USD per million tokens
-# model = "my-model"
-# provider = "openai_compatible"
-# input = 0.10
-# output = 0.40
-
-# [[alerts]]                          # a webhook; Slack understands it as it is; without events it gets all
-# url = "https://example.com/hook"
-# events = ["budget", "error_rate", "breaker_open", "log_failing", "crash_recovered", "bound_violation"]
-# secret_env = "ALERT_SECRET"         # signs: x-stockyard-signature: t=TIME,v1=hex HMAC-SHA256 of TIME.BODY
-
-# [guardrails.NAME]                    # one of: words, regex, entities, allow, topics, max_chars, max_bytes, json_schema, webhook
-# words = ["Project Falcon"]           # topics = {weapons = ["rifle", "gun"]}; entities = ["email", "secrets"] or ["all"]
-# on = "input"                         # or "output", or both in a list; a stream that must be judged whole waits for its end
-# action = "block"                     # or flag, or redact (words, regex, entities); models, keys and tags narrow a rule down
-# webhook gets {"rule", "where", "model", "key_id", "texts"} and answers {"action": "allow", "flag" or "block"} in timeout_ms
-
-# [recognisers.badge]                  # what redaction finds beside its own: a pattern, keywords, examples and counterexamples
-# pattern = "B-[0-9]{5}"
-# examples = ["B-12345"]
-"""
+#: What `stockyard config` prints besides the settings: files beside the module.
+CONFIG_FILES: Final = {"example": "example.toml", "unit": "stockyard.service", "containerfile": "Containerfile"}
 
 
 COLOURS: Final = {"ok": "32", "warn": "33", "bad": "31", "dim": "2", "strong": "1"}
@@ -24084,8 +24033,8 @@ def run_budgets(options: argparse.Namespace) -> int:
 
 
 def run_config(options: argparse.Namespace) -> int:
-    if options.action == "example":
-        print(EXAMPLE_TOML, end="")
+    if options.action in CONFIG_FILES:
+        print(read_asset(CONFIG_FILES[options.action]).decode(), end="")
         return 0
     settings = load_settings(options)
     load_router(settings, os.environ, load_prices(settings))
@@ -24363,8 +24312,8 @@ VERBS: Final = (
         ("--grace", {"type": int, "default": 0, "help": "seconds that the old secret goes on working after rotate (0)"}), _JSON,
     )),
     Verb("budgets", run_budgets, "list all budgets with what is spent, held and left", (_JSON,)),
-    Verb("config", run_config, "check: print the merged settings and their sources; example: print a commented stockyard.toml", (
-        ("action", {"choices": ("check", "example")}), _JSON,
+    Verb("config", run_config, "check: print the merged settings and their sources; else a commented stockyard.toml, a systemd unit, a Containerfile", (
+        ("action", {"choices": ("check", *CONFIG_FILES)}), _JSON,
     )),
     Verb("bench", run_bench, "measure on this machine what the proxy adds to a provider that answers at once", (
         ("--seconds", {"default": "3", "help": "how long each load lasts (default: 3)"}),

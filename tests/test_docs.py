@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import re
+import tomllib
 from pathlib import Path
+
+import pytest
 
 import stockyard
 
@@ -38,3 +42,22 @@ def test_every_command_has_help_and_stands_in_readme() -> None:
 
 def test_readme_is_short_enough_to_read() -> None:
     assert len(README.splitlines()) <= 250
+
+
+def test_the_files_that_config_prints_name_real_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {f"STOCKYARD_{row.name.upper()}": row for row in stockyard.SETTING_ROWS}
+    for action in stockyard.CONFIG_FILES:
+        assert stockyard.main(["config", action]) == 0
+        text = capsys.readouterr().out
+        if action == "example":
+            names = re.findall(r"^# ([a-z_]+) = ", text.partition("[")[0], re.MULTILINE)
+            assert {f"STOCKYARD_{name.upper()}" for name in names} <= known.keys()
+            tomllib.loads(re.sub(r"^# (?=\[|\S+ = )", "", text, flags=re.MULTILINE))
+        else:
+            assert set(re.findall(r"STOCKYARD_\w+", text)) <= known.keys()
+        if action == "containerfile":
+            assert f"EXPOSE {known['STOCKYARD_PORT'].default}\n" in text
+        if action == "unit":
+            unit = configparser.RawConfigParser(strict=False)
+            unit.read_string(text)
+            assert int(unit["Service"]["TimeoutStopSec"]) > float(known["STOCKYARD_DRAIN_TIMEOUT"].default)
