@@ -1772,6 +1772,125 @@ def write_embeddings(vectors: Sequence[Any], input_tokens: int, translation: Tra
     return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
 
 
+def url_citation(url: str, title: Any, start: int, end: int) -> Json:
+    """An annotation that names a web page as the source of the text from `start` to `end`."""
+    cited = {"url": url, "title": title or "", "start_index": start, "end_index": end}
+    return {"type": "url_citation", "url_citation": cited}
+
+
+def read_embedding_texts(value: Any) -> list[str]:
+    """The texts of an OpenAI embeddings input; token arrays mean nothing to another tokenizer."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("`input` must be text or an array of texts: token ids mean nothing here", param="input")
+    return texts
+
+
+def read_embedding_request(
+    request: Json, dialect: str, plain: Mapping[str, str], translation: Translation
+) -> tuple[list[str], Json]:
+    """The texts of an OpenAI embeddings request, and its other members under the provider's names.
+
+    Notes the texts' estimated tokens, for answers that count none.
+    """
+    texts = read_embedding_texts(request.get("input"))
+    translation.names["embedding_tokens"] = sum(-(-len(text.encode("utf-8", "replace")) // 4) for text in texts)
+    options: Json = {}
+    for name, value in request.items():
+        if value is not None and name in plain:
+            options[plain[name]] = want_whole(value, name) if name == "dimensions" else value
+        elif value is not None and name not in ("model", "input", "encoding_format", "extra_body"):
+            translation.drop(name)
+    return texts, {**options, **own_extras(request, dialect, translation)}
+
+
+def same_names(text: str, **renamed: str) -> dict[str, str]:
+    """A table of members and the names they travel under: those in `text` keep theirs."""
+    return {**{name: name for name in text.split()}, **renamed}
+
+
+def rows_by_model(*rows: tuple[str, T]) -> Callable[[str], T]:
+    """A look-up of what a model takes: the first pattern that matches the start of its name wins."""
+    compiled = [(re.compile(pattern), row) for pattern, row in rows]
+    return lambda model: next(row for pattern, row in compiled if pattern.match(model))
+
+
+def read_blocks(message: Json) -> list[Json]:
+    blocks = message.get("thinking_blocks")
+    return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+
+
+class Encoder:
+    """Builds one provider's body; a subclass's tables say how each role and each member of a request is carried.
+
+    A member that stands in no table is named as dropped, unless its value asks for nothing.
+    """
+
+    ROLES: ClassVar[Mapping[str, Callable[[Any, Json, str], None]]] = {}
+    WRITERS: ClassVar[Mapping[str, Callable[[Any, Any], None]]] = {}
+    #: Members that are read where they are needed.
+    CARRIED: ClassVar[frozenset[str]] = ALWAYS_CARRIED
+    #: Names that the provider takes for tools, and the letters that it does not.
+    TOOL_NAME: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9_-]{1,64}")
+    NO_TOOL_LETTER: ClassVar[re.Pattern[str]] = re.compile(r"[^A-Za-z0-9_-]")
+
+    def __init__(self, request: Json, translation: Translation) -> None:
+        self._request, self._translation, self._drop = with_effort(request), translation, translation.drop
+        self._fitted: dict[str, str] = {}
+
+    def _write_messages(self) -> None:
+        for message, role, where in read_messages(self._request, self._translation):
+            writer = self.ROLES.get(role)
+            if writer is None:
+                raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
+            writer(self, message, where)
+
+    def _write_members(self, body: Json, plain: Mapping[str, str]) -> None:
+        """Write the members into `body`: `plain` ones as they are under another name."""
+        for name, value in self._request.items():
+            if name in self.CARRIED or says_nothing(name, value):
+                continue
+            if name in plain:
+                body[plain[name]] = value
+            elif (writer := self.WRITERS.get(name)) is not None:
+                writer(self, value)
+            else:
+                self._drop(name)
+
+    def _fit_name(self, name: str) -> str:
+        """A tool's name as the provider takes it; `names["tool_names"]` lets the decoder put the original back."""
+        if name not in self._fitted:
+            fit = name
+            if not self.TOOL_NAME.fullmatch(name):
+                fit = self.NO_TOOL_LETTER.sub("_", name)[:60]
+                fit = fit if self.TOOL_NAME.fullmatch(fit) else f"_{fit}"
+                while fit in self._fitted.values():
+                    fit += "_"
+                self._translation.names.setdefault("tool_names", {})[fit] = name
+            self._fitted[name] = fit
+        return self._fitted[name]
+
+
+class EventDecoder:
+    """What decoders of server-sent events share; a subclass reads one event at a time, and says when it was the last."""
+
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
+        self._dialect, self._translation = dialect, translation
+        self._events = SseReader()
+        self._chunks = ChunkWriter(translation)
+        self._calls = CallWriter(translation)
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[Json]:
+        return [chunk for name, payload in self._events.feed(data) for chunk in self._read(name, payload)]
+
+    def close(self) -> list[Json]:
+        return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
+
+    def _read(self, name: str, payload: bytes) -> list[Json]:
+        raise NotImplementedError
+
+
 # ----- OpenAI model facts ---------------------------------------------------------------------------------------------
 # What one family of models takes, as rows: which refuse sampling parameters while they reason, which take function
 # tools only on /responses. Both OpenAI dialects ask these rows, nobody asks for a model by name. To add a model, add a
@@ -3845,7 +3964,7 @@ def refuse_foreign(request: Json) -> None:
 #
 # What canonical requests cannot hold is kept in `extra_body.gemini` under its dotted path
 # (`generationConfig.speechConfig`), so that another dialect can name exactly what it drops. What differs by model is a
-# row of GEMINI_FAMILIES; what differs on Vertex is a class attribute of GeminiVertex.
+# row of _gemini_families; what differs on Vertex is a class attribute of GeminiVertex.
 # Sources: https://ai.google.dev/api/generate-content and https://docs.cloud.google.com/vertex-ai/generative-ai/docs
 
 
@@ -3888,28 +4007,23 @@ GEMINI_2_5_IMAGE: Final = dataclasses.replace(GEMINI_2_5, budget_tokens=None, ca
 GEMINI_2: Final = dataclasses.replace(GEMINI_2_5_IMAGE, web_files=False, json_schema=False)
 GEMMA_3: Final = dataclasses.replace(GEMINI_2, system=False)
 
-#: The first pattern that matches the start of a model's name wins.
-GEMINI_FAMILIES: Final = tuple(
-    (re.compile(pattern), family)
-    for pattern, family in (
-        (r"gemini-3[\d.]*-pro", GEMINI_NEWEST),
-        (r"gemini-3\.[78]-flash", GEMINI_NEWEST),
-        (r"gemini-3", GEMINI_3),
-        (r"gemini-2\.5-pro", dataclasses.replace(GEMINI_2_5, budget_tokens=(128, 32768), can_stop_thinking=False)),
-        (r"gemini-2\.5-flash-lite", dataclasses.replace(GEMINI_2_5, budget_tokens=(512, 24576))),
-        (r"gemini-2\.5-flash-image", GEMINI_2_5_IMAGE),
-        (r"gemini-2\.5", GEMINI_2_5),
-        (r"gemini-[12][.-]|learnlm", GEMINI_2),
-        (r"gemma-3", GEMMA_3),
-        (r"gemma", GEMINI_2),
-        (r"", GEMINI_NEWEST),
-    )
+_gemini_families: Final = rows_by_model(
+    (r"gemini-3[\d.]*-pro", GEMINI_NEWEST),
+    (r"gemini-3\.[78]-flash", GEMINI_NEWEST),
+    (r"gemini-3", GEMINI_3),
+    (r"gemini-2\.5-pro", dataclasses.replace(GEMINI_2_5, budget_tokens=(128, 32768), can_stop_thinking=False)),
+    (r"gemini-2\.5-flash-lite", dataclasses.replace(GEMINI_2_5, budget_tokens=(512, 24576))),
+    (r"gemini-2\.5-flash-image", GEMINI_2_5_IMAGE),
+    (r"gemini-2\.5", GEMINI_2_5),
+    (r"gemini-[12][.-]|learnlm", GEMINI_2),
+    (r"gemma-3", GEMMA_3),
+    (r"gemma", GEMINI_2),
+    (r"", GEMINI_NEWEST),
 )
 
 
 def gemini_family(model: str) -> GeminiFamily:
-    name = model.rpartition("/")[2]
-    return next(family for pattern, family in GEMINI_FAMILIES if pattern.match(name))
+    return _gemini_families(model.rpartition("/")[2])
 
 
 #: reasoning_effort -> thinkingLevel (raised to the family's lowest), thinkingBudget (held to the family's bounds).
@@ -5737,36 +5851,18 @@ class GeminiGenerate(Dialect):
         return {"requests": [{"model": model, "content": content, **options} for content in contents]}
 
     def _embedding_options(self, request: Json, translation: Translation) -> tuple[Json, list[Json]]:
-        texts = read_embedding_texts(request.get("input"))
-        translation.names["embedding_bytes"] = [len(text.encode("utf-8", "replace")) for text in texts]
+        texts, options = read_embedding_request(request, "gemini", {"dimensions": "outputDimensionality"}, translation)
         contents: list[Json] = [{"parts": [{"text": text}]} for text in texts]
-        options: Json = {}
-        if request.get("dimensions") is not None:
-            options["outputDimensionality"] = want_whole(request["dimensions"], "dimensions")
-        extra = want_object(request.get("extra_body") or {}, "extra_body")
-        for dialect, members in extra.items():
-            members = google_object(members, f"extra_body.{dialect}")
-            if dialect == "gemini":
-                given = want_list(members.pop("contents", contents), "extra_body.gemini.contents")
-                contents = [want_object(content, "extra_body.gemini.contents") for content in given]
-                options.update(members)
-            else:
-                for name in members:
-                    translation.drop(name)
-        for name, value in request.items():
-            if value is not None and name not in ("model", "input", "dimensions", "encoding_format", "extra_body"):
-                translation.drop(name)
+        options = google_object(options, "extra_body.gemini")
+        given = want_list(options.pop("contents", contents), "extra_body.gemini.contents")
+        contents = [want_object(content, "extra_body.gemini.contents") for content in given]
         return options, contents
 
     def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
         refuse_error_event(answer, self)
         with provider_shape():
             vectors, tokens = self._vectors(answer)
-        if not tokens:
-            tokens = sum(-(-size // 4) for size in translation.names.get("embedding_bytes") or ())
-        rows = [{"object": "embedding", "index": at, "embedding": vector} for at, vector in enumerate(vectors)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": rows, "model": translation.model, "usage": usage}
+        return write_embeddings(vectors, tokens or translation.names.get("embedding_tokens") or 0, translation)
 
     def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
         items = answer.get("embeddings") or ([answer["embedding"]] if answer.get("embedding") else None)
@@ -5854,14 +5950,6 @@ class GeminiVertex(GeminiGenerate):
         found = [item.get("embeddings") or {} for item in answer["predictions"]]
         tokens = sum(_count((item.get("statistics") or {}).get("token_count")) for item in found)
         return [item.get("values") or [] for item in found], tokens
-
-
-def read_embedding_texts(value: Any) -> list[str]:
-    """The texts of an OpenAI embeddings input; token arrays mean nothing to another tokenizer."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("`input` must be text or an array of texts: token ids mean nothing here", param="input")
-    return texts
 
 
 def read_retry_delay_s(details: list[Json]) -> float | None:
@@ -6823,7 +6911,7 @@ class AnthropicMessages(Dialect):
 
 # ----- Cohere ---------------------------------------------------------------------------------------------------------
 # Cohere v2: near to OpenAI's chat, but text beside tool calls is a `tool_plan`, tools cannot be chosen by name, schemas
-# nest differently, and unknown members are refused. What differs by model is a row of COHERE_FAMILIES.
+# nest differently, and unknown members are refused. What differs by model is a row of `cohere_family`.
 # Sources: https://docs.cohere.com/v2/reference/chat, …/embed, …/rerank; the types of the vendor's Python SDK 7.3
 
 
@@ -6839,19 +6927,15 @@ class CohereFamily:
     dimensions: bool = True
 
 
-#: The first pattern that matches the start of a model's name wins.
-COHERE_FAMILIES: Final = tuple(
-    (re.compile(pattern), family)
-    for pattern, family in (
-        (r"command-a-vision|c4ai-aya-vision", CohereFamily(thinks=False)),
-        (r"command-a-reasoning", CohereFamily(images=False)),
-        (r"command-a-plus", CohereFamily()),
-        (r"command-(a-03|a-translate|r7b)", CohereFamily(thinks=False, images=False)),
-        (r"command|c4ai-", CohereFamily(thinks=False, images=False, tool_choice=False)),
-        (r"embed-(english|multilingual)(-light)?-v2", CohereFamily(typed_inputs=False, dimensions=False)),
-        (r"embed-(english|multilingual)", CohereFamily(dimensions=False)),
-        (r"", CohereFamily()),
-    )
+cohere_family: Final = rows_by_model(
+    (r"command-a-vision|c4ai-aya-vision", CohereFamily(thinks=False)),
+    (r"command-a-reasoning", CohereFamily(images=False)),
+    (r"command-a-plus", CohereFamily()),
+    (r"command-(a-03|a-translate|r7b)", CohereFamily(thinks=False, images=False)),
+    (r"command|c4ai-", CohereFamily(thinks=False, images=False, tool_choice=False)),
+    (r"embed-(english|multilingual)(-light)?-v2", CohereFamily(typed_inputs=False, dimensions=False)),
+    (r"embed-(english|multilingual)", CohereFamily(dimensions=False)),
+    (r"", CohereFamily()),
 )
 #: reasoning_effort -> thinking budget in tokens; an effort that is not listed has no bound.
 COHERE_BUDGETS: Final[Mapping[str, int]] = {"minimal": 1024, "low": 2048, "medium": 8192}
@@ -6859,129 +6943,94 @@ COHERE_FINISHES: Final[Mapping[str, str]] = {
     "COMPLETE": "stop", "STOP_SEQUENCE": "stop", "MAX_TOKENS": "length", "TOOL_CALL": "tool_calls",
 }  # fmt: skip
 COHERE_FAILED: Final = frozenset({"ERROR", "TIMEOUT", "ERROR_TOXIC", "ERROR_LIMIT", "USER_CANCEL"})
-#: Canonical members under Cohere's names; the second group are Cohere's own, which OpenAI's SDK sends by `extra_body`.
-COHERE_PLAIN: Final[Mapping[str, str]] = {
-    "max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature", "seed": "seed",
-    "top_k": "k", "logprobs": "logprobs",
-    **{name: name for name in ("k", "p", "documents", "citation_options", "safety_mode", "priority", "thinking")},
-    "strict_tools": "strict_tools",
-}  # fmt: skip
-COHERE_RANGES: Final[Mapping[str, tuple[str, float, float]]] = {
-    "frequency_penalty": ("frequency_penalty", 0.0, 1.0), "presence_penalty": ("presence_penalty", 0.0, 1.0),
-    "top_p": ("p", 0.01, 0.99),
+#: Members that travel as they are; the last line are Cohere's own, which OpenAI's SDK sends by `extra_body`.
+COHERE_PLAIN: Final = same_names(
+    "max_tokens temperature seed logprobs frequency_penalty presence_penalty "
+    "k p documents citation_options safety_mode priority thinking strict_tools",
+    max_completion_tokens="max_tokens", top_p="p", top_k="k",
+)  # fmt: skip
+#: Where Cohere's ranges are narrower than OpenAI's.
+COHERE_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "frequency_penalty": (0.0, 1.0), "presence_penalty": (0.0, 1.0), "top_p": (0.01, 0.99),
 }  # fmt: skip
 COHERE_MAX_STOPS: Final = 5
 
 
-def cohere_family(model: str) -> CohereFamily:
-    return next(family for pattern, family in COHERE_FAMILIES if pattern.match(model))
-
-
-class CohereEncoder:
+class CohereEncoder(Encoder):
     """Builds the body of one `/v2/chat` call."""
 
-    def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, self._translation = with_effort(request), translation
-        self._family = cohere_family(translation.model)
-        self._body: Json = {"model": translation.model, "messages": [], "stream": translation.stream}
-
     def build(self) -> Json:
-        for message, role, where in read_messages(self._request, self._translation):
-            self._write_message(message, role, where)
+        self._family = cohere_family(self._translation.model)
+        self._body: Json = {"model": self._translation.model, "messages": [], "stream": self._translation.stream}
+        self._write_messages()
         self._write_tools()
-        for name, value in self._request.items():
-            if name in ALWAYS_CARRIED or says_nothing(name, value):
-                continue
-            if name in COHERE_PLAIN:
-                self._body[COHERE_PLAIN[name]] = value
-            elif name in COHERE_RANGES:
-                self._write_bounded(name, value)
-            elif (writer := self.WRITERS.get(name)) is not None:
-                writer(self, value)
-            else:
-                self._translation.drop(name)
-        self._body.update(own_extras(self._request, "cohere", self._translation))
-        return self._body
+        self._write_members(self._body, COHERE_PLAIN)
+        self._fit_ranges()
+        return {**self._body, **own_extras(self._request, "cohere", self._translation)}
 
-    def _write_message(self, message: Json, role: str, where: str) -> None:
-        writer = self.ROLES.get(role)
-        if writer is None:
-            raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
-        if message.get("cache_control"):
-            self._translation.drop("cache_control")
-        self._body["messages"].append(writer(self, message, where))
+    def _add(self, role: str, **members: Any) -> None:
+        self._body["messages"].append({"role": role, **members})
 
-    def _plain(self, message: Json, where: str) -> Json:
-        return {"role": "system", "content": self._text(message, where)}
+    def _system(self, message: Json, where: str) -> None:
+        self._add("system", content=self._text(message, where))
 
-    def _text(self, message: Json, where: str) -> str:
-        return "".join(part["text"] for part in self._parts(message, where) if part["type"] == "text")
-
-    def _user(self, message: Json, where: str) -> Json:
+    def _user(self, message: Json, where: str) -> None:
         parts = self._parts(message, where)
         plain = len(parts) == 1 and isinstance(message["content"], str)
-        return {"role": "user", "content": parts[0]["text"] if plain else parts or ""}
+        self._add("user", content=parts[0]["text"] if plain else parts or "")
+
+    def _text(self, message: Json, where: str) -> str:
+        return "".join(part["text"] for part in self._parts(message, where))
 
     def _parts(self, message: Json, where: str) -> list[Json]:
-        kept: list[Json] = []
-        for part in read_parts(message.get("content"), f"{where}.content"):
-            if part.get("cache_control"):
-                self._translation.drop("cache_control")
-            if part.get("type") == "text":
-                kept.append({"type": "text", "text": part["text"]})
-            elif part.get("type") == "image_url" and self._family.images and message["role"] == "user":
-                kept.append({"type": "image_url", "image_url": part.get("image_url")})
-            elif part.get("type") == "document" and message["role"] == "tool":
-                kept.append({"type": "document", "document": part.get("document")})
-            else:
-                self._translation.drop(f"content.{part.get('type')}")
-        return kept
+        takes = {"text", {"user": "image_url", "tool": "document"}.get(message["role"])}
+        takes -= set() if self._family.images else {"image_url"}
+        parts = read_parts(message.get("content"), f"{where}.content")
+        if any(holder.get("cache_control") for holder in (message, *parts)):
+            self._drop("cache_control")
+        for part in parts:
+            if part.get("type") not in takes:
+                self._drop(f"content.{part.get('type')}")
+        return [
+            {"type": part["type"], part["type"]: part.get(part["type"])} for part in parts if part.get("type") in takes
+        ]
 
-    def _assistant(self, message: Json, where: str) -> Json:
+    def _assistant(self, message: Json, where: str) -> None:
         """Text beside tool calls is the plan; reasoning is a content item of its own, without any signature."""
         text = self._text(message, where) or str(message.get("refusal") or "")
-        calls = read_history_calls(message, where)
         reasoning = read_reasoning(message)
-        if any(block.get("signature") or block.get("data") for block in _blocks(message)):
-            self._translation.drop("messages.thinking_blocks")
-        content: list[Json] = [{"type": "thinking", "thinking": reasoning}] if reasoning else []
-        if text and not calls:
-            content.append({"type": "text", "text": text})
-        written: Json = {"role": "assistant"}
-        if content:
-            written["content"] = content if reasoning else text
-        if calls:
-            written["tool_calls"] = [
-                {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for call_id, name, arguments in calls
-            ]
-            written.update({"tool_plan": text} if text else {})
-        return written if content or calls else {"role": "assistant", "content": ""}
+        if any(block.get("signature") or block.get("data") for block in read_blocks(message)):
+            self._drop("messages.thinking_blocks")
+        calls = [
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for call_id, name, arguments in read_history_calls(message, where)
+        ]
+        said = "" if calls else text
+        content: Any = said
+        if reasoning:
+            content = [{"type": "thinking", "thinking": reasoning}, *([{"type": "text", "text": said}] if said else [])]
+        written = {"content": content, "tool_calls": calls, "tool_plan": text if calls else ""}
+        self._add("assistant", **({name: value for name, value in written.items() if value} or {"content": ""}))
 
-    def _tool(self, message: Json, where: str) -> Json:
+    def _tool(self, message: Json, where: str) -> None:
+        call_id, parts = want_text(message.get("tool_call_id"), f"{where}.tool_call_id"), self._parts(message, where)
         if message.get("is_error"):
-            self._translation.drop("messages.is_error")
-        call_id = want_text(message.get("tool_call_id"), f"{where}.tool_call_id")
+            self._drop("messages.is_error")
         content = message.get("content")
-        content = content if isinstance(content, str) else self._parts(message, where) or ""
-        return {"role": "tool", "tool_call_id": call_id, "content": content}
-
-    ROLES: ClassVar[Mapping[str, Callable[[CohereEncoder, Json, str], Json]]] = {
-        "system": _plain, "user": _user, "assistant": _assistant, "tool": _tool,
-    }  # fmt: skip
+        self._add("tool", tool_call_id=call_id, content=content if isinstance(content, str) else parts or "")
 
     def _write_tools(self) -> None:
         """Tools cannot be chosen by name, but the others can be left out."""
         functions, _ = read_tools(self._request, "cohere", self._translation)
         choice = read_chosen_tools(self._request)
         if any(tool.cache_control for tool in functions):
-            self._translation.drop("cache_control")
+            self._drop("cache_control")
         strict = [tool.strict for tool in functions]
         functions = [tool for tool in functions if choice.names is None or tool.name in choice.names]
         if choice.mode != "auto" and not self._family.tool_choice:
             if choice.mode == "none":
                 return
-            self._translation.drop("tool_choice", "this model decides by itself")
+            self._drop("tool_choice", "this model decides by itself")
         elif choice.mode != "auto" and functions:
             self._body["tool_choice"] = choice.mode.upper()
         if functions:
@@ -6989,58 +7038,50 @@ class CohereEncoder:
         if strict and all(strict):
             self._body["strict_tools"] = True
         elif any(strict):
-            self._translation.drop("tools.strict", "it holds for all tools or none")
+            self._drop("tools.strict", "it holds for all tools or none")
 
-    def _write_bounded(self, name: str, value: Any) -> None:
-        """Penalties and top_p have narrower ranges; a penalty outside is brought to the edge and named."""
-        target, low, high = COHERE_RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidRequest(f"`{name}` must be a number", param=name)
-        self._body[target] = bounded = min(max(value, low), high)
-        if bounded != value and target == name:
-            self._translation.drop(name, f"its range is {low:g} to {high:g}")
+    def _fit_ranges(self) -> None:
+        """Bring numbers to the edge of their range; a penalty outside is named."""
+        for name, (low, high) in COHERE_RANGES.items():
+            value = self._request.get(name)
+            if says_nothing(name, value):
+                continue
+            self._body[COHERE_PLAIN[name]] = bounded = min(max(want_number(value, name), low), high)
+            if bounded != value and name != "top_p":
+                self._drop(name, f"its range is {low:g} to {high:g}")
 
     def _stop(self, value: Any) -> None:
         stops = read_stops(value)
         if len(stops) > COHERE_MAX_STOPS:
-            self._translation.drop(f"stop[{COHERE_MAX_STOPS}:]", "Cohere takes five at most")
+            self._drop(f"stop[{COHERE_MAX_STOPS}:]", "Cohere takes five at most")
         self._body["stop_sequences"] = stops[:COHERE_MAX_STOPS]
 
     def _response_format(self, value: Any) -> None:
         form = want_object(value, "response_format")
         if self._body.get("tools") or self._request.get("documents"):
-            self._translation.drop("response_format", "Cohere takes no JSON format beside tools or documents")
+            self._drop("response_format", "Cohere takes no JSON format beside tools or documents")
             return
-        written: Json = {"type": "json_object"}
+        self._body["response_format"] = {"type": "json_object"}
         if form.get("type") == "json_schema":
-            schema = want_object(form.get("json_schema"), "response_format.json_schema")
-            written["json_schema"] = want_object(schema.get("schema") or {}, "response_format.json_schema.schema")
-        self._body["response_format"] = written
+            schema = want_object(form.get("json_schema"), "response_format.json_schema").get("schema") or {}
+            self._body["response_format"]["json_schema"] = want_object(schema, "response_format.json_schema.schema")
 
     def _effort(self, value: Any) -> None:
         if not self._family.thinks:
             if value != "none":
-                self._translation.drop("reasoning_effort", "this model does not think")
+                self._drop("reasoning_effort", "this model does not think")
         elif "thinking" not in self._request:
             budget = COHERE_BUDGETS.get(want_text(value, "reasoning_effort"))
             thinking: Json = {"type": "disabled" if value == "none" else "enabled"}
             self._body["thinking"] = {**thinking, "token_budget": budget} if budget else thinking
 
-    WRITERS: ClassVar[Mapping[str, Callable[[CohereEncoder, Any], None]]] = {
-        "stop": _stop, "response_format": _response_format, "reasoning_effort": _effort,
-    }  # fmt: skip
-
-
-def _blocks(message: Json) -> list[Json]:
-    blocks = message.get("thinking_blocks")
-    return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    ROLES: ClassVar = {"system": _system, "user": _user, "assistant": _assistant, "tool": _tool}
+    WRITERS: ClassVar = {"stop": _stop, "response_format": _response_format, "reasoning_effort": _effort}
 
 
 def _write_cohere_tool(tool: ToolSpec) -> Json:
-    function: Json = {"name": tool.name, "parameters": tool.parameters}
-    if tool.description:
-        function["description"] = tool.description
-    return {"type": "function", "function": function}
+    described = {"description": tool.description} if tool.description else {}
+    return {"type": "function", "function": {"name": tool.name, "parameters": tool.parameters, **described}}
 
 
 def read_cohere_usage(usage: Json) -> Usage:
@@ -7063,27 +7104,22 @@ def write_cohere_usage(usage: Json) -> Json:
 def read_cohere_citations(citations: Any, offsets: Mapping[int, int]) -> list[Json]:
     """Citations with addresses as URL citations in the joined text; all others as they came."""
     found: list[Json] = []
-    for citation in [citations] if isinstance(citations, dict) else citations or ():
+    for citation in _listed(citations):
         offset = offsets.get(citation.get("content_index") or 0, 0)
-        sources = citation.get("sources") or ()
-        named = [source.get("document") or source.get("tool_output") or {} for source in sources]
+        named = [source.get("document") or source.get("tool_output") or {} for source in citation.get("sources") or ()]
         cited = [source for source in named if isinstance(source, dict) and source.get("url")]
         if not cited or citation.get("type") not in (None, "TEXT_CONTENT"):
             found.append({"type": "cohere_citation", "cohere_citation": citation})
             continue
         start, end = _count(citation.get("start")) + offset, _count(citation.get("end")) + offset
-        for source in cited:
-            where = {"start_index": start, "end_index": end}
-            url_citation = {"url": source["url"], "title": source.get("title") or "", **where}
-            found.append({"type": "url_citation", "url_citation": url_citation})
+        found += [url_citation(source["url"], source.get("title"), start, end) for source in cited]
     return found
 
 
 def read_cohere_logprobs(items: Any) -> Json | None:
     """Log probabilities by piece of text: a piece of several tokens has the sum of theirs."""
-    items = [items] if isinstance(items, dict) else items or ()
     content = []
-    for item in items:
+    for item in _listed(items):
         text = str(item.get("text") or "")
         total = float(sum(item.get("logprobs") or ()))
         content.append({"token": text, "logprob": total, "bytes": list(text.encode()), "top_logprobs": []})
@@ -7102,34 +7138,22 @@ def read_cohere_message(message: Json, translation: Translation) -> Json:
         else:
             offsets[at] = len(text)
             text += item.get("text") or ""
-    read: Json = {"content": text}
-    if thinking:
-        read["reasoning_content"] = thinking
-    if message.get("tool_calls"):
-        calls = [(call.get("id"), call.get("function") or {}) for call in message["tool_calls"]]
-        read["tool_calls"] = [read_call(i, f.get("name"), f.get("arguments"), translation) for i, f in calls]
-    if annotations := read_cohere_citations(message.get("citations"), offsets):
-        read["annotations"] = annotations
-    return read
+    calls = [(call.get("id"), call.get("function") or {}) for call in message.get("tool_calls") or ()]
+    read = {
+        "reasoning_content": thinking,
+        "tool_calls": [read_call(i, f.get("name"), f.get("arguments"), translation) for i, f in calls],
+        "annotations": read_cohere_citations(message.get("citations"), offsets),
+    }
+    return {"content": text, **{name: value for name, value in read.items() if value}}
 
 
-class CohereDecoder:
+class CohereDecoder(EventDecoder):
     """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent."""
 
-    def __init__(self, dialect: CohereChat, translation: Translation) -> None:
-        self._dialect = dialect
-        self._events = SseReader()
-        self._chunks = ChunkWriter(translation)
-        self._calls = CallWriter(translation)
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
+        super().__init__(dialect, translation)
         self._offsets: dict[int, int] = {}
         self._length = 0
-        self.complete = False
-
-    def feed(self, data: bytes) -> list[Json]:
-        return [chunk for name, payload in self._events.feed(data) for chunk in self._read(name, payload)]
-
-    def close(self) -> list[Json]:
-        return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
 
     def _read(self, name: str, payload: bytes) -> list[Json]:
         if self.complete or payload.strip() == b"[DONE]":
@@ -7139,11 +7163,12 @@ class CohereDecoder:
         reader = self.READERS.get(kind)
         if reader is None:
             if "error" in kind or event.get("error") or (event.get("message") and not kind):
-                raise self._dialect.read_error(_event_status(event), payload)
+                status = event.get("status_code") or event.get("status")
+                status = status if isinstance(status, int) and 400 <= status < 600 else 502
+                raise self._dialect.read_error(status, payload)
             return []
         with provider_shape():
-            delta = event.get("delta") or {}
-            return reader(self, event, delta.get("message") or {})
+            return reader(self, event, (event.get("delta") or {}).get("message") or {})
 
     def _start(self, event: Json, message: Json) -> list[Json]:
         self._chunks.id = event.get("id") or ""
@@ -7158,28 +7183,22 @@ class CohereDecoder:
             return [self._chunks.delta({"reasoning_content": content["thinking"]})]
         return self._text(content.get("text"), event)
 
+    def _plan(self, event: Json, message: Json) -> list[Json]:
+        return self._text(message.get("tool_plan"), event)
+
     def _text(self, text: Any, event: Json) -> list[Json]:
         if not text:
             return []
         self._length += len(text)
-        logprobs = read_cohere_logprobs(event.get("logprobs"))
-        return [self._chunks.delta({"content": text}, logprobs=logprobs)]
+        return [self._chunks.delta({"content": text}, logprobs=read_cohere_logprobs(event.get("logprobs")))]
 
-    def _plan(self, event: Json, message: Json) -> list[Json]:
-        return self._text(message.get("tool_plan"), event)
-
-    def _call_start(self, event: Json, message: Json) -> list[Json]:
-        deltas = []
+    def _call(self, event: Json, message: Json) -> list[Json]:
+        deltas: list[Json] = []
         for call in _listed(message.get("tool_calls")):
             function = call.get("function") or {}
-            deltas += self._calls.start(event.get("index"), call.get("id"), function.get("name"))
+            if event["type"] == "tool-call-start":
+                deltas += self._calls.start(event.get("index"), call.get("id"), function.get("name"))
             deltas += self._calls.add(event.get("index"), function.get("arguments"))
-        return self._chunks.deltas(deltas)
-
-    def _call_delta(self, event: Json, message: Json) -> list[Json]:
-        deltas = []
-        for call in _listed(message.get("tool_calls")):
-            deltas += self._calls.add(event.get("index"), (call.get("function") or {}).get("arguments"))
         return self._chunks.deltas(deltas)
 
     def _call_end(self, event: Json, message: Json) -> list[Json]:
@@ -7192,28 +7211,20 @@ class CohereDecoder:
     def _end(self, event: Json, message: Json) -> list[Json]:
         delta = event.get("delta") or {}
         finish = read_cohere_finish(delta.get("finish_reason"), delta.get("error"))
-        chunks = self._chunks.deltas(self._calls.end_all())
-        chunks.append(self._chunks.delta({}, finish))
-        if delta.get("usage"):
-            chunks.append(self._chunks.usage(write_cohere_usage(delta["usage"])))
+        chunks = [*self._chunks.deltas(self._calls.end_all()), self._chunks.delta({}, finish)]
         self.complete = True
-        return chunks
+        return [*chunks, self._chunks.usage(write_cohere_usage(delta["usage"]))] if delta.get("usage") else chunks
 
     READERS: ClassVar[Mapping[str, Callable[[CohereDecoder, Json, Json], list[Json]]]] = {
         "message-start": _start, "content-start": _content, "content-delta": _content, "tool-plan-delta": _plan,
-        "tool-call-start": _call_start, "tool-call-delta": _call_delta, "tool-call-end": _call_end,
-        "citation-start": _citation, "message-end": _end,
+        "tool-call-start": _call, "tool-call-delta": _call, "tool-call-end": _call_end, "citation-start": _citation,
+        "message-end": _end,
     }  # fmt: skip
 
 
 def _listed(value: Any) -> list[Any]:
     """Cohere's stream has an object where its plain answers have an array."""
     return value if isinstance(value, list) else [value] if value else []
-
-
-def _event_status(event: Json) -> int:
-    status = event.get("status_code") or event.get("status")
-    return status if isinstance(status, int) and 400 <= status < 600 else 502
 
 
 def read_cohere_finish(reason: Any, error: Any) -> str:
@@ -7268,16 +7279,13 @@ class CohereChat(Dialect):
 
     def encode_embeddings(self, request: Json, translation: Translation) -> Json:
         """An OpenAI embeddings request for `/v2/embed`; `input_type` may come beside OpenAI's members."""
-        family = cohere_family(translation.model)
-        body = write_cohere_embed(request, family, "cohere", translation)
+        body = write_cohere_embed(request, cohere_family(translation.model), "cohere", translation)
         return {"model": translation.model, "embedding_types": ["float"], **body}
 
     def decode_embeddings(self, answer: Json, translation: Translation) -> Json:
         with provider_shape():
-            found = answer["embeddings"]
-            vectors = found["float"] if isinstance(found, dict) else found
             usage = read_cohere_usage(answer.get("meta") or {})
-        return write_embeddings(vectors, usage.input_tokens, translation)
+            return write_embeddings(read_cohere_vectors(answer), usage.input_tokens, translation)
 
     # -- rerank
 
@@ -7296,13 +7304,12 @@ class CohereChat(Dialect):
         return {**body, **own_extras(request, "cohere", translation)}
 
     def decode_rerank(self, answer: Json, translation: Translation) -> Json:
-        documents = translation.names.get("documents")
+        documents: list[Any] = translation.names.get("documents") or []
         with provider_shape():
             results = [dict(result) for result in answer["results"]]
-            for result in results:
-                if documents is not None:
-                    document = documents[result["index"]]
-                    result["document"] = {"text": document} if isinstance(document, str) else document
+            for result in results if documents else ():
+                document = documents[result["index"]]
+                result["document"] = {"text": document} if isinstance(document, str) else document
             usage = read_cohere_usage(answer.get("meta") or {})
         tokens = usage.input_tokens
         counts = {"prompt_tokens": tokens, "total_tokens": tokens, "search_units": usage.searches}
@@ -7320,29 +7327,24 @@ def rerank_text(document: Any, where: str) -> str:
 
 def write_cohere_embed(request: Json, family: CohereFamily, dialect: str, translation: Translation) -> Json:
     """What Cohere's own embeddings API and Bedrock's copy of it have in common."""
-    texts = read_embedding_texts(request.get("input"))
-    translation.names["embedding_bytes"] = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    body: Json = {"texts": texts}
-    if family.typed_inputs:
-        body["input_type"] = want_text(request.get("input_type") or "search_document", "input_type")
-    for name, value in request.items():
-        if value is None or name in ("model", "input", "input_type", "encoding_format", "extra_body"):
-            continue
-        if name == "dimensions" and family.dimensions:
-            body["output_dimension"] = want_whole(value, "dimensions")
-        elif name in ("truncate", "priority", "max_tokens"):
-            body[name] = value
-        else:
-            translation.drop(name)
-    extras = own_extras(request, dialect, translation)
-    if "images" in extras or "inputs" in extras:
-        del body["texts"]
-    return {**body, **extras}
+    plain = same_names(
+        "truncate priority max_tokens", **({"dimensions": "output_dimension"} if family.dimensions else {})
+    )
+    kind = want_text(request.get("input_type") or "search_document", "input_type")
+    rest = {name: value for name, value in request.items() if name != "input_type"}
+    texts, options = read_embedding_request(rest, dialect, plain, translation)
+    body: Json = {} if options.keys() & {"images", "inputs"} else {"texts": texts}
+    return {**body, **({"input_type": kind} if family.typed_inputs else {}), **options}
+
+
+def read_cohere_vectors(answer: Json) -> list[Any]:
+    found = answer["embeddings"]
+    return list(found["float"] if isinstance(found, dict) else found)
 
 
 # ----- Bedrock --------------------------------------------------------------------------------------------------------
 # AWS Bedrock's Converse and ConverseStream. One body for all vendors' models, but hardly two families take the same:
-# the rows of BEDROCK_FAMILIES hold what was seen to be refused. Streams are binary frames with checksums, and usage
+# the rows of _bedrock_families hold what was seen to be refused. Streams are binary frames with checksums, and usage
 # comes after the end of the answer. Requests carry a bearer token, or are signed by `sign_v4` once the body is final.
 # Blocks of the provider's own tools stay in `thinking_blocks` as {"type": "bedrock_block", "block"} and go back as they
 # came, for they are no calls of the client's.
@@ -7408,36 +7410,33 @@ QWEN: Final = BedrockFamily(leading_assistant=True, inside_results=ALONE)
 QWEN_EFFORTS: Final = {"minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high", "max": "high"}
 GPT_OSS_EFFORTS: Final = {**QWEN_EFFORTS, "medium": "medium"}
 
-#: The first pattern that matches the start of a model's name, without its geography, wins.
-BEDROCK_FAMILIES: Final = tuple(
-    (re.compile(pattern), family)
-    for pattern, family in (
-        (r"anthropic\.claude-(fable|mythos)-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
-        (r"anthropic\.claude-opus-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
-        (r"anthropic\.claude-sonnet-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_BETWEEN)),
-        (r"anthropic\.claude-(opus-5|opus-4-8)", dataclasses.replace(CLAUDE_5, inline_system=True)),
-        (r"anthropic\.claude-(sonnet-5|haiku-5|opus-4-7)", CLAUDE_5),
-        (r"anthropic\.claude-(opus|sonnet)-4-6", dataclasses.replace(CLAUDE, claude=CLAUDE_46, structured=True)),
-        (r"anthropic\.claude-(opus|sonnet|haiku)-4-5", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD, structured=True)),
-        (r"anthropic\.claude-((opus|sonnet)-4|3-7)", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD)),
-        (r"anthropic\.claude-(3|instant|v2)", CLAUDE),
-        (r"anthropic\.", CLAUDE_5),
-        (r"amazon\.nova", NOVA),
-        (r"meta\.", BedrockFamily(beside_results=ALONE, inside_results=frozenset({"image", "document"}))),
-        (r"mistral\.(magistral-small|ministral-3|mistral-large-3|voxtral)", dataclasses.replace(MISTRAL, structured=True)),
-        (r"mistral\.mistral-large", dataclasses.replace(MISTRAL, choices=frozenset({"auto", "any"}))),
-        (r"mistral\.", MISTRAL),
-        (r"writer\.", BedrockFamily(beside_results=ALONE, result_status=False)),
-        (r"qwen\.qwen3", dataclasses.replace(QWEN, structured=True, effort="reasoning_config", efforts=QWEN_EFFORTS)),
-        (r"qwen\.", QWEN),
-        (r"openai\.gpt-oss", BedrockFamily(effort="reasoning_effort", efforts=GPT_OSS_EFFORTS)),
-        (r"deepseek\..*r1", BedrockFamily(replays="plain")),
-        (r"zai\.", BedrockFamily(choices=ALL_CHOICES, leading_assistant=True, structured=True)),
-        (r"moonshot(ai)?\.", BedrockFamily(
-            choices=ALL_CHOICES, leading_assistant=True, structured=True, inside_results=ALONE)),
-        (r"(minimax\.minimax-m2|nvidia\.nemotron-nano|google\.gemma-3-(12b|27b))", BedrockFamily(structured=True)),
-        (r"", BedrockFamily()),
-    )
+#: By a model's name without its geography.
+_bedrock_families: Final = rows_by_model(
+    (r"anthropic\.claude-(fable|mythos)-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
+    (r"anthropic\.claude-opus-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
+    (r"anthropic\.claude-sonnet-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_BETWEEN)),
+    (r"anthropic\.claude-(opus-5|opus-4-8)", dataclasses.replace(CLAUDE_5, inline_system=True)),
+    (r"anthropic\.claude-(sonnet-5|haiku-5|opus-4-7)", CLAUDE_5),
+    (r"anthropic\.claude-(opus|sonnet)-4-6", dataclasses.replace(CLAUDE, claude=CLAUDE_46, structured=True)),
+    (r"anthropic\.claude-(opus|sonnet|haiku)-4-5", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD, structured=True)),
+    (r"anthropic\.claude-((opus|sonnet)-4|3-7)", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD)),
+    (r"anthropic\.claude-(3|instant|v2)", CLAUDE),
+    (r"anthropic\.", CLAUDE_5),
+    (r"amazon\.nova", NOVA),
+    (r"meta\.", BedrockFamily(beside_results=ALONE, inside_results=frozenset({"image", "document"}))),
+    (r"mistral\.(magistral-small|ministral-3|mistral-large-3|voxtral)", dataclasses.replace(MISTRAL, structured=True)),
+    (r"mistral\.mistral-large", dataclasses.replace(MISTRAL, choices=frozenset({"auto", "any"}))),
+    (r"mistral\.", MISTRAL),
+    (r"writer\.", BedrockFamily(beside_results=ALONE, result_status=False)),
+    (r"qwen\.qwen3", dataclasses.replace(QWEN, structured=True, effort="reasoning_config", efforts=QWEN_EFFORTS)),
+    (r"qwen\.", QWEN),
+    (r"openai\.gpt-oss", BedrockFamily(effort="reasoning_effort", efforts=GPT_OSS_EFFORTS)),
+    (r"deepseek\..*r1", BedrockFamily(replays="plain")),
+    (r"zai\.", BedrockFamily(choices=ALL_CHOICES, leading_assistant=True, structured=True)),
+    (r"moonshot(ai)?\.", BedrockFamily(
+        choices=ALL_CHOICES, leading_assistant=True, structured=True, inside_results=ALONE)),
+    (r"(minimax\.minimax-m2|nvidia\.nemotron-nano|google\.gemma-3-(12b|27b))", BedrockFamily(structured=True)),
+    (r"", BedrockFamily()),
 )  # fmt: skip
 BEDROCK_GEOGRAPHY: Final = re.compile(r"(us|eu|apac|jp|au|ca|global|us-gov)\.")
 #: Thinking budgets in tokens for Claude models that are not adaptive.
@@ -7481,10 +7480,13 @@ BEDROCK_EXTENSIONS: Final[Mapping[str, tuple[str, str]]] = {
 FILLER: Final = "."
 
 
+def bedrock_model_name(model: str) -> str:
+    """A model's own name in its id, inference profile or ARN."""
+    return BEDROCK_GEOGRAPHY.sub("", model.rpartition("/")[2] if model.startswith("arn:") else model, count=1)
+
+
 def bedrock_family(model: str) -> BedrockFamily:
-    """The row of a model by its id, inference profile or ARN."""
-    name = BEDROCK_GEOGRAPHY.sub("", model.rpartition("/")[2] if model.startswith("arn:") else model, count=1)
-    return next(family for pattern, family in BEDROCK_FAMILIES if pattern.match(name))
+    return _bedrock_families(bedrock_model_name(model))
 
 
 class BedrockEncoder:
@@ -7625,7 +7627,7 @@ class BedrockEncoder:
     def _reasoning(self, message: Json) -> list[Json]:
         """Reasoning to give back: signed blocks unchanged, plain text where no signature is asked for."""
         blocks = []
-        for block in _blocks(message):
+        for block in read_blocks(message):
             if block.get("type") == "bedrock_block":
                 blocks.append(want_object(block.get("block"), "thinking_blocks.block"))
             elif self._family.replays == "signed" and block.get("signature"):
@@ -8240,50 +8242,34 @@ def close_bedrock_block(block: Json) -> list[Json]:
     return [{"thinking_blocks": [{"type": "bedrock_block", "block": {kind: {**start, **more}}}]}]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BedrockEmbedder:
-    """One family of embedding models behind `/invoke`; `batch_inputs` false means one text a call."""
-
-    write: Callable[[Json, Translation], Json]
-    read: Callable[[Json], list[Any]]
-    batch_inputs: bool = False
-
-
-def _bedrock_text(request: Json, translation: Translation, taken: Mapping[str, str]) -> tuple[str, Json]:
+def _one_text(plain: Mapping[str, str], request: Json, translation: Translation) -> tuple[str, Json]:
     """The one text of a request, and its members under the model's names."""
-    texts = read_embedding_texts(request.get("input"))
+    texts, options = read_embedding_request(request, "bedrock", plain, translation)
     if len(texts) > 1:
         raise InvalidRequest(f"{translation.model} embeds one text a call", param="input")
-    translation.names["embedding_bytes"] = len(texts[0].encode("utf-8", "replace"))
-    options: Json = {}
-    for name, value in request.items():
-        if value is not None and name in taken:
-            options[taken[name]] = value
-        elif value is not None and name not in ("model", "input", "encoding_format", "extra_body"):
-            translation.drop(name)
-    return texts[0], {**options, **own_extras(request, "bedrock", translation)}
+    return texts[0], options
 
 
 def _write_titan(request: Json, translation: Translation) -> Json:
-    text, options = _bedrock_text(request, translation, {"dimensions": "dimensions", "normalize": "normalize"})
-    return {"inputText": text, **options}
-
-
-def _write_titan_v1(request: Json, translation: Translation) -> Json:
-    text, options = _bedrock_text(request, translation, {})
+    plain = (
+        {}
+        if "-v1" in translation.model or "titan-embed-g1" in translation.model
+        else same_names("dimensions normalize")
+    )
+    text, options = _one_text(plain, request, translation)
     return {"inputText": text, **options}
 
 
 def _write_titan_image(request: Json, translation: Translation) -> Json:
-    text, options = _bedrock_text(request, translation, {"dimensions": "outputEmbeddingLength"})
-    length = options.pop("outputEmbeddingLength", None)
+    text, options = _one_text(same_names("dimensions"), request, translation)
+    length = options.pop("dimensions", None)
     config = {"embeddingConfig": {"outputEmbeddingLength": length}} if length else {}
     return {"inputText": text, **config, **options}
 
 
 def _write_nova_embed(request: Json, translation: Translation) -> Json:
     named = {"dimensions": "embeddingDimension", "truncate": "truncationMode", "input_type": "embeddingPurpose"}
-    text, options = _bedrock_text(request, translation, named)
+    text, options = _one_text(named, request, translation)
     purpose = {"search_query": "GENERIC_RETRIEVAL", "search_document": "GENERIC_INDEX"}
     asked = str(options.pop("embeddingPurpose", "search_document"))
     part = {"truncationMode": options.pop("truncationMode", "NONE"), "value": text}
@@ -8297,31 +8283,29 @@ def _write_bedrock_cohere(request: Json, translation: Translation) -> Json:
     return {**body, "embedding_types": ["float"]}
 
 
-def _read_bedrock_cohere(answer: Json) -> list[Any]:
-    found = answer["embeddings"]
-    return list(found["float"] if isinstance(found, dict) else found)
+@dataclass(frozen=True, slots=True)
+class BedrockEmbedder:
+    """One family of embedding models behind `/invoke`; `batch_inputs` false means one text a call."""
+
+    write: Callable[[Json, Translation], Json]
+    read: Callable[[Json], list[Any]] = lambda answer: [answer["embedding"]]
+    batch_inputs: bool = False
 
 
-BEDROCK_EMBEDDERS: Final = (
-    (re.compile(r"amazon\.titan-embed-(g1-)?text-v1|amazon\.titan-embed-g1"), BedrockEmbedder(
-        write=_write_titan_v1, read=lambda answer: [answer["embedding"]])),
-    (re.compile(r"amazon\.titan-embed-image"), BedrockEmbedder(
-        write=_write_titan_image, read=lambda answer: [answer["embedding"]])),
-    (re.compile(r"amazon\.titan-embed"), BedrockEmbedder(
-        write=_write_titan, read=lambda answer: [answer["embedding"]])),
-    (re.compile(r"amazon\.nova.*embed"), BedrockEmbedder(
-        write=_write_nova_embed, read=lambda answer: [item["embedding"] for item in answer["embeddings"]])),
-    (re.compile(r"cohere\.embed"), BedrockEmbedder(
-        write=_write_bedrock_cohere, read=_read_bedrock_cohere, batch_inputs=True)),
+_embedder_of: Final[Callable[[str], BedrockEmbedder | None]] = rows_by_model(
+    (r"amazon\.titan-embed-image", BedrockEmbedder(_write_titan_image)),
+    (r"amazon\.titan-embed", BedrockEmbedder(_write_titan)),
+    (r"amazon\.nova.*embed", BedrockEmbedder(
+        _write_nova_embed, lambda answer: [item["embedding"] for item in answer["embeddings"]])),
+    (r"cohere\.embed", BedrockEmbedder(_write_bedrock_cohere, read_cohere_vectors, batch_inputs=True)),
+    (r"", None),
 )  # fmt: skip
 
 
 def bedrock_embedder(model: str) -> BedrockEmbedder:
-    name = BEDROCK_GEOGRAPHY.sub("", model.rpartition("/")[2] if model.startswith("arn:") else model, count=1)
-    for pattern, embedder in BEDROCK_EMBEDDERS:
-        if pattern.match(name):
-            return embedder
-    raise InvalidRequest(f"{model} is no embedding model that Stockyard knows on Bedrock", param="model")
+    if (found := _embedder_of(bedrock_model_name(model))) is None:
+        raise InvalidRequest(f"{model} is no embedding model that Stockyard knows on Bedrock", param="model")
+    return found
 
 
 class BedrockConverse(Dialect):
@@ -8401,8 +8385,7 @@ class BedrockConverse(Dialect):
             vectors = bedrock_embedder(translation.model).read(answer)
             counted = (headers or {}).get("x-amzn-bedrock-input-token-count")
             tokens = int(counted) if counted else _count(answer.get("inputTextTokenCount"))
-        estimate = -(-int(translation.names.get("embedding_bytes") or 0) // 4)
-        return write_embeddings(vectors, tokens or estimate, translation)
+        return write_embeddings(vectors, tokens or translation.names.get("embedding_tokens") or 0, translation)
 
 
 # Signature Version 4, for requests whose path stands percent-encoded already.
@@ -8474,7 +8457,7 @@ def _signed_query(query: str) -> str:
 # ----- Replicate ------------------------------------------------------------------------------------------------------
 # Replicate runs models as predictions: a POST makes one, a GET tells how it fares, and a stream has an address of its
 # own. `follow` says which address to ask next; nothing else differs for the caller. Each model has its own input
-# schema, so a conversation becomes a prompt by a row of REPLICATE_TEMPLATES. There are no tools, and no finish reasons.
+# schema, so a conversation becomes a prompt by a row of `replicate_template`. There are no tools, and no finish reasons.
 # Sources: https://replicate.com/docs/reference/http, …/topics/predictions/streaming, and the models' own API pages
 
 
@@ -8489,105 +8472,76 @@ class ReplicateTemplate:
     image: str = ""
     #: `image` takes a list.
     many_images: bool = False
-    #: The least that the output cap may be.
+    #: The model's name for the output cap, and the least that it may be.
+    cap: str = "max_tokens"
     least_tokens: int = 1
-    #: Canonical members that travel under the model's names.
-    takes: Mapping[str, str] = field(default_factory=dict)
+    stop: str = ""
+    #: Members that travel as they are.
+    takes: str = "temperature top_p"
     #: Values of reasoning_effort; others are brought to the nearest below, or dropped where none is given.
     efforts: tuple[str, ...] = ()
 
 
-def _named(text: str, **renamed: str) -> dict[str, str]:
-    return {**{name: name for name in text.split()}, **renamed}
-
-
-def _capped(name: str) -> dict[str, str]:
-    return {"max_tokens": name, "max_completion_tokens": name}
-
-
-_PENALTIES: Final = "presence_penalty frequency_penalty"
-_SAMPLING: Final = _named("temperature top_p")
-#: The first pattern that matches the start of `owner/name` wins; read on the models' pages in November 2026.
-REPLICATE_TEMPLATES: Final = tuple(
-    (re.compile(pattern), template)
-    for pattern, template in (
-        (r"openai/gpt-oss|deepseek-ai/", ReplicateTemplate(
-            system="", takes={**_SAMPLING, **_capped("max_tokens"), **_named(_PENALTIES)})),
-        (r"openai/(gpt-[5-9]|o\d)", ReplicateTemplate(
-            messages="messages", image="image_input", many_images=True,
-            takes={**_capped("max_completion_tokens"), **_named("verbosity")},
-            efforts=("none", "minimal", "low", "medium", "high", "xhigh"))),
-        (r"openai/", ReplicateTemplate(
-            messages="messages", image="image_input", many_images=True,
-            takes={**_SAMPLING, **_capped("max_completion_tokens"), **_named(_PENALTIES)})),
-        (r"anthropic/claude-(sonnet|opus|haiku|fable)-5", ReplicateTemplate(
-            image="image", takes=_capped("max_tokens"), least_tokens=1024, efforts=("low", "medium", "high", "max"))),
-        (r"anthropic/claude-3\.5", ReplicateTemplate(image="image", takes=_capped("max_tokens"))),
-        (r"anthropic/", ReplicateTemplate(image="image", takes=_capped("max_tokens"), least_tokens=1024)),
-        (r"google/gemini", ReplicateTemplate(
-            system="system_instruction", image="images", many_images=True,
-            takes={**_SAMPLING, **_capped("max_output_tokens")})),
-        (r"meta/llama-2", ReplicateTemplate(
-            takes={**_SAMPLING, **_capped("max_new_tokens"), **_named("top_k seed", stop="stop_sequences")})),
-        (r"mistralai/", ReplicateTemplate(
-            system="", takes={**_SAMPLING, **_capped("max_new_tokens"), **_named("top_k")})),
-        (r"meta/", ReplicateTemplate(
-            takes={**_SAMPLING, **_capped("max_tokens"), **_named(f"top_k seed {_PENALTIES}", stop="stop_sequences")})),
-        (r"", ReplicateTemplate(takes={**_SAMPLING, **_capped("max_tokens")})),
-    )
+_SAMPLING: Final = "temperature top_p presence_penalty frequency_penalty"
+#: By `owner/name`; read on the models' pages in November 2026.
+replicate_template: Final = rows_by_model(
+    (r"openai/gpt-oss|deepseek-ai/", ReplicateTemplate(system="", takes=_SAMPLING)),
+    (r"openai/(gpt-[5-9]|o\d)", ReplicateTemplate(
+        messages="messages", image="image_input", many_images=True, cap="max_completion_tokens",
+        takes="verbosity", efforts=("none", "minimal", "low", "medium", "high", "xhigh"))),
+    (r"openai/", ReplicateTemplate(
+        messages="messages", image="image_input", many_images=True, cap="max_completion_tokens",
+        takes=_SAMPLING)),
+    (r"anthropic/claude-(sonnet|opus|haiku|fable)-5", ReplicateTemplate(
+        image="image", takes="", least_tokens=1024, efforts=("low", "medium", "high", "max"))),
+    (r"anthropic/claude-3\.5", ReplicateTemplate(image="image", takes="")),
+    (r"anthropic/", ReplicateTemplate(image="image", takes="", least_tokens=1024)),
+    (r"google/gemini", ReplicateTemplate(
+        system="system_instruction", image="images", many_images=True, cap="max_output_tokens")),
+    (r"meta/llama-2", ReplicateTemplate(
+        cap="max_new_tokens", takes="temperature top_p top_k seed", stop="stop_sequences")),
+    (r"mistralai/", ReplicateTemplate(
+        system="", cap="max_new_tokens", takes="temperature top_p top_k")),
+    (r"meta/", ReplicateTemplate(takes=f"{_SAMPLING} top_k seed", stop="stop_sequences")),
+    (r"", ReplicateTemplate()),
 )  # fmt: skip
-#: Members of a canonical request that every encoder here carries by itself.
-REPLICATE_CARRIED: Final = frozenset({"model", "messages", "stream", "stream_options", "extra_body", "input"})
 REPLICATE_RUNNING: Final = frozenset({"starting", "processing"})
 REPLICATE_SPEAKERS: Final[Mapping[str, str]] = {"user": "User", "assistant": "Assistant", "system": "System"}
+_EFFORT_ORDER: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
-def replicate_template(model: str) -> ReplicateTemplate:
-    return next(template for pattern, template in REPLICATE_TEMPLATES if pattern.match(model))
-
-
-class ReplicateEncoder:
+class ReplicateEncoder(Encoder):
     """Builds the input of one prediction."""
 
-    def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, self._translation = with_effort(request), translation
-        self._template = replicate_template(translation.model)
-        self._input: Json = {}
-        self._images: list[str] = []
+    CARRIED = frozenset({"model", "messages", "stream", "stream_options", "extra_body", "input"})
 
     def build(self) -> Json:
-        turns = [turn for turn in self._turns() if turn["content"]]
-        if self._template.messages:
-            self._input[self._template.messages] = turns
+        request, translation = self._request, self._translation
+        self._template = template = replicate_template(translation.model)
+        self._input: Json = {}
+        self._images: list[str] = []
+        self._turns: list[Json] = []
+        self._write_messages()
+        if template.messages:
+            self._input[template.messages] = self._turns
         else:
-            self._write_prompt(turns)
+            self._write_prompt()
         self._write_images()
-        for name, value in self._request.items():
-            if name in REPLICATE_CARRIED or says_nothing(name, value):
-                continue
-            if name == "reasoning_effort" and self._template.efforts:
-                self._write_effort(value)
-            elif (target := self._template.takes.get(name)) is not None:
-                self._input[target] = self._fit(name, value)
-            else:
-                self._translation.drop(name)
-        self._input.update(want_object(self._request.get("input") or {}, "input"))
-        self._input.update(own_extras(self._request, "replicate", self._translation))
-        version = self._translation.model.partition(":")[2]
-        body: Json = {"version": version} if version else {}
-        return {**body, "input": self._input, **({"stream": True} if self._translation.stream else {})}
+        self._write_members(self._input, same_names(template.takes))
+        self._input.update(want_object(request.get("input") or {}, "input"))
+        self._input.update(own_extras(request, "replicate", translation))
+        version = translation.model.partition(":")[2]
+        head: Json = {"version": version} if version else {}
+        return {**head, "input": self._input, **({"stream": True} if translation.stream else {})}
 
-    def _turns(self) -> Iterator[Json]:
-        for message, role, where in read_messages(self._request, self._translation):
-            if role not in (*REPLICATE_SPEAKERS, "tool"):
-                raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
-            for name in ("tool_calls", "function_call", "thinking_blocks", "reasoning_content", "cache_control"):
-                if message.get(name):
-                    self._translation.drop(f"messages.{name}")
-            if role == "tool":
-                self._translation.drop("messages.tool")
-            else:
-                yield {"role": role, "content": self._text(message, where)}
+    def _turn(self, message: Json, where: str) -> None:
+        for name in ("tool_calls", "function_call", "thinking_blocks", "reasoning_content", "cache_control"):
+            if message.get(name):
+                self._drop(f"messages.{name}")
+        if message["role"] == "tool":
+            self._drop("messages.tool")
+        elif text := self._text(message, where):
+            self._turns.append({"role": {"developer": "system"}.get(message["role"], message["role"]), "content": text})
 
     def _text(self, message: Json, where: str) -> str:
         texts = []
@@ -8598,18 +8552,16 @@ class ReplicateEncoder:
                 holder = want_object(part.get("image_url"), f"{where}.content.image_url")
                 self._images.append(want_text(holder.get("url"), f"{where}.content.image_url.url"))
             else:
-                self._translation.drop(f"content.{part.get('type')}")
+                self._drop(f"content.{part.get('type')}")
             if part.get("cache_control"):
-                self._translation.drop("cache_control")
+                self._drop("cache_control")
         return "".join(texts)
 
-    def _write_prompt(self, turns: list[Json]) -> None:
+    def _write_prompt(self) -> None:
         """One question stands as it is; a conversation is written out with its speakers, for the model to go on."""
-        leading = 0
-        while leading < len(turns) and turns[leading]["role"] == "system":
-            leading += 1
-        system = "\n\n".join(turn["content"] for turn in turns[:leading])
-        rest = turns[leading:]
+        leading = list(itertools.takewhile(lambda turn: turn["role"] == "system", self._turns))
+        system = "\n\n".join(turn["content"] for turn in leading)
+        rest = self._turns[len(leading) :]
         if len(rest) == 1 and rest[0]["role"] == "user":
             prompt = rest[0]["content"]
         else:
@@ -8627,32 +8579,33 @@ class ReplicateEncoder:
         elif self._images:
             self._input[self._template.image] = self._images[-1]
             if len(self._images) > 1:
-                self._translation.drop("content.image_url[:-1]", "this model sees one image")
+                self._drop("content.image_url[:-1]", "this model sees one image")
 
-    def _write_effort(self, value: Any) -> None:
+    def _effort(self, value: Any) -> None:
         efforts = self._template.efforts
-        order = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-        if value not in order:
-            self._translation.drop("reasoning_effort")
+        if not efforts or value not in _EFFORT_ORDER:
+            self._drop("reasoning_effort")
             return
-        below = [effort for effort in efforts if order.index(effort) <= order.index(value)]
+        below = [effort for effort in efforts if _EFFORT_ORDER.index(effort) <= _EFFORT_ORDER.index(value)]
         self._input["effort" if "max" in efforts else "reasoning_effort"] = below[-1] if below else efforts[0]
 
-    def _fit(self, name: str, value: Any) -> Any:
-        if name == "stop":
-            return ",".join(read_stops(value))
-        if name in ("max_tokens", "max_completion_tokens"):
-            return max(want_whole(value, name), self._template.least_tokens)
-        return value
+    def _cap(self, value: Any) -> None:
+        self._input[self._template.cap] = max(want_whole(value, "max_tokens"), self._template.least_tokens)
+
+    def _stop(self, value: Any) -> None:
+        if self._template.stop:
+            self._input[self._template.stop] = ",".join(read_stops(value))
+        else:
+            self._drop("stop")
+
+    ROLES: ClassVar = dict.fromkeys((*REPLICATE_SPEAKERS, "tool"), _turn)
+    WRITERS: ClassVar = {"reasoning_effort": _effort, "max_tokens": _cap, "max_completion_tokens": _cap, "stop": _stop}
 
 
 def read_replicate_output(output: Any) -> str:
     """A prediction's output as text: most models give a list of pieces."""
-    if output is None:
-        return ""
-    if isinstance(output, list):
-        return "".join(piece if isinstance(piece, str) else dump_json(piece).decode() for piece in output)
-    return output if isinstance(output, str) else dump_json(output).decode()
+    pieces = output if isinstance(output, list) else [] if output is None else [output]
+    return "".join(piece if isinstance(piece, str) else dump_json(piece).decode() for piece in pieces)
 
 
 def replicate_failure(status: Any, error: Any) -> UpstreamError:
@@ -8665,23 +8618,11 @@ def replicate_failure(status: Any, error: Any) -> UpstreamError:
     return UpstreamError(message, code=f"upstream_prediction_{what}")
 
 
-class ReplicateDecoder:
+class ReplicateDecoder(EventDecoder):
     """Reads the stream of a prediction: pieces of text, logs, and `done`, which alone ends it.
 
     The stream tells no usage; the finished prediction at its `urls.get` does.
     """
-
-    def __init__(self, dialect: ReplicatePredictions, translation: Translation) -> None:
-        self._dialect = dialect
-        self._events = SseReader()
-        self._chunks = ChunkWriter(translation)
-        self.complete = False
-
-    def feed(self, data: bytes) -> list[Json]:
-        return [chunk for name, payload in self._events.feed(data) for chunk in self._read(name, payload)]
-
-    def close(self) -> list[Json]:
-        return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
 
     def _read(self, name: str, payload: bytes) -> list[Json]:
         if self.complete:
