@@ -2395,21 +2395,17 @@ CUSTOM_AS_FUNCTION: Final = {**CUSTOM_SCHEMA, "additionalProperties": False}
 def read_tool(tool: Json, where: str) -> tuple[Json, Json]:
     """A Responses tool as a chat tool, and its members that chat has no place for."""
     kind = want_text(tool.get("type"), f"{where}.type")
+    if kind not in ("function", "custom"):
+        return {"type": "native", "dialect": "responses", "tool": tool}, {}
+    want_text(tool.get("name"), f"{where}.name")
+    inner = given(tool, *without(tool, "type"))
     if kind == "function":
-        want_text(tool.get("name"), f"{where}.name")
         names = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in names if tool.get(name) is not None}
-        rest = {name: value for name, value in tool.items() if name not in (*names, "type") and value is not None}
-        return {"type": "function", "function": function}, rest
-    if kind == "custom":
-        custom = {name: value for name, value in tool.items() if name != "type" and value is not None}
-        want_text(custom.get("name"), f"{where}.name")
-        grammar = custom.get("format")
-        if isinstance(grammar, dict) and grammar.get("type") == "grammar":
-            inner = {name: value for name, value in grammar.items() if name != "type"}
-            custom["format"] = {"type": "grammar", "grammar": inner}
-        return {"type": "custom", "custom": custom}, {}
-    return {"type": "native", "dialect": "responses", "tool": tool}, {}
+        return {"type": kind, kind: given(inner, *names)}, without(inner, *names)
+    grammar = inner.get("format")
+    if isinstance(grammar, dict) and grammar.get("type") == "grammar":
+        inner["format"] = {"type": "grammar", "grammar": without(grammar, "type")}
+    return {"type": kind, kind: inner}, {}
 
 
 def write_custom_tool(custom: Json) -> Json:
@@ -2436,13 +2432,13 @@ def write_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
     if isinstance(choice, str):
         return choice
     kind = want_object(choice, where).get("type")
-    if kind in ("function", "custom"):
-        return {"type": kind, "name": want_object(choice.get(kind), f"{where}.{kind}").get("name")}
-    if kind == "allowed_tools":
-        allowed = want_object(choice.get(kind), f"{where}.{kind}")
-        tools = [write_tool_choice(tool, place) for place, tool in want_objects(allowed.get("tools"), where)]
-        return {"type": kind, "mode": allowed.get("mode", "auto"), "tools": tools}
-    return choice
+    if kind not in ("function", "custom", "allowed_tools"):
+        return choice
+    inner = want_object(choice.get(kind), f"{where}.{kind}")
+    if kind != "allowed_tools":
+        return {"type": kind, "name": inner.get("name")}
+    tools = [write_tool_choice(tool, place) for place, tool in want_objects(inner.get("tools"), where)]
+    return {"type": kind, "mode": inner.get("mode", "auto"), "tools": tools}
 
 
 def customs_as_functions(request: Json) -> tuple[Json, frozenset[str]]:
@@ -2480,8 +2476,8 @@ def _custom_as_call(call: Any) -> Any:
         return call
     custom = want_object(call.get("custom"), "tool_calls.custom")
     arguments = dump_json({"input": custom.get("input") or ""}).decode()
-    kept = {name: value for name, value in call.items() if name != "custom"}
-    return {**kept, "type": "function", "function": {"name": custom.get("name"), "arguments": arguments}}
+    function = {"name": custom.get("name"), "arguments": arguments}
+    return {**without(call, "custom"), "type": "function", "function": function}
 
 
 def _custom_as_choice(choice: Json) -> Json:
@@ -2588,36 +2584,29 @@ class ResponsesReader:
         if kind in ("input_text", "output_text", "text"):
             read: Json = {"type": "text", "text": want_text(part.get("text"), f"{place}.text")}
         elif kind == "refusal":
-            read = {"type": "refusal", "refusal": want_text(part.get("refusal"), f"{place}.refusal")}
+            read = {"type": kind, kind: want_text(part.get("refusal"), f"{place}.refusal")}
         elif kind == "input_image":
             read = self._image(place, part)
         elif kind == "input_file":
-            names = ("file_data", "file_url", "file_id", "filename", "detail")
-            read = {"type": "file", "file": {name: part[name] for name in names if part.get(name) is not None}}
+            file = given(part, "file_data", "file_url", "file_id", "filename", "detail")
+            read = {"type": "file", "file": file}
         elif kind == "input_audio":
-            read = {"type": "input_audio", "input_audio": want_object(part.get("input_audio"), place)}
+            read = {"type": kind, kind: want_object(part.get("input_audio"), place)}
         else:
             raise InvalidRequest(f"`{place}.type` is {kind!r}, which is no content part", param=f"{place}.type")
-        if part.get("prompt_cache_breakpoint") is not None:
-            read["prompt_cache_breakpoint"] = part["prompt_cache_breakpoint"]
-        return read
+        return read | given(part, "prompt_cache_breakpoint")
 
     def _image(self, place: str, part: Json) -> Json:
-        detail = {"detail": part["detail"]} if part.get("detail") is not None else {}
         if part.get("file_id") is not None and part.get("image_url") is None:
-            return {"type": "file", "file": {"file_id": part["file_id"], "image": True, **detail}}
+            return {"type": "file", "file": {"file_id": part["file_id"], "image": True, **given(part, "detail")}}
         url = want_text(part.get("image_url"), f"{place}.image_url")
-        return {"type": "image_url", "image_url": {"url": url, **detail}}
+        return {"type": "image_url", "image_url": {"url": url, **given(part, "detail")}}
 
     def _call(self, place: str, item: Json) -> None:
         name = want_text(item.get("name"), f"{place}.name")
         call: Json = {"id": want_text(item.get("call_id"), f"{place}.call_id")}
-        if item["type"] == "custom_tool_call":
-            text = want_text(item.get("input"), f"{place}.input")
-            call.update(type="custom", custom={"name": name, "input": text})
-        else:
-            text = want_text(item.get("arguments"), f"{place}.arguments")
-            call.update(type="function", function={"name": name, "arguments": text})
+        kind, text = ("custom", "input") if item["type"] == "custom_tool_call" else ("function", "arguments")
+        call |= {"type": kind, kind: {"name": name, text: want_text(item.get(text), f"{place}.{text}")}}
         if item.get("namespace") is not None:
             self.extra.setdefault("input.namespace", {})[call["id"]] = item["namespace"]
         turn = self._open_turn()
@@ -2667,9 +2656,9 @@ class ResponsesReader:
         self._place(self._open_turn(), {"type": "reasoning_item", "item": item})
 
     def _place(self, turn: Json, block: Json) -> None:
-        calls, text = len(turn.get("tool_calls") or ()), turn["content"] is not None
-        placed = {**block, **({"calls_before": calls} if calls else {}), **({"text_before": True} if text else {})}
-        turn.setdefault("thinking_blocks", []).append(placed)
+        """Keep a block with where it stood in its turn."""
+        stood = filled(calls_before=len(turn.get("tool_calls") or ()), text_before=turn["content"] is not None)
+        turn.setdefault("thinking_blocks", []).append({**block, **stood})
 
     READERS: ClassVar[Mapping[str, Callable[[ResponsesReader, str, Json], None]]] = {
         "message": _message, "function_call": _call, "custom_tool_call": _call, "reasoning": _reasoning,
@@ -2693,8 +2682,7 @@ class ResponsesWriter:
         for name in ("name", "audio", "images", "function_call", "is_error"):
             if message.get(name):
                 self._translation.drop(f"messages.{name}")
-        if message.get("cache_control"):
-            self._translation.drop("cache_control")
+        self._lose(message, "cache_control")
         if role in ("user", "system", "developer"):
             self.items.append({"role": role, "content": self._content(message.get("content"), place)})
         elif role == "assistant":
@@ -2710,25 +2698,25 @@ class ResponsesWriter:
         parts = [self._part(part, where, text_type) for where, part in want_objects(content, f"{place}.content")]
         return [part for part in parts if part is not None]
 
+    def _lose(self, holder: Json, name: str) -> None:
+        if holder.get(name):
+            self._translation.drop(name)
+
     def _part(self, part: Json, place: str, text_type: str) -> Json | None:
-        kind = part.get("type")
-        if part.get("cache_control"):
-            self._translation.drop("cache_control")
-        mark = {name: part[name] for name in ("prompt_cache_breakpoint",) if part.get(name) is not None}
+        kind, mark = part.get("type"), given(part, "prompt_cache_breakpoint")
+        self._lose(part, "cache_control")
         if kind == "text":
             return {"type": text_type, "text": want_text(part.get("text"), f"{place}.text"), **mark}
         if kind == "refusal":
-            return {"type": "refusal", "refusal": part.get("refusal")}
+            return given(part, "type", "refusal")
         if kind == "image_url":
             image = want_object(part.get("image_url"), f"{place}.image_url")
-            detail = {"detail": image["detail"]} if image.get("detail") else {}
-            return {"type": "input_image", "image_url": image.get("url"), **detail, **mark}
+            return {"type": "input_image", "image_url": image.get("url"), **filled(detail=image.get("detail")), **mark}
         if kind == "input_audio":
-            return {"type": "input_audio", "input_audio": part.get("input_audio"), **mark}
+            return {**given(part, "type", "input_audio"), **mark}
         if kind == "file":
             file = want_object(part.get("file"), f"{place}.file")
-            rest = {name: value for name, value in file.items() if name != "image"}
-            return {"type": "input_image" if file.get("image") else "input_file", **rest, **mark}
+            return {"type": "input_image" if file.get("image") else "input_file", **without(file, "image"), **mark}
         self._translation.drop(f"content.{kind}")
         return None
 
@@ -2764,18 +2752,17 @@ class ResponsesWriter:
             found.append((at, bool(block.get("text_before")), want_object(item, f"{where}.item")))
         if message.get("reasoning_content") and not any(item.get("type") == "reasoning" for _, _, item in found):
             self._translation.drop("reasoning_content")
-        if message.get("extra_content"):
-            self._translation.drop("extra_content")
+        self._lose(message, "extra_content")
         return found
 
     def _call(self, call: Json, place: str) -> None:
         kind = "custom" if call.get("type") == "custom" else "function"
         inner = want_object(call.get(kind), f"{place}.{kind}")
         call_id = fit_call_id(want_text(call.get("id"), f"{place}.id"))
-        if call.get("extra_content"):
-            self._translation.drop("extra_content")
-        space = self._namespaces.get(call["id"])
-        named = {"call_id": call_id, "name": inner.get("name"), **({"namespace": space} if space is not None else {})}
+        self._lose(call, "extra_content")
+        named = {"call_id": call_id, "name": inner.get("name")}
+        if (space := self._namespaces.get(call["id"])) is not None:
+            named["namespace"] = space
         if kind == "custom":
             self._customs.add(call_id)
             self.items.append({"type": "custom_tool_call", **named, "input": inner.get("input") or ""})
@@ -2815,7 +2802,7 @@ def responses_usage(usage: Json | None) -> Json | None:
 def read_annotation(annotation: Json) -> Json:
     if annotation.get("type") != "url_citation":
         return annotation
-    return {"type": "url_citation", "url_citation": {name: annotation[name] for name in annotation if name != "type"}}
+    return {"type": "url_citation", "url_citation": without(annotation, "type")}
 
 
 def write_annotation(annotation: Json) -> Json:
@@ -2871,8 +2858,9 @@ class ResponsesDecoder:
     def __init__(self, dialect: OpenAiResponses, translation: Translation) -> None:
         self._dialect, self._translation = dialect, translation
         self._events = SseReader()
+        self._chunks = ChunkWriter(translation)
         self._items: dict[Any, ItemProgress] = {}
-        self._head: Json = {}
+        self._begun = False
         self._out: list[Json] = []
         self._calls = 0
         self._texts = False
@@ -2898,7 +2886,7 @@ class ResponsesDecoder:
         reader = self.READERS.get(kind)
         if reader is not None:
             with provider_shape():
-                reader(self, event)
+                reader(self, {**event, "type": kind})
 
     def finish(self, response: Json) -> list[Json]:
         """Read the final response: what was not told yet, why it ended, and what it took."""
@@ -2911,7 +2899,7 @@ class ResponsesDecoder:
         self._emit({}, self._reason(response))
         usage = self._dialect.read_usage(response)
         if usage is not None:
-            self._out.append({**self._head, "choices": [], "usage": write_openai_usage(usage)})
+            self._out.append(self._chunks.usage(write_openai_usage(usage)))
         self.complete = True
         return self._out
 
@@ -2922,24 +2910,18 @@ class ResponsesDecoder:
         return "tool_calls" if self._calls else "stop"
 
     def _open(self, response: Json) -> None:
-        if self._head:
+        if self._begun:
             return
-        made = response.get("created_at")
-        self._head = {
-            "id": response.get("id") or self._translation.new_id("chatcmpl-"),
-            "object": "chat.completion.chunk",
-            "created": int(made) if isinstance(made, int | float) else self._translation.now_s,
-            "model": response.get("model") or self._translation.model,
-        }
-        self._emit({"role": "assistant", "content": ""})
+        self._begun, made = True, response.get("created_at")
+        self._chunks.id = response.get("id") or ""
+        self._chunks.created = int(made) if isinstance(made, int | float) else self._chunks.created
+        self._chunks.model = response.get("model") or self._chunks.model
+        self._emit({"content": ""})
 
     def _emit(self, delta: Json, reason: str | None = None, logprobs: Any = None) -> None:
-        if not self._head:
-            self._open({})
-        choice: Json = {"index": 0, "delta": delta, "finish_reason": reason}
-        if logprobs:
-            choice["logprobs"] = {"content": logprobs, "refusal": None}
-        self._out.append({**self._head, "choices": [choice]})
+        self._open({})
+        told = {"content": logprobs, "refusal": None} if logprobs else None
+        self._out.append(self._chunks.delta(delta, reason, told))
 
     def _progress(self, event: Json) -> ItemProgress:
         at = event.get("output_index")
@@ -2982,34 +2964,21 @@ class ResponsesDecoder:
             progress.sent["call"] = progress.sent.get("call", 0) + len(text)
             self._argue(progress, text)
 
-    def _text_delta(self, event: Json) -> None:
-        self._delta(event, ("text", event.get("content_index")), "content")
-
-    def _refusal_delta(self, event: Json) -> None:
-        self._delta(event, ("refusal", event.get("content_index")), "refusal")
-
-    def _thought_delta(self, event: Json) -> None:
-        self._think(event, "content", event.get("content_index"))
-
-    def _summary_delta(self, event: Json) -> None:
-        self._think(event, "summary", event.get("summary_index"))
-
-    def _think(self, event: Json, kind: str, at: Any) -> None:
-        """A host may tell both its chain and a summary of it: the first kind to come is the one told on."""
-        progress = self._progress(event)
-        progress.thoughts = progress.thoughts or kind
-        if progress.thoughts == kind:
-            if kind == "summary" and at and not progress.sent.get((kind, at)):
-                self._emit({"reasoning_content": "\n\n"})
-            self._delta(event, (kind, at), "reasoning_content")
-
-    def _delta(self, event: Json, key: Any, name: str) -> None:
-        text = event.get("delta")
-        if isinstance(text, str) and text:
-            progress = self._progress(event)
-            progress.sent[key] = progress.sent.get(key, 0) + len(text)
-            self._texts = self._texts or name != "reasoning_content"
-            self._emit({name: text}, logprobs=event.get("logprobs"))
+    def _told(self, event: Json) -> None:
+        """A piece of text. A host may tell both its reasoning and a summary of it: the first kind to come is told on."""
+        kind, index, name = self.TEXTS[event["type"]]
+        text, key, progress = event.get("delta"), (kind, event.get(index)), self._progress(event)
+        if not isinstance(text, str) or not text:
+            return
+        if name == "reasoning_content":
+            progress.thoughts = progress.thoughts or kind
+            if progress.thoughts != kind:
+                return
+            if kind == "summary" and key[1] and not progress.sent.get(key):
+                self._emit({name: "\n\n"})
+        self._texts = self._texts or name != "reasoning_content"
+        progress.sent[key] = progress.sent.get(key, 0) + len(text)
+        self._emit({name: text}, logprobs=event.get("logprobs"))
 
     def _annotated(self, event: Json) -> None:
         if isinstance(event.get("annotation"), dict):
@@ -3058,11 +3027,8 @@ class ResponsesDecoder:
         if not self._dialect.takes_items:
             return
         block: Json = {"type": "reasoning_item", "item": item, "provider": self._translation.provider.id}
-        if progress.calls_before:
-            block["calls_before"] = progress.calls_before
-        if progress.text_before:
-            block["text_before"] = True
-        self._emit({"thinking_blocks": [block]})
+        stood = filled(calls_before=progress.calls_before, text_before=progress.text_before)
+        self._emit({"thinking_blocks": [{**block, **stood}]})
 
     def _end_image(self, progress: ItemProgress, item: Json) -> None:
         if isinstance(item.get("result"), str):
@@ -3081,13 +3047,20 @@ class ResponsesDecoder:
 
     READERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, Json], None]]] = {
         "response.created": _created, "response.in_progress": _created, "response.output_item.added": _added,
-        "response.output_text.delta": _text_delta, "response.refusal.delta": _refusal_delta,
-        "response.reasoning_text.delta": _thought_delta, "response.reasoning_summary_text.delta": _summary_delta,
+        "response.output_text.delta": _told, "response.refusal.delta": _told,
+        "response.reasoning_text.delta": _told, "response.reasoning_summary_text.delta": _told,
         "response.output_text.annotation.added": _annotated, "response.output_item.done": _done,
         "response.function_call_arguments.delta": _call_delta, "response.custom_tool_call_input.delta": _call_delta,
         "response.completed": _completed, "response.incomplete": _completed,
         "response.failed": _failed, "response.cancelled": _failed,
     }  # fmt: skip
+    #: What a piece is a piece of, where its place stands, and the member of a delta it becomes.
+    TEXTS: ClassVar[Mapping[str, tuple[str, str, str]]] = {
+        "response.output_text.delta": ("text", "content_index", "content"),
+        "response.refusal.delta": ("refusal", "content_index", "refusal"),
+        "response.reasoning_text.delta": ("content", "content_index", "reasoning_content"),
+        "response.reasoning_summary_text.delta": ("summary", "summary_index", "reasoning_content"),
+    }
     ENDERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, ItemProgress, Json], None]]] = {
         "message": _end_message, "function_call": _end_call, "custom_tool_call": _end_call,
         "reasoning": _end_reasoning, "image_generation_call": _end_image, "search_results": _end_results,
@@ -3123,65 +3096,25 @@ class OpenItem:
     blocks: list[Json] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class OpenCall:
-    """A tool call on its way; `open` once its item was announced, `closed` when all of it was told."""
+class ResponsesRenderer(SerialRenderer):
+    """Writes canonical chunks as the events of this dialect.
 
-    call_id: str
-    name: str = ""
-    custom: bool = False
-    text: list[str] = field(default_factory=list)
-    blocks: list[Json] = field(default_factory=list)
-    open: OpenItem | None = None
-    closed: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether the arguments are complete: only then can nothing but another call follow."""
-        text = "".join(self.text)
-        try:
-            return text.rstrip().endswith("}") and isinstance(orjson.loads(text), dict)
-        except orjson.JSONDecodeError:
-            return False
-
-
-class ResponsesRenderer:
-    """Writes canonical chunks as the events of this dialect, one item after the other.
-
-    Text and reasoning close each other; the first tool call streams, further ones wait until it is whole. `response` is
-    the answer so far. The end is written in `close`, when the usage is known; `fail` writes an `error` event, on whose
+    Text and reasoning close each other. `response` is the answer so far; `fail` writes an `error` event, on whose
     `error` member the official SDKs raise, and then `response.failed`, so that no response is left without its end.
     """
 
     def __init__(self, request: Json, new_id: Callable[[str], str], now_s: int) -> None:
+        super().__init__(new_id)
         self.response = response_shell(request, new_id("resp_"), now_s)
-        self._new_id = new_id
-        self._events: list[bytes] = []
         self._sequence = 0
         self._begun = False
         self._prose: OpenItem | None = None
-        self._calls: list[OpenCall] = []
-        self._by_index: dict[Any, OpenCall] = {}
         self._state: list[Json] = []
-        self._finish = "stop"
-        self._usage: Json | None = None
         tools = request.get("tools")
         customs = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
         self._customs = {tool.get("name") for tool in customs if tool.get("type") == "custom"}
 
-    def feed(self, chunk: Json) -> bytes:
-        self._events.clear()
-        self._begin(chunk)
-        if chunk.get("usage"):
-            self._usage = chunk["usage"]
-        for choice in chunk.get("choices") or ():
-            if not choice.get("index"):
-                self._read(choice)
-        return b"".join(self._events)
-
-    def close(self) -> bytes:
-        self._events.clear()
-        self._begin({})
+    def _end(self) -> None:
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._finish)
         status = "incomplete" if reason else "completed"
         self._end_prose(status)
@@ -3189,11 +3122,11 @@ class ResponsesRenderer:
             self._open_call(call)
             self._end_call(call, status)
         self._end_state()
-        self.response["status"] = status
-        self.response["incomplete_details"] = {"reason": reason} if reason else None
-        self.response["usage"] = responses_usage(self._usage)
+        self._finish_response(status, incomplete_details={"reason": reason} if reason else None)
+
+    def _finish_response(self, status: str, **members: Any) -> None:
+        self.response |= {"status": status, **members, "usage": responses_usage(self._usage)}
         self._emit(f"response.{status}", response=self.response)
-        return b"".join(self._events)
 
     def fail(self, error: GatewayError, request_id: str) -> bytes:
         self._events.clear()
@@ -3202,10 +3135,7 @@ class ResponsesRenderer:
         flat = {"code": error.code, "message": error.message, "param": error.param}
         self._emit("error", **flat, error=members)
         self._cut()
-        self.response["status"] = "failed"
-        self.response["error"] = {"code": error.code, "message": error.message}
-        self.response["usage"] = responses_usage(self._usage)
-        self._emit("response.failed", response=self.response)
+        self._finish_response("failed", error={"code": error.code, "message": error.message})
         return b"".join(self._events)
 
     def _cut(self) -> None:
@@ -3229,8 +3159,7 @@ class ResponsesRenderer:
             self._emit("response.created", response=self.response)
             self._emit("response.in_progress", response=self.response)
 
-    def _read(self, choice: Json) -> None:
-        delta = choice.get("delta") or {}
+    def _read(self, choice: Json, delta: Json) -> None:
         if text := delta.get("reasoning_content") or delta.get("reasoning"):
             self._think(text)
         for block in delta.get("thinking_blocks") or ():
@@ -3248,7 +3177,6 @@ class ResponsesRenderer:
             self._show(image)
         for piece in delta.get("tool_calls") or ():
             self._call(piece)
-        self._finish = choice.get("finish_reason") or self._finish
 
     # -- items
 
@@ -3380,92 +3308,55 @@ class ResponsesRenderer:
 
     def _call(self, piece: Json) -> None:
         call = self._call_of(piece)
-        inner = piece.get("custom") or piece.get("function") or {}
-        call.name = call.name or inner.get("name") or ""
-        call.custom = call.custom or "custom" in piece
         if piece.get("extra_content"):
             state = {"type": "extra_content", "call_id": call.call_id, "extra_content": piece["extra_content"]}
             call.blocks.append(state)
-        text = inner.get("input" if call.custom else "arguments") or ""
-        if call.closed:
-            return
-        if text:
-            call.text.append(text)
-        if call.open is not None:
-            self._argue(call, text)
-        elif call.name and self._free(call):
-            self._open_call(call)
+        self._extend_call(call, piece)
 
-    def _call_of(self, piece: Json) -> OpenCall:
-        """The call a piece belongs to. Some hosts leave `index` out or always send 0: then a new id is a new call."""
-        at, call_id = piece.get("index"), piece.get("id")
-        known = self._by_index.get(at if at is not None else call_id)
-        named = (piece.get("function") or piece.get("custom") or {}).get("name")
-        if at is None and call_id is None and not named and self._calls:
-            known = self._calls[-1]
-        if known is None or (call_id and named and call_id != known.call_id):
-            known = OpenCall(call_id or self._new_id("call_"))
-            self._calls.append(known)
-            self._by_index[at if at is not None else known.call_id] = known
-        return known
-
-    def _free(self, call: OpenCall) -> bool:
-        """Whether `call` may stream: every earlier one is told, or is whole and now is."""
-        for earlier in self._calls:
-            if earlier is call:
-                return True
-            if not earlier.closed and (earlier.open is None or earlier.custom or not earlier.whole):
-                return False
-            self._end_call(earlier, "completed")
-        return True
-
-    def _wrapped(self, call: OpenCall) -> bool:
+    def _wrapped(self, call: QueuedCall) -> bool:
         """Whether a custom tool of the client was sent on as a function."""
         return not call.custom and call.name in self._customs
 
-    def _open_call(self, call: OpenCall) -> None:
-        if call.open is not None or call.closed:
+    def _open_call(self, call: QueuedCall) -> None:
+        if call.open:
             return
         self._end_prose()
         self._end_blocks(call)
+        call.open = True
         custom = call.custom or self._wrapped(call)
         kind, text = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
-        named = {"call_id": call.call_id, "name": call.name, text: ""}
-        call.open = self._open_item(
-            {"id": self._new_id(ITEM_PREFIXES[kind]), "type": kind, "status": "in_progress", **named}
-        )
-        self._argue(call, "".join(call.text))
+        head = {"id": self._new_id(ITEM_PREFIXES[kind]), "type": kind, "status": "in_progress"}
+        call.item = self._open_item({**head, "call_id": call.call_id, "name": call.name, text: ""})
+        self._tell_call(call, "".join(call.text))
 
-    def _end_blocks(self, call: OpenCall) -> None:
+    def _end_blocks(self, call: QueuedCall) -> None:
         if call.blocks:
             self._prose_of("reasoning").blocks += call.blocks
             call.blocks = []
             self._end_prose()
 
-    def _argue(self, call: OpenCall, text: str) -> None:
-        if text and call.open is not None and not self._wrapped(call):
+    def _tell_call(self, call: QueuedCall, text: str) -> None:
+        if text and not self._wrapped(call):
             kind = "custom_tool_call_input" if call.custom else "function_call_arguments"
-            self._tell(call.open, f"{kind}.delta", delta=text)
+            self._tell(call.item, f"{kind}.delta", delta=text)
 
-    def _end_call(self, call: OpenCall, status: str) -> None:
-        if call.closed or call.open is None:
+    def _end_call(self, call: QueuedCall, status: str = "completed") -> None:
+        if call.closed or not call.open:
             return
         call.closed = True
         text, wrapped = "".join(call.text), self._wrapped(call)
         if wrapped:
             text = custom_text(text)
-            self._tell(call.open, "custom_tool_call_input.delta", delta=text)
-        elif not call.custom and text.strip() in ("", "null"):
-            if not text:
-                self._tell(call.open, "function_call_arguments.delta", delta="{}")
-            text = "{}"
+            self._tell(call.item, "custom_tool_call_input.delta", delta=text)
+        elif not call.custom and not text:
+            self._tell(call.item, "function_call_arguments.delta", delta="{}")
         if call.custom or wrapped:
-            call.open.item["input"] = text
-            self._tell(call.open, "custom_tool_call_input.done", input=text)
+            call.item.item["input"] = text
+            self._tell(call.item, "custom_tool_call_input.done", input=text)
         else:
-            call.open.item["arguments"] = text
-            self._tell(call.open, "function_call_arguments.done", name=call.name, arguments=text)
-        self._end_item(call.open, status)
+            text = call.item.item["arguments"] = argument_text(text)
+            self._tell(call.item, "function_call_arguments.done", name=call.name, arguments=text)
+        self._end_item(call.item, status)
         self._end_blocks(call)
 
 
