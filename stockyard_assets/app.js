@@ -1,24 +1,24 @@
 // The frame: signing in, the list of views, and which one is shown (the address after #). A view is a function of
 // (place, address, signal): it fills the place; the signal fires when the person leaves, and ends its timers and reads.
 
-import { ApiError, api, attempt, button, call, field, h, has, input, select, session, swap } from "./dom.js";
+import { ApiError, api, attempt, button, call, field, h, input, select, session, swap } from "./dom.js";
 import { live, overview, request, requests } from "./traffic.js";
 import { audit, cache, guardrails, keys, providers, routes, settings } from "./manage.js";
 import { playground, start } from "./playground.js";
 
 const VIEWS = [
-  ["overview", "Overview", overview, "/api/overview"],
-  ["live", "Live", live, "/api/events"],
-  ["requests", "Requests", requests, "/api/requests"],
-  ["playground", "Playground", playground, "/v1/chat/completions"],
-  ["keys", "Keys and budgets", keys, "/api/keys"],
-  ["providers", "Providers", providers, "/api/providers"],
-  ["routes", "Routes", routes, "/api/route"],
-  ["cache", "Cache", cache, "/api/cache"],
-  ["guardrails", "Guardrails", guardrails, "/api/guardrails"],
-  ["audit", "Audit", audit, "/api/audit"],
-  ["settings", "Settings", settings, "/api/config"],
-  ["start", "Get started", start, "/v1/chat/completions"],
+  ["overview", "Overview", overview],
+  ["live", "Live", live],
+  ["requests", "Requests", requests],
+  ["playground", "Playground", playground],
+  ["keys", "Keys and budgets", keys],
+  ["providers", "Providers", providers],
+  ["routes", "Routes", routes],
+  ["cache", "Cache", cache],
+  ["guardrails", "Guardrails", guardrails],
+  ["audit", "Audit", audit],
+  ["settings", "Settings", settings],
+  ["start", "Get started", start],
 ];
 
 let leaving = new AbortController();
@@ -37,7 +37,7 @@ function theme() {
 const brand = () => h("a", { class: "brand", href: "#/overview" }, h("img", { src: "/ui/icon.svg", alt: "", width: 24, height: 24 }), "Stockyard");
 
 function frame() {
-  const nav = h("nav", { "aria-label": "Views" }, VIEWS.filter(([, , , path]) => has(path)).map(([id, name]) => h("a", { href: `#/${id}`, id: `nav-${id}` }, name)));
+  const nav = h("nav", { "aria-label": "Views" }, VIEWS.map(([id, name]) => h("a", { href: `#/${id}`, id: `nav-${id}` }, name)));
   swap(document.body,
     h("a", { class: "skip", href: "#main", onclick: (event) => (event.preventDefault(), document.getElementById("main").focus()) }, "Skip to content"),
     h("aside", {}, brand(), nav, h("div", { class: "foot" }, theme(), button("Sign out", signOut, { class: "quiet" }))),
@@ -78,7 +78,6 @@ async function enter(given) {
 }
 
 async function open() {
-  session.paths = (await (await call("/openapi.json")).json()).paths;
   frame();
   if (!location.hash) {
     const { total } = await api("overview").catch(() => ({}));
@@ -92,7 +91,7 @@ function show() {
   leaving = new AbortController();
   const [path, search] = location.hash.slice(2).split("?");
   const [id, ...rest] = path.split("/");
-  const view = VIEWS.find(([name, , , needs]) => name === id && has(needs)) || VIEWS[0];
+  const view = VIEWS.find(([name]) => name === id) || VIEWS[0];
   const main = document.getElementById("main");
   for (const other of document.querySelectorAll("nav a")) other.removeAttribute("aria-current");
   const chosen = document.getElementById(`nav-${view[0]}`);

@@ -56,8 +56,7 @@ const bucketWords = (at, bucket) => (bucket === "day" ? day : hour).format(at);
 
 // ---- The admin API
 
-export const session = { csrf: "", role: "", paths: {} };
-export const has = (path) => path in session.paths;
+export const session = { csrf: "", role: "" };
 
 export class ApiError extends Error {
   constructor(message, status, code) {
