@@ -1329,8 +1329,24 @@ def merge_members(body: Json, members: Json) -> None:
             body[name] = value
 
 
-#: The schema of a custom (free text) tool sent as a function; `read_call` and `CallWriter` undo it.
+#: The schema of a custom (free text) tool sent as a function.
 CUSTOM_SCHEMA: Final[Json] = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def custom_as_function(custom: Json, translation: Translation) -> Json:
+    """The function that stands for a custom tool; its grammar is told in words. `read_call` and `CallWriter` undo it."""
+    form = custom.get("format")
+    grammar = form.get("grammar") if isinstance(form, dict) else None
+    told = str(custom.get("description") or "")
+    if isinstance(grammar, dict):
+        told += f"\n\n`input` must follow this {grammar.get('syntax')} grammar:\n{grammar.get('definition')}"
+    translation.names.setdefault("custom_tools", set()).add(custom.get("name"))
+    return {"name": custom.get("name"), "description": told.strip(), "parameters": CUSTOM_SCHEMA}
+
+
+def custom_arguments(custom: Json) -> str:
+    """The arguments of a call of that function."""
+    return dump_json({"input": custom.get("input") or ""}).decode()
 
 
 def custom_text(arguments: str) -> str:
@@ -1388,10 +1404,8 @@ def _read_tool(inner: Json, where: str, kind: str, cache_control: Any, translati
     name = want_text(inner.get("name"), f"{where}.name")
     description = want_text(inner.get("description") or "", f"{where}.description")
     if kind == "custom":
-        if inner.get("format") not in (None, {"type": "text"}):
-            translation.drop("tools.custom.format")
-        translation.names.setdefault("custom_tools", set()).add(name)
-        return ToolSpec(name, description, CUSTOM_SCHEMA, False, cache_control)
+        inner = custom_as_function({**inner, "description": description}, translation)
+        description = inner["description"]
     schema = want_object(inner.get("parameters") or ANY_OBJECT, f"{where}.parameters")
     schema = schema if schema.get("type") else {"type": "object", **schema}
     return ToolSpec(name, description, schema, inner.get("strict") is True, cache_control)
@@ -1465,9 +1479,9 @@ def read_history_calls(message: Json, where: str) -> list[tuple[str, str, str]]:
         call = want_object(call, place)
         kind = "custom" if call.get("type") == "custom" else "function"
         inner = want_object(call.get(kind), f"{place}.{kind}")
-        given = dump_json({"input": inner.get("input") or ""}).decode() if kind == "custom" else inner.get("arguments")
+        text = custom_arguments(inner) if kind == "custom" else inner.get("arguments")
         name = want_text(inner.get("name"), f"{place}.{kind}.name")
-        found.append((want_text(call.get("id") or f"call_{name}", f"{place}.id"), name, argument_text(given)))
+        found.append((want_text(call.get("id") or f"call_{name}", f"{place}.id"), name, argument_text(text)))
     if isinstance(legacy := message.get("function_call"), dict) and not calls:
         name = want_text(legacy.get("name"), f"{where}.function_call.name")
         found.append((f"call_{name}", name, argument_text(legacy.get("arguments"))))
@@ -1507,10 +1521,14 @@ def read_call(call_id: Any, name: Any, arguments: Any, translation: Translation)
 
 @dataclass(slots=True)
 class PendingCall:
-    """A tool call whose arguments are still arriving; `held` is what was not passed on yet."""
+    """A tool call whose text is still arriving; `held` is what was not passed on yet.
+
+    `whole` says that it stands for a custom tool, so that its text can only be told at its end.
+    """
 
     index: int
     custom: bool
+    whole: bool
     held: str = ""
     sent: bool = False
     ended: bool = False
@@ -1525,27 +1543,26 @@ class CallWriter:
     def __init__(self, translation: Translation) -> None:
         self._translation = translation
         self._calls: dict[Any, PendingCall] = {}
-        self._started = 0
+        self.started = 0
 
-    def start(self, key: Any, call_id: Any, name: Any) -> list[Json]:
+    def start(self, key: Any, call_id: Any, name: Any, custom: bool = False) -> list[Json]:
         ended = self.end(key)
         name = original_name(name or "", self._translation)
-        custom = name in (self._translation.names.get("custom_tools") or ())
-        self._calls[key] = call = PendingCall(self._started, custom)
-        self._started += 1
-        body = {"name": name, "input": ""} if custom else {"name": name, "arguments": ""}
-        kind = "custom" if custom else "function"
-        return ended + self._delta(call, id=call_id or self._translation.new_id("call_"), type=kind, **{kind: body})
+        whole = name in (self._translation.names.get("custom_tools") or ())
+        self._calls[key] = call = PendingCall(self.started, custom or whole, whole)
+        self.started += 1
+        head = {"id": call_id or self._translation.new_id("call_"), "type": "custom" if call.custom else "function"}
+        return ended + self._tell(call, "", head, {"name": name})
 
     def add(self, key: Any, arguments: Any) -> list[Json]:
         """Pass on a piece of a call's arguments. A piece without a start opens a nameless call rather than get lost."""
         deltas = [] if key in self._calls else self.start(key, None, None)
         call = self._calls[key]
         call.held += arguments if isinstance(arguments, str) else dump_json(arguments).decode() if arguments else ""
-        if call.custom or (not call.sent and "null".startswith(call.held.strip())):
+        if call.whole or not call.held or (not call.sent and "null".startswith(call.held.strip())):
             return deltas
         text, call.held, call.sent = call.held, "", True
-        return deltas + self._delta(call, function={"arguments": text})
+        return deltas + self._tell(call, text)
 
     def end(self, key: Any) -> list[Json]:
         call = self._calls.get(key)
@@ -1553,18 +1570,16 @@ class CallWriter:
             return []
         call.ended = True
         if call.custom:
-            return self._delta(call, type="custom", custom={"input": custom_text(call.held)})
-        return [] if call.sent else self._delta(call, function={"arguments": argument_text(call.held)})
+            text = custom_text(call.held) if call.whole else call.held
+            return self._tell(call, text, {"type": "custom"}) if text or call.whole else []
+        return [] if call.sent else self._tell(call, argument_text(call.held))
 
     def end_all(self) -> list[Json]:
         return [delta for key in self._calls for delta in self.end(key)]
 
-    @property
-    def any(self) -> bool:
-        return self._started > 0
-
-    def _delta(self, call: PendingCall, **members: Any) -> list[Json]:
-        return [{"tool_calls": [{"index": call.index, **members}]}]
+    def _tell(self, call: PendingCall, text: str, head: Json | None = None, named: Json | None = None) -> list[Json]:
+        kind, member = ("custom", "input") if call.custom else ("function", "arguments")
+        return [{"tool_calls": [{"index": call.index, **(head or {}), kind: {**(named or {}), member: text}}]}]
 
 
 class ChunkWriter:
@@ -2046,25 +2061,17 @@ def normalise_openai_message(message: Json) -> Json:
     return message
 
 
-class OpenAiDecoder:
-    """Reads a compatible provider's chat stream into canonical chunks."""
+class OpenAiDecoder(EventDecoder):
+    """Reads a compatible provider's chat stream into canonical chunks. UpstreamError for an error inside the stream."""
 
     def __init__(self, dialect: OpenAiChat, translation: Translation) -> None:
-        self._dialect, self._translation = dialect, translation
-        self._events = SseReader()
-        self.complete = False
+        super().__init__(dialect, translation)
+        self._read_usage = dialect.read_usage_for
 
-    def feed(self, data: bytes) -> list[Json]:
-        return [chunk for _, payload in self._events.feed(data) if (chunk := self.read(payload)) is not None]
-
-    def close(self) -> list[Json]:
-        return [chunk for _, payload in self._events.close() if (chunk := self.read(payload)) is not None]
-
-    def read(self, payload: bytes) -> Json | None:
-        """One event's payload as a chunk; None for `[DONE]`. UpstreamError for an error inside the stream."""
+    def _read(self, name: str, payload: bytes) -> list[Json]:
         if payload.strip() == b"[DONE]":
             self.complete = True
-            return None
+            return []
         chunk = read_event_json(payload)
         refuse_error_event(chunk, self._dialect)
         for choice in chunk.get("choices") or ():
@@ -2075,10 +2082,9 @@ class OpenAiDecoder:
             if reason:
                 choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
                 self.complete = True
-        usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
-        if usage:
-            chunk["usage"] = write_openai_usage(self._dialect.usage_of(usage, self._translation.provider))
-        return chunk
+        if usage := self._read_usage(chunk, self._translation.provider):
+            chunk["usage"] = write_openai_usage(usage)
+        return [chunk]
 
 
 class OpenAiRenderer:
@@ -2386,10 +2392,7 @@ def reasoning_text(item: Json) -> str:
     return ""
 
 
-# Tools: flat here, nested in chat; grammars of custom tools likewise. Custom tools as functions serve targets that know
-# functions only: one text argument `input`, taken out again on the way back.
-
-CUSTOM_AS_FUNCTION: Final = {**CUSTOM_SCHEMA, "additionalProperties": False}
+# Tools: flat here, nested in chat; grammars of custom tools likewise.
 
 
 def read_tool(tool: Json, where: str) -> tuple[Json, Json]:
@@ -2439,55 +2442,6 @@ def write_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
         return {"type": kind, "name": inner.get("name")}
     tools = [write_tool_choice(tool, place) for place, tool in want_objects(inner.get("tools"), where)]
     return {"type": kind, "mode": inner.get("mode", "auto"), "tools": tools}
-
-
-def customs_as_functions(request: Json) -> tuple[Json, frozenset[str]]:
-    """A canonical request whose custom tools became functions, and their names; the same request if it has none."""
-    tools = [tool for _, tool in want_objects(request.get("tools"), "tools")]
-    customs = [want_object(tool.get("custom"), "tools.custom") for tool in tools if tool.get("type") == "custom"]
-    if not customs:
-        return request, frozenset()
-    messages = [
-        {**message, "tool_calls": [_custom_as_call(call) for call in message["tool_calls"]]}
-        if isinstance(message.get("tool_calls"), list) else message
-        for _, message in want_objects(request.get("messages"), "messages")
-    ]  # fmt: skip
-    changed = {**request, "messages": messages, "tools": [_custom_as_tool(tool) for tool in tools]}
-    if isinstance(request.get("tool_choice"), dict):
-        changed["tool_choice"] = _custom_as_choice(request["tool_choice"])
-    return changed, frozenset(str(custom.get("name")) for custom in customs)
-
-
-def _custom_as_tool(tool: Json) -> Json:
-    if tool.get("type") != "custom":
-        return tool
-    custom = tool["custom"]
-    form = custom.get("format") or {}
-    grammar = form.get("grammar") if isinstance(form, dict) else None
-    text = str(custom.get("description") or "")
-    if isinstance(grammar, dict):
-        text += f"\n\n`input` must follow this {grammar.get('syntax')} grammar:\n{grammar.get('definition')}"
-    function = {"name": custom.get("name"), "description": text.strip(), "parameters": CUSTOM_AS_FUNCTION}
-    return {"type": "function", "function": function}
-
-
-def _custom_as_call(call: Any) -> Any:
-    if not isinstance(call, dict) or call.get("type") != "custom":
-        return call
-    custom = want_object(call.get("custom"), "tool_calls.custom")
-    arguments = dump_json({"input": custom.get("input") or ""}).decode()
-    function = {"name": custom.get("name"), "arguments": arguments}
-    return {**without(call, "custom"), "type": "function", "function": function}
-
-
-def _custom_as_choice(choice: Json) -> Json:
-    if choice.get("type") == "custom":
-        return {"type": "function", "function": choice.get("custom")}
-    allowed = choice.get("allowed_tools")
-    if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
-        return choice
-    tools = [_custom_as_choice(tool) if isinstance(tool, dict) else tool for tool in allowed["tools"]]
-    return {**choice, "allowed_tools": {**allowed, "tools": tools}}
 
 
 class ResponsesReader:
@@ -2763,11 +2717,12 @@ class ResponsesWriter:
         named = {"call_id": call_id, "name": inner.get("name")}
         if (space := self._namespaces.get(call["id"])) is not None:
             named["namespace"] = space
-        if kind == "custom":
+        if kind == "custom" and self._dialect.custom_tools:
             self._customs.add(call_id)
             self.items.append({"type": "custom_tool_call", **named, "input": inner.get("input") or ""})
         else:
-            self.items.append({"type": "function_call", **named, "arguments": inner.get("arguments") or "{}"})
+            arguments = custom_arguments(inner) if kind == "custom" else inner.get("arguments") or "{}"
+            self.items.append({"type": "function_call", **named, "arguments": arguments})
 
     def _result(self, message: Json, place: str) -> None:
         call_id = fit_call_id(want_text(message.get("tool_call_id"), f"{place}.tool_call_id"))
@@ -2824,7 +2779,7 @@ def image_of(item: Json) -> Json:
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{item['result']}"}}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ItemProgress:
     """One output item: where its turn stood when it began, and how many characters of which part were told on.
 
@@ -2833,9 +2788,7 @@ class ItemProgress:
 
     calls_before: int
     text_before: bool
-    call: int | None = None
-    custom: bool = False
-    held: bool = False
+    is_call: bool = False
     sent: dict[Any, int] = field(default_factory=dict)
     thoughts: str = ""
     done: bool = False
@@ -2848,7 +2801,7 @@ class ItemProgress:
         return full[start:]
 
 
-class ResponsesDecoder:
+class ResponsesDecoder(EventDecoder):
     """Reads a Responses stream into canonical chunks.
 
     Deltas are told on as they come. What only an item's end, or the whole response at the very end, says is added then,
@@ -2856,33 +2809,23 @@ class ResponsesDecoder:
     """
 
     def __init__(self, dialect: OpenAiResponses, translation: Translation) -> None:
-        self._dialect, self._translation = dialect, translation
-        self._events = SseReader()
-        self._chunks = ChunkWriter(translation)
+        super().__init__(dialect, translation)
+        self._responses = dialect
         self._items: dict[Any, ItemProgress] = {}
         self._begun = False
         self._out: list[Json] = []
-        self._calls = 0
         self._texts = False
-        self.complete = False
 
-    def feed(self, data: bytes) -> list[Json]:
-        return self._read_all(self._events.feed(data))
-
-    def close(self) -> list[Json]:
-        return self._read_all(self._events.close())
-
-    def _read_all(self, events: Iterable[tuple[str, bytes]]) -> list[Json]:
+    def _read(self, name: str, payload: bytes) -> list[Json]:
         self._out = []
-        for name, payload in events:
-            if not self.complete and payload.strip() != b"[DONE]":
-                event = read_event_json(payload)
-                self.read(str(event.get("type") or name), event)
+        if not self.complete and payload.strip() != b"[DONE]":
+            event = read_event_json(payload)
+            self.read(str(event.get("type") or name), event)
         return self._out
 
     def read(self, kind: str, event: Json) -> None:
         if kind == "error" or (event.get("error") and "response" not in event):
-            raise self._dialect.failure(event.get("error") or event)
+            raise self._responses.failure(event.get("error") or event)
         reader = self.READERS.get(kind)
         if reader is not None:
             with provider_shape():
@@ -2890,14 +2833,14 @@ class ResponsesDecoder:
 
     def finish(self, response: Json) -> list[Json]:
         """Read the final response: what was not told yet, why it ended, and what it took."""
-        self._dialect.refuse_failed(response)
+        self._responses.refuse_failed(response)
         self._open(response)
         output = response.get("output")
         for at, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 self._end_item(self._item_at(at), item)
         self._emit({}, self._reason(response))
-        usage = self._dialect.read_usage(response)
+        usage = self._responses.read_usage(response)
         if usage is not None:
             self._out.append(self._chunks.usage(write_openai_usage(usage)))
         self.complete = True
@@ -2907,7 +2850,7 @@ class ResponsesDecoder:
         why = (response.get("incomplete_details") or {}).get("reason")
         if response.get("status") == "incomplete":
             return "content_filter" if why == "content_filter" else "length"
-        return "tool_calls" if self._calls else "stop"
+        return "tool_calls" if self._calls.started else "stop"
 
     def _open(self, response: Json) -> None:
         if self._begun:
@@ -2930,7 +2873,7 @@ class ResponsesDecoder:
 
     def _item_at(self, key: Any) -> ItemProgress:
         if key not in self._items:
-            self._items[key] = ItemProgress(calls_before=self._calls, text_before=self._texts)
+            self._items[key] = ItemProgress(self._calls.started, self._texts)
         return self._items[key]
 
     def _created(self, event: Json) -> None:
@@ -2942,27 +2885,20 @@ class ResponsesDecoder:
             self._start_call(progress, item)
 
     def _start_call(self, progress: ItemProgress, item: Json) -> None:
-        if progress.call is not None or not item.get("name"):
-            return
-        progress.call, self._calls = self._calls, self._calls + 1
-        wrapped = item["name"] in (self._translation.names.get("custom_tools") or ())
-        progress.custom = wrapped or item["type"] == "custom_tool_call"
-        progress.held = wrapped
-        kind, text = ("custom", "input") if progress.custom else ("function", "arguments")
-        call_id = item.get("call_id") or item.get("id") or self._translation.new_id("call_")
-        inner = {"name": item["name"], text: ""}
-        self._emit({"tool_calls": [{"index": progress.call, "id": call_id, "type": kind, kind: inner}]})
+        if not progress.is_call and item.get("name"):
+            progress.is_call = True
+            call_id = item.get("call_id") or item.get("id")
+            self._emit_all(self._calls.start(progress, call_id, item["name"], item["type"] == "custom_tool_call"))
 
-    def _argue(self, progress: ItemProgress, text: str) -> None:
-        if text:
-            kind, name = ("custom", "input") if progress.custom else ("function", "arguments")
-            self._emit({"tool_calls": [{"index": progress.call, kind: {name: text}}]})
+    def _emit_all(self, deltas: list[Json]) -> None:
+        for delta in deltas:
+            self._emit(delta)
 
     def _call_delta(self, event: Json) -> None:
         progress, text = self._progress(event), event.get("delta")
-        if progress.call is not None and not progress.held and isinstance(text, str):
+        if progress.is_call and isinstance(text, str):
             progress.sent["call"] = progress.sent.get("call", 0) + len(text)
-            self._argue(progress, text)
+            self._emit_all(self._calls.add(progress, text))
 
     def _told(self, event: Json) -> None:
         """A piece of text. A host may tell both its reasoning and a summary of it: the first kind to come is told on."""
@@ -3012,11 +2948,10 @@ class ResponsesDecoder:
 
     def _end_call(self, progress: ItemProgress, item: Json) -> None:
         self._start_call(progress, item)
-        if progress.held:
-            self._argue(progress, custom_text(item.get("arguments") or ""))
-        elif progress.call is not None:
+        if progress.is_call:
             full = item.get("input") if item["type"] == "custom_tool_call" else item.get("arguments")
-            self._argue(progress, progress.rest("call", full))
+            rest = self._calls.add(progress, progress.rest("call", full))
+            self._emit_all(rest + self._calls.end(progress))
 
     def _end_reasoning(self, progress: ItemProgress, item: Json) -> None:
         if not progress.thoughts and (text := reasoning_text(item)):
@@ -3024,7 +2959,7 @@ class ResponsesDecoder:
         self._end_native(progress, item)
 
     def _end_native(self, progress: ItemProgress, item: Json) -> None:
-        if not self._dialect.takes_items:
+        if not self._responses.takes_items:
             return
         block: Json = {"type": "reasoning_item", "item": item, "provider": self._translation.provider.id}
         stood = filled(calls_before=progress.calls_before, text_before=progress.text_before)
@@ -3043,7 +2978,9 @@ class ResponsesDecoder:
 
     def _failed(self, event: Json) -> None:
         response = event.get("response") or {}
-        raise self._dialect.failure(response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"})
+        raise self._responses.failure(
+            response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"}
+        )
 
     READERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, Json], None]]] = {
         "response.created": _created, "response.in_progress": _created, "response.output_item.added": _added,
@@ -3096,6 +3033,26 @@ class OpenItem:
     blocks: list[Json] = field(default_factory=list)
 
 
+class PartForm(NamedTuple):
+    """How one kind of part is told: its item, the list it stands in, its events, and the member that holds its text."""
+
+    item: str
+    parts: str
+    place: str
+    part_event: str
+    text_event: str
+    text: str = "text"
+
+
+PART_FORMS: Final[Mapping[str, PartForm]] = {
+    "summary_text": PartForm(
+        "reasoning", "summary", "summary_index", "reasoning_summary_part", "reasoning_summary_text"
+    ),
+    "output_text": PartForm("message", "content", "content_index", "content_part", "output_text"),
+    "refusal": PartForm("message", "content", "content_index", "content_part", "refusal", "refusal"),
+}
+
+
 class ResponsesRenderer(SerialRenderer):
     """Writes canonical chunks as the events of this dialect.
 
@@ -3121,7 +3078,7 @@ class ResponsesRenderer(SerialRenderer):
         for call in self._calls:
             self._open_call(call)
             self._end_call(call, status)
-        self._end_state()
+        self._tell_state(self._state)
         self._finish_response(status, incomplete_details={"reason": reason} if reason else None)
 
     def _finish_response(self, status: str, **members: Any) -> None:
@@ -3141,9 +3098,9 @@ class ResponsesRenderer(SerialRenderer):
     def _cut(self) -> None:
         """Leave open items as they are, so that the failed response shows what had come."""
         prose = self._prose
-        if prose is not None and prose.part is not None and prose.item["type"] == "message":
-            name = "refusal" if prose.part["type"] == "refusal" else "text"
-            prose.item["content"].append({**prose.part, name: "".join(prose.text)})
+        if prose is not None and prose.part is not None:
+            form = PART_FORMS[prose.part["type"]]
+            prose.item[form.parts].append({**prose.part, form.text: "".join(prose.text)})
         for item in self.response["output"]:
             if item.get("status") == "in_progress":
                 item["status"] = "incomplete"
@@ -3161,7 +3118,7 @@ class ResponsesRenderer(SerialRenderer):
 
     def _read(self, choice: Json, delta: Json) -> None:
         if text := delta.get("reasoning_content") or delta.get("reasoning"):
-            self._think(text)
+            self._say("summary_text", text, [])
         for block in delta.get("thinking_blocks") or ():
             self._keep(block)
         if delta.get("extra_content"):
@@ -3197,11 +3154,12 @@ class ResponsesRenderer(SerialRenderer):
 
     def _end_prose(self, status: str = "completed") -> None:
         prose, self._prose = self._prose, None
-        if prose is not None and prose.item["type"] == "reasoning":
-            self._end_thoughts(prose)
-        elif prose is not None:
-            self._end_part(prose)
-            self._end_item(prose, status)
+        if prose is None:
+            return
+        self._end_part(prose)
+        if prose.blocks:
+            prose.item["encrypted_content"] = pack_state(prose.blocks)
+        self._end_item(prose, status if "status" in prose.item else None)
 
     def _prose_of(self, kind: str) -> OpenItem:
         if self._prose is None or self._prose.item["type"] != kind:
@@ -3214,25 +3172,7 @@ class ResponsesRenderer(SerialRenderer):
             self._prose = self._open_item(item)
         return self._prose
 
-    # -- reasoning
-
-    def _think(self, text: str) -> None:
-        prose = self._prose_of("reasoning")
-        if prose.part is None:
-            prose.part = {"type": "summary_text", "text": ""}
-            self._tell(prose, "reasoning_summary_part.added", summary_index=0, part=prose.part)
-        prose.text.append(text)
-        self._tell(prose, "reasoning_summary_text.delta", summary_index=0, delta=text)
-
-    def _end_thoughts(self, prose: OpenItem) -> None:
-        if prose.part is not None:
-            text = prose.part["text"] = "".join(prose.text)
-            prose.item["summary"] = [prose.part]
-            self._tell(prose, "reasoning_summary_text.done", summary_index=0, text=text)
-            self._tell(prose, "reasoning_summary_part.done", summary_index=0, part=prose.part)
-        if prose.blocks:
-            prose.item["encrypted_content"] = pack_state(prose.blocks)
-        self._end_item(prose)
+    # -- state
 
     def _keep(self, block: Json) -> None:
         """An opaque block ends the reasoning it belongs to; an item that stands alone is given as it came."""
@@ -3242,13 +3182,12 @@ class ResponsesRenderer(SerialRenderer):
             self._end_prose()
             kind = str(item.get("type"))
             return self._end_item(self._open_item({"id": self._new_id(ITEM_PREFIXES.get(kind, "item_")), **item}))
-        self._prose_of("reasoning").blocks.append(block)
-        return self._end_prose()
+        return self._tell_state([block])
 
-    def _end_state(self) -> None:
-        if self._state:
-            self._prose_of("reasoning").blocks += self._state
-            self._state = []
+    def _tell_state(self, blocks: list[Json]) -> None:
+        if blocks:
+            self._prose_of("reasoning").blocks += blocks
+            blocks.clear()
             self._end_prose()
 
     # -- text
@@ -3257,36 +3196,36 @@ class ResponsesRenderer(SerialRenderer):
         prose = self._part_of(kind)
         prose.text.append(text)
         prose.logprobs += logprobs
-        at = len(prose.item["content"])
-        if kind == "refusal":
-            self._tell(prose, "refusal.delta", content_index=at, delta=text)
-        else:
-            self._tell(prose, "output_text.delta", content_index=at, delta=text, logprobs=logprobs)
+        told = {"logprobs": logprobs} if kind == "output_text" else {}
+        self._tell_part(prose, f"{PART_FORMS[kind].text_event}.delta", delta=text, **told)
+
+    def _tell_part(self, prose: OpenItem, event: str, **members: Any) -> None:
+        form = PART_FORMS[prose.part["type"] if prose.part else ""]
+        self._tell(prose, event, **{form.place: len(prose.item[form.parts])}, **members)
 
     def _part_of(self, kind: str) -> OpenItem:
-        prose = self._prose_of("message")
+        form = PART_FORMS[kind]
+        prose = self._prose_of(form.item)
         if prose.part is not None and prose.part["type"] != kind:
             self._end_part(prose)
         if prose.part is None:
-            blank: Json = {"text": "", "annotations": [], "logprobs": []} if kind == "output_text" else {"refusal": ""}
-            prose.part = {"type": kind, **blank}
-            self._tell(prose, "content_part.added", content_index=len(prose.item["content"]), part=prose.part)
+            notes: Json = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+            prose.part = {"type": kind, form.text: "", **notes}
+            self._tell_part(prose, f"{form.part_event}.added", part=prose.part)
         return prose
 
     def _end_part(self, prose: OpenItem) -> None:
-        part, prose.part = prose.part, None
+        part = prose.part
         if part is None:
             return
-        at, text = len(prose.item["content"]), "".join(prose.text)
-        if part["type"] == "refusal":
-            part["refusal"] = text
-            self._tell(prose, "refusal.done", content_index=at, refusal=text)
-        else:
-            part.update(text=text, logprobs=prose.logprobs)
-            self._tell(prose, "output_text.done", content_index=at, text=text, logprobs=prose.logprobs)
-        self._tell(prose, "content_part.done", content_index=at, part=part)
-        prose.item["content"].append(part)
-        prose.text, prose.logprobs = [], []
+        form = PART_FORMS[part["type"]]
+        told: Json = {form.text: "".join(prose.text)}
+        told |= {"logprobs": prose.logprobs} if "logprobs" in part else {}
+        part |= told
+        self._tell_part(prose, f"{form.text_event}.done", **told)
+        self._tell_part(prose, f"{form.part_event}.done", part=part)
+        prose.item[form.parts].append(part)
+        prose.part, prose.text, prose.logprobs = None, [], []
 
     def _annotate(self, annotation: Json) -> None:
         prose = self._part_of("output_text")
@@ -3321,19 +3260,13 @@ class ResponsesRenderer(SerialRenderer):
         if call.open:
             return
         self._end_prose()
-        self._end_blocks(call)
+        self._tell_state(call.blocks)
         call.open = True
         custom = call.custom or self._wrapped(call)
         kind, text = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
         head = {"id": self._new_id(ITEM_PREFIXES[kind]), "type": kind, "status": "in_progress"}
         call.item = self._open_item({**head, "call_id": call.call_id, "name": call.name, text: ""})
         self._tell_call(call, "".join(call.text))
-
-    def _end_blocks(self, call: QueuedCall) -> None:
-        if call.blocks:
-            self._prose_of("reasoning").blocks += call.blocks
-            call.blocks = []
-            self._end_prose()
 
     def _tell_call(self, call: QueuedCall, text: str) -> None:
         if text and not self._wrapped(call):
@@ -3357,7 +3290,7 @@ class ResponsesRenderer(SerialRenderer):
             text = call.item.item["arguments"] = argument_text(text)
             self._tell(call.item, "function_call_arguments.done", name=call.name, arguments=text)
         self._end_item(call.item, status)
-        self._end_blocks(call)
+        self._tell_state(call.blocks)
 
 
 class SilentResponsesRenderer(ResponsesRenderer):
@@ -3530,8 +3463,6 @@ class OpenAiResponses(Dialect):
         return "/responses"
 
     def encode(self, request: Json, translation: Translation) -> Json:
-        if not self.custom_tools:
-            request, translation.names["custom_tools"] = customs_as_functions(request)
         facts = openai_model_facts(translation.model)
         extra = self._extra(request, translation)
         body: Json = {"model": translation.model, **self._conversation(request, translation, extra), **self.fixed}
@@ -3590,13 +3521,14 @@ class OpenAiResponses(Dialect):
             translation.drop("cache_control")
         if kind == "native" and tool.get("dialect") == OpenAiResponses.name:
             return want_object(tool.get("tool"), f"{place}.tool")
-        if kind == "custom":
-            return write_custom_tool(want_object(tool.get("custom"), f"{place}.custom"))
-        if kind != "function":
+        if kind not in ("function", "custom"):
             translation.drop(f"tools.{tool.get('dialect') or kind}")
             return None
-        function = want_object(tool.get("function"), f"{place}.function")
-        want_text(function.get("name"), f"{place}.function.name")
+        function = want_object(tool.get(kind), f"{place}.{kind}")
+        if kind == "custom" and self.custom_tools:
+            return write_custom_tool(function)
+        function = custom_as_function(function, translation) if kind == "custom" else function
+        want_text(function.get("name"), f"{place}.{kind}.name")
         # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
         lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
         given = {name: value for name, value in function.items() if value is not None}
@@ -3774,7 +3706,8 @@ class PerplexityAgent(OpenAiResponses):
 
     def _tool_choice(self, choice: Any) -> Any:
         """A function is named without a type here."""
-        return {"name": choice["name"]} if isinstance(choice, dict) and choice.get("type") == "function" else choice
+        named = isinstance(choice, dict) and choice.get("type") in ("function", "custom")
+        return {"name": choice["name"]} if named else choice
 
     def _write_format(self, body: Json, form: Json) -> None:
         body["response_format"] = form
@@ -5988,18 +5921,15 @@ class AnthropicEncoder:
     """One canonical request as a Messages body."""
 
     def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, customs = customs_as_functions(request)
-        if customs:
-            translation.names["custom_tools"] = customs
-        self._translation = translation
+        self._request, self._translation = request, translation
         self._facts = claude_facts(translation.model)
         self._turns: list[Json] = []
         self._system: list[Json] = []
 
     def build(self) -> Json:
         request, translation = self._request, self._translation
-        for _, message in want_objects(request.get("messages"), "messages"):
-            self._add(message)
+        for where, message in want_objects(request.get("messages"), "messages"):
+            self._add(message, where)
         body: Json = {"model": translation.model, "messages": self._turns}
         self._write_limits(body)
         self._write_tools(body)
@@ -6025,14 +5955,14 @@ class AnthropicEncoder:
 
     # -- conversation
 
-    def _add(self, message: Json) -> None:
+    def _add(self, message: Json, where: str) -> None:
         role, content = message.get("role"), message.get("content")
         if role in ("system", "developer"):
             self._add_system([block for block in self._parts(content) if block.get("type") == "text"])
         elif role in ("tool", "function"):
             self._append("user", [self._result(message)])
         elif role == "assistant":
-            self._append("assistant", self._assistant(message))
+            self._append("assistant", self._assistant(message, where))
         else:
             self._append("user", self._parts(content))
 
@@ -6066,7 +5996,7 @@ class AnthropicEncoder:
         error = {"is_error": True} if message.get("is_error") else {}
         return {**block, **error, **cache_mark(message)}
 
-    def _assistant(self, message: Json) -> list[Json]:
+    def _assistant(self, message: Json, where: str) -> list[Json]:
         blocks: list[Json] = []
         for block in message.get("thinking_blocks") or ():
             if block.get("type") in THOUGHTS and (block.get("signature") or block.get("data")):
@@ -6081,12 +6011,11 @@ class AnthropicEncoder:
             else:
                 self._translation.drop("native_blocks")
         blocks += self._parts(message.get("content") or message.get("refusal"))
-        return blocks + [self._call(call) for call in message.get("tool_calls") or ()]
-
-    def _call(self, call: Json) -> Json:
-        function = call.get("function") or {}
-        named = {"id": fit_claude_id(call.get("id") or ""), "name": function.get("name")}
-        return {"type": "tool_use", **named, "input": read_arguments(function.get("arguments")), **cache_mark(call)}
+        marks = list(map(cache_mark, message.get("tool_calls") or [{}]))
+        for (call_id, name, arguments), mark in zip(read_history_calls(message, where), marks, strict=False):
+            named = {"id": fit_claude_id(call_id), "name": name}
+            blocks.append({"type": "tool_use", **named, "input": read_arguments(arguments), **mark})
+        return blocks
 
     def _parts(self, content: Any) -> list[Json]:
         if isinstance(content, str):
@@ -6259,27 +6188,18 @@ def write_claude_usage(usage: Json | None) -> Json:
     }
 
 
-class AnthropicDecoder:
+class AnthropicDecoder(EventDecoder):
     """Reads a Messages stream into canonical chunks; a plain answer is read by the same code, as a stream of itself."""
 
     def __init__(self, dialect: AnthropicMessages, translation: Translation) -> None:
-        self._dialect = dialect
-        self._events = SseReader()
-        self._chunks = ChunkWriter(translation)
-        self._calls = CallWriter(translation)
+        super().__init__(dialect, translation)
+        self._refuse_error = dialect.refuse_error
         self._blocks: dict[int, Json] = {}
         self._usage: Json = {}
-        self.complete = False
 
-    def feed(self, data: bytes) -> list[Json]:
-        return [chunk for _, payload in self._events.feed(data) for chunk in self._read(payload)]
-
-    def close(self) -> list[Json]:
-        return [chunk for _, payload in self._events.close() for chunk in self._read(payload)]
-
-    def _read(self, payload: bytes) -> list[Json]:
+    def _read(self, name: str, payload: bytes) -> list[Json]:
         event = read_event_json(payload)
-        self._dialect.refuse_error(event)
+        self._refuse_error(event)
         reader = self.READERS.get(str(event.get("type")))
         with provider_shape():
             return [] if reader is None else reader(self, event)
@@ -8081,7 +8001,7 @@ class BedrockDecoder:
         return self._calls.end(index) if block is None else close_bedrock_block(block)
 
     def _end(self, event: Json) -> list[Json]:
-        finish = read_bedrock_finish(event.get("stopReason"), self._calls.any)
+        finish = read_bedrock_finish(event.get("stopReason"), bool(self._calls.started))
         open_blocks = [delta for index in sorted(self._blocks) for delta in close_bedrock_block(self._blocks[index])]
         self._blocks.clear()
         chunks = self._chunks.deltas([*open_blocks, *self._calls.end_all()])

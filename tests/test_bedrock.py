@@ -407,7 +407,7 @@ def test_tools_of_bedrock_travel_and_odd_names_come_back(attempt: Attempt) -> No
     names = [tool["toolSpec"]["name"] for tool in body["toolConfig"]["tools"][:3]]
     assert names == ["a_b", "a_b_", "sh"]
     assert body["toolConfig"]["tools"][3] == {"systemTool": {"name": "nova_code_interpreter"}}
-    assert translation.dropped == ["tools.custom.format", "tools.web_search"]
+    assert translation.dropped == ["tools.web_search"]
     uses = [
         {"toolUse": {"toolUseId": "1", "name": "a_b_", "input": {}}},
         {"toolUse": {"toolUseId": "2", "name": "sh", "input": {"input": "ls"}}},

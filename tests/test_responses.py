@@ -632,7 +632,7 @@ def test_a_custom_tool_is_a_function_where_only_functions_are_known() -> None:
     target = translation("perplexity/sonar")
     request = {"messages": messages, "tools": tools, "tool_choice": {"type": "custom", "custom": {"name": "patch"}}}
     body = PERPLEXITY.encode(request, target)
-    assert body["tools"][0]["parameters"] == s.CUSTOM_AS_FUNCTION and "start: A" in body["tools"][0]["description"]
+    assert body["tools"][0]["parameters"] == s.CUSTOM_SCHEMA and "start: A" in body["tools"][0]["description"]
     assert body["tool_choice"] == {"name": "patch"}
     assert json.loads(body["input"][1]["arguments"]) == {"input": 'a"b'}
     item = {"type": "function_call", "call_id": "d", "name": "patch", "arguments": '{"input":"x\\ny"}', "id": "fc"}

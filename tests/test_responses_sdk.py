@@ -330,9 +330,6 @@ def test_a_coding_agents_loop_with_a_custom_tool_and_signed_reasoning(door: Door
     }
     assert turn["tool_calls"][0]["extra_content"] == {"google": {"thought_signature": "g"}}
     assert [tool["type"] for tool in door.requests[1]["tools"]] == ["custom", "native", "native"]
-    functions, names = s.customs_as_functions(door.requests[1])
-    assert names == {"apply_patch"} and functions["messages"][2]["tool_calls"][0]["type"] == "function"
-    assert [tool["type"] for tool in functions["tools"]] == ["function", "native", "native"]
 
 
 def test_a_broken_stream_raises_in_the_sdk(door: Door, client: openai.OpenAI) -> None:
