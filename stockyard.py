@@ -213,6 +213,9 @@ def dump_kept(value: Any) -> bytes:
 
 
 SPACED_KEY: Final = re.compile(rb'"\s+:')
+CONTAINERS: Final = frozenset({dict, list})
+#: So many values are looked at one by one; of more, only bytes are counted, so that nobody waits for it.
+FEW_VALUES: Final = 100_000
 
 
 JSON_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -232,17 +235,24 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
 
 def _count_keys(value: Any) -> int:
     """Count the object members in a parsed document. Recursion is bounded: the caller has checked the depth."""
-    if isinstance(value, dict):
-        total = len(value)
-        for child in value.values():
-            if isinstance(child, dict | list):
-                total += _count_keys(child)
-        return total
-    total = 0
-    for child in value:
-        if isinstance(child, dict | list):
-            total += _count_keys(child)
-    return total
+    is_object = type(value) is dict
+    return (len(value) if is_object else 0) + sum(
+        [_count_keys(child) for child in (value.values() if is_object else value) if type(child) in CONTAINERS]
+    )
+
+
+def _count_written_keys(text: bytes) -> int | None:
+    """Count the members in compact JSON by its bytes alone, at the speed of `count`; None where a text could mislead."""
+    return None if b'\\\\"' in text else text.count(b'":') - text.count(b'\\":')
+
+
+def _has_key_twice(body: bytes, value: Json) -> bool | None:
+    """Whether an object lost a member by being parsed; None where only the exact parser can tell."""
+    if any(mark in body for mark in (b" :", b"\t:", b"\n:", b"\r:")) and SPACED_KEY.search(body):
+        return None
+    written = _count_written_keys(body)
+    kept = _count_keys(value) if body.count(b",") < FEW_VALUES else _count_written_keys(orjson.dumps(value))
+    return None if written is None or kept is None else written != kept
 
 
 def _json_depth(body: bytes) -> int:
@@ -258,9 +268,9 @@ def parse_json_object(body: bytes) -> Json:
     """Parse a client's JSON object strictly; ValueError with a sentence for everything doubtful.
 
     Refused: anything but UTF-8, NaN and infinities, lone surrogates, duplicate keys, depth over 100, trailing text.
-    The duplicate check is cheap in the usual cases: what is written again as the same bytes lost nothing, and a text
-    whose `":` are as many as its parsed members cannot hold a member twice; only otherwise (a quoted `":` in some text)
-    the slower exact parser decides.
+    The duplicate check is cheap in the usual cases: what is written again as the same bytes lost nothing, and neither
+    did what has as many `":` outside of texts as parsed members; only where that cannot be told from the bytes alone the
+    slower exact parser decides.
     """
     if body.count(b"[") + body.count(b"{") > JSON_MAX_DEPTH and _json_depth(body) > JSON_MAX_DEPTH:
         raise ValueError(f"it is nested deeper than {JSON_MAX_DEPTH} levels")
@@ -272,7 +282,7 @@ def parse_json_object(body: bytes) -> Json:
         raise ValueError("it must be an object")
     if len(body) < 16_384 and orjson.dumps(value) == body:
         return value
-    if body.count(b'":') != _count_keys(value) or SPACED_KEY.search(body):
+    if _has_key_twice(body, value) is not False:
         json.loads(body.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_int=str)
     return value
 
@@ -297,6 +307,14 @@ def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
         return dump_json({**document, name: value})
     at = body.index(b"{") + 1
     return body[:at] + b'"%b":%b,' % (name.encode(), dump_json(value)) + body[at:]
+
+
+def splice_change(body: bytes, document: Json, changed: Json) -> bytes:
+    """The bytes of `changed`, which is `document` but for some members: spliced where it only has one more, its last."""
+    *same, last = changed
+    if len(same) == len(document) and all(changed[name] is document.get(name) for name in same):
+        return splice_member(body, document, last, changed[last])
+    return dump_json(changed)
 
 
 class MalformedStream(ValueError):
@@ -675,8 +693,9 @@ class Attempt:
     status: int = 0
     error: str = ""
     is_unbilled: bool = False
-    #: Where money is limited: the budgets (id and window), what was held in each, and what was charged for it.
-    budget: Json | None = None
+    #: Where money is limited: the hold it left on, and what was charged for it.
+    hold: Hold | None = None
+    charged_nanousd: int = 0
 
     @property
     def billed(self) -> str:
@@ -689,7 +708,7 @@ class Attempt:
         times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
         ended = {"status": self.status, "error": self.error, "billed": self.billed}
         told = {"provider": self.provider, "model": self.model, **times, **ended}
-        return told if self.budget is None else {**told, "budget": self.budget}
+        return told if self.hold is None else {**told, "budget": orjson.loads(self.hold.told(self.charged_nanousd))}
 
 
 class Call:
@@ -12953,7 +12972,7 @@ MIN_OWN_SECRET_LETTERS: Final = 20
 SECRET_BYTES: Final = 20
 NOBODY_DIGEST: Final = "0" * 64
 MAX_TAGS: Final = 32
-MAX_REMEMBERED_DIGESTS: Final = 4096
+MAX_REMEMBERED: Final = 4096
 VARIABLE_NAME: Final = re.compile(r"[A-Z_][A-Z0-9_]{0,199}")  # no lower case: a key put here by mistake is refused
 TAG_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 
@@ -13200,6 +13219,11 @@ def mint_secret(random_bytes: bytes) -> str:
     return KEY_PREFIX + encode_base32(int.from_bytes(random_bytes, "big"), 32)
 
 
+def hash_secret(secret: str) -> bytes:
+    """SHA-256, to look up what was presented without comparing it."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
 def digest_secret(secret: str, pepper: bytes) -> str:
     """HMAC-SHA256 in hex. Header text may hold stray surrogates, which must not raise."""
     return hmac.digest(pepper, secret.encode("utf-8", "surrogatepass"), "sha256").hex()
@@ -13213,7 +13237,7 @@ class KeyRing:
         self._nobody = VirtualKey("", "", NOBODY_DIGEST, 0, revoked_at_ms=0)
         self.by_id: dict[str, VirtualKey] = {}
         self._by_digest: dict[str, VirtualKey] = {}
-        self._digests: dict[bytes, str] = {}
+        self._known: dict[bytes, tuple[VirtualKey, int]] = {}
         for key in keys:
             self.put(key)
 
@@ -13228,6 +13252,7 @@ class KeyRing:
             self._by_digest[key.previous_digest] = key
 
     def drop(self, key_id: str) -> None:
+        self._known.clear()
         key = self.by_id.pop(key_id, None)
         if key is not None:
             self._by_digest.pop(key.digest, None)
@@ -13236,13 +13261,17 @@ class KeyRing:
     def owner(self, digest: str) -> VirtualKey | None:
         return self._by_digest.get(digest)
 
+    def recognise(self, secret: str, now_ms: int) -> VirtualKey | None:
+        """The key of a secret that `authenticate` let in before, as long as it would again and no key has changed."""
+        key, until_ms = self._known.get(hash_secret(secret), (None, 0))
+        return key if now_ms < until_ms else None
+
     def authenticate(self, secret: str, now_ms: int) -> VirtualKey:
         """The key of this secret. Unknown, expired and revoked ones do the same work and raise the same error.
 
-        The dict is asked for an HMAC that an attacker cannot aim at, so its timing tells nothing of stored digests.
+        The dicts are asked for digests that an attacker cannot aim at, so their timing tells nothing of stored ones.
         """
-        name = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
-        digest = self._digests.get(name) or digest_secret(secret, self.pepper)
+        name, digest = hash_secret(secret), digest_secret(secret, self.pepper)
         key = self._by_digest.get(digest)
         if key is None:
             digest = PLAIN_DIGEST_PREFIX + name.hex()
@@ -13250,16 +13279,12 @@ class KeyRing:
         current = hmac.compare_digest(digest, key.digest)
         previous = hmac.compare_digest(digest, key.previous_digest or NOBODY_DIGEST) and now_ms < key.previous_until_ms
         if (current or previous) and key.status(now_ms) == "active":
-            self._remember(name, digest)
+            if len(self._known) >= MAX_REMEMBERED:
+                self._known.clear()
+            ends_ms = NEVER_MS if key.expires_at_ms is None else key.expires_at_ms
+            self._known[name] = key, ends_ms if current else min(ends_ms, key.previous_until_ms)
             return key
         raise Unauthenticated("this API key is not valid here; ask the operator of this Stockyard for another")
-
-    def _remember(self, name: bytes, digest: str) -> None:
-        """Spare a known secret its HMAC the next time. It is checked against the keys as they are then all the same."""
-        if name not in self._digests:
-            if len(self._digests) >= MAX_REMEMBERED_DIGESTS:
-                self._digests.clear()
-            self._digests[name] = digest
 
 
 # ----- Sign-in --------------------------------------------------------------------------------------------------------
@@ -13298,31 +13323,27 @@ class Sessions:
     def _mint(self) -> str:
         return encode_base32(int.from_bytes(self._random_bytes(SECRET_BYTES), "big"), 32)
 
-    @staticmethod
-    def _digest(secret: str) -> bytes:
-        return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
-
     def offer(self, now_ms: int) -> str:
         """A token that signs in as admin, once, within LINK_MS."""
         token = self._mint()
-        self._links[self._digest(token)] = now_ms + LINK_MS
+        self._links[hash_secret(token)] = now_ms + LINK_MS
         return token
 
     def redeem(self, token: str, now_ms: int) -> bool:
-        return self._links.pop(self._digest(token), 0) > now_ms
+        return self._links.pop(hash_secret(token), 0) > now_ms
 
     def begin(self, role: str, key_id: str, now_ms: int) -> tuple[str, Session]:
         """A new session and the secret of its cookie."""
         secret, session = self._mint(), Session(role, key_id, self._mint(), now_ms + SESSION_MS)
         if len(self._open) >= MAX_SESSIONS:
             del self._open[next(iter(self._open))]
-        self._open[self._digest(secret)] = session
+        self._open[hash_secret(secret)] = session
         return secret, session
 
     def find(self, cookie: str, now_ms: int) -> Session | None:
         """The session that a Cookie header names, while it lives."""
         found = SESSION_IN_COOKIE.search(cookie)
-        session = self._open.get(self._digest(found[1])) if found else None
+        session = self._open.get(hash_secret(found[1])) if found else None
         return session if session is not None and session.expires_ms > now_ms else None
 
     def end(self, session: Session) -> None:
@@ -13382,7 +13403,7 @@ class Hold:
 
     __slots__ = ("at_ms", "balances", "bounded", "id", "nanousd", "open")
 
-    def __init__(self, hold_id: str, nanousd: int | None, balances: tuple[Balance, ...], at_ms: int) -> None:
+    def __init__(self, hold_id: str, nanousd: int | None, balances: Sequence[Balance], at_ms: int) -> None:
         self.id, self.balances, self.at_ms = hold_id, balances, at_ms
         self.nanousd, self.bounded = nanousd or 0, nanousd is not None
         self.open = True
@@ -13391,6 +13412,11 @@ class Hold:
     def places(self) -> str:
         """The budgets it is in, each with its window, as JSON."""
         return f"[{','.join([balance.place for balance in self.balances])}]"
+
+    def told(self, charged_nanousd: int) -> str:
+        """What the log keeps of it, as JSON."""
+        held_usd, charged_usd = self.nanousd / NANOUSD_PER_USD, charged_nanousd / NANOUSD_PER_USD
+        return f'{{"budgets":{self.places},"held_usd":{held_usd},"charged_usd":{charged_usd}}}'
 
     @property
     def record(self) -> bytes | None:
@@ -13478,6 +13504,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._exact: dict[str, dict[str, list[Account]]] = {scope: {} for scope in SCOPES}
         self._patterns: list[Account] = []
+        self._matches: dict[tuple[Any, ...], tuple[Account, ...]] = {}
         self.open: dict[str, Hold] = {}
         self.bound_violations = 0
         self.repeated_ends = 0
@@ -13496,12 +13523,14 @@ class Ledger:
         self.drop_budget(budget.id)
         account = self._accounts[budget.id] = Account(budget, balance)
         self._shelf(budget).append(account)
+        self._matches.clear()
 
     def drop_budget(self, budget_id: str) -> None:
         """Forget a budget; holds made under it still settle and are still recorded."""
         account = self._accounts.pop(budget_id, None)
         if account is None:
             return
+        self._matches.clear()
         shelf = self._shelf(account.budget)
         shelf.remove(account)
         if not shelf and shelf is not self._patterns:
@@ -13520,8 +13549,21 @@ class Ledger:
 
     def _match(
         self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
+    ) -> tuple[Account, ...]:
+        """The budgets of a call, remembered until one changes."""
+        call = key_id, model, provider, upstream_model
+        which = (call, *tags.items()) if tags and self._exact["tag"] else call
+        found = self._matches.get(which)
+        if found is None:
+            if len(self._matches) >= MAX_REMEMBERED:
+                self._matches.clear()
+            found = self._matches[which] = tuple(self._find_match(key_id, tags, model, provider, upstream_model))
+        return found
+
+    def _find_match(
+        self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str
     ) -> list[Account]:
-        """The budgets of a call; those of models by the name it was asked for and by the one it goes to.
+        """Budgets of models count for the name a call was asked for and for the one it goes to.
 
         A call whose model nobody knows (`/proxy`, files) may use any, so it touches the budgets of all.
         """
@@ -13586,7 +13628,7 @@ class Ledger:
             return Hold("", price_upper_bound, (), now_ms)
         for balance in balances:
             balance.held_nanousd += nanousd
-        hold = Hold(self._new_id("hold_"), price_upper_bound, tuple(balances), now_ms)
+        hold = Hold(self._new_id("hold_"), price_upper_bound, balances, now_ms)
         self.open[hold.id] = hold
         return hold
 
@@ -13615,9 +13657,7 @@ class Ledger:
         self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
     ) -> bool:
         """Whether a hard budget matches, so that the output cap must be real and every part of the input bounded."""
-        return any(
-            account.is_hard for account in self._match(key.id if key else "", tags, model, provider, upstream_model)
-        )
+        return any(one.is_hard for one in self._match(key.id if key else "", tags, model, provider, upstream_model))
 
     def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
         """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
@@ -13825,14 +13865,19 @@ class SlidingSum:
 
 
 class Meter:
-    """The counters of one scope: a key, a model pattern, or everything."""
+    """The counters of one scope: a key, a model pattern, or everything. `shown` are those that headers tell of."""
 
-    __slots__ = ("limit", "parallel", "requests", "scope", "tokens")
+    __slots__ = ("limit", "parallel", "requests", "scope", "shown", "tokens", "told")
 
     def __init__(self, scope: str, limit: RateLimit, now_s: int) -> None:
-        self.scope, self.parallel = scope, 0
+        self.scope, self.parallel, self.told = scope, 0, dump_json(scope).decode()
         self.requests, self.tokens = SlidingSum(now_s), SlidingSum(now_s)
+        self.heed(limit)
+
+    def heed(self, limit: RateLimit) -> None:
         self.limit = limit
+        both = ("requests", limit.rpm, self.requests), ("tokens", limit.tpm, self.tokens)
+        self.shown = [(what, most, window) for what, most, window in both if most is not None]
 
     def check(self, tokens: int, now_ms: int) -> None:
         """LimitExceeded unless one more request of so many tokens fits."""
@@ -13870,6 +13915,11 @@ class RateHold:
     """What one call took of its rate limits, until it ends."""
 
     __slots__ = ("meters", "open", "reserved", "tokens")
+
+    @property
+    def scopes(self) -> str:
+        """Whose limits they are, as JSON."""
+        return f"[{','.join([meter.told for meter in self.meters])}]"
 
     def __init__(self, meters: list[Meter], tokens: int, reserved: list[tuple[SlidingSum, int]]) -> None:
         self.meters, self.tokens, self.reserved = meters, tokens, reserved
@@ -13918,30 +13968,31 @@ class RateLimiter:
             for window, second in hold.reserved:
                 window.correct(tokens - hold.tokens, second)
 
-    def headers(self, key: VirtualKey | None, model: str, now_ms: int) -> dict[str, str]:
+    def headers(self, key: VirtualKey | None, model: str, now_ms: int, hold: RateHold | None = None) -> dict[str, str]:
         """The x-ratelimit headers in OpenAI's form, each of the limit that has least left; none where none is set.
 
-        Source: https://platform.openai.com/docs/guides/rate-limits
+        `hold` is what the call has taken, if it has. Source: https://platform.openai.com/docs/guides/rate-limits
         """
-        found: dict[str, str] = {}
-        meters = self._meters(key, model, now_ms)
-        for names, read in RATE_HEADERS:
-            rows = []
-            for limit, window in map(read, meters):
-                if limit is not None:
-                    window.advance(now_ms // 1000)
-                    rows.append((limit - window.total, limit, window))
-            if rows:
-                left, limit, window = rows[0] if len(rows) == 1 else min(rows, key=lambda row: row[:2])
-                found[names[0]], found[names[1]] = str(limit), str(max(0, left))
-                found[names[2]] = format_duration(window.reset_ms(now_ms))
+        rows: dict[str, tuple[int, int, SlidingSum]] = {}
+        for meter in self._meters(key, model, now_ms) if hold is None else hold.meters:
+            for what, limit, window in meter.shown:
+                window.advance(now_ms // 1000)
+                left = limit - window.total
+                if what not in rows or (left, limit) < rows[what][:2]:
+                    rows[what] = left, limit, window
+        found = {}
+        for what, (left, limit, window) in rows.items():
+            found[f"x-ratelimit-limit-{what}"] = str(limit)
+            found[f"x-ratelimit-remaining-{what}"] = str(max(0, left))
+            found[f"x-ratelimit-reset-{what}"] = format_duration(window.reset_ms(now_ms))
         return found
 
     def _meters(self, key: VirtualKey | None, model: str, now_ms: int) -> list[Meter]:
         meters = self._everything.copy()
         if key is not None and key.rate_limit is not None:
             meter = self._keys.get(key.id) or self._new_meter(key, now_ms // 1000)
-            meter.limit = key.rate_limit
+            if meter.limit is not key.rate_limit:
+                meter.heed(key.rate_limit)
             meters.append(meter)
         if self._models:
             meters += [meter for pattern, meter in self._models if not model or matches_pattern(pattern, model)]
@@ -13958,16 +14009,7 @@ class RateLimiter:
         return meter
 
 
-def _rate_header_names(what: str) -> tuple[str, str, str]:
-    return f"x-ratelimit-limit-{what}", f"x-ratelimit-remaining-{what}", f"x-ratelimit-reset-{what}"
-
-
-RATE_HEADERS: Final[tuple[tuple[tuple[str, str, str], Callable[[Meter], tuple[int | None, SlidingSum]]], ...]] = (
-    (_rate_header_names("requests"), lambda meter: (meter.limit.rpm, meter.requests)),
-    (_rate_header_names("tokens"), lambda meter: (meter.limit.tpm, meter.tokens)),
-)
-
-
+@functools.lru_cache(2048)
 def format_duration(duration_ms: int) -> str:
     """A time as OpenAI's headers write it: `120ms`, `1s`, `1.5s`, `6m0s`, `1h2m3s`."""
     if 0 < duration_ms < 1000:
@@ -14057,24 +14099,28 @@ def input_token_bound(
     total = body_bytes + row.request + row.message * len(messages) + row.tool * len(tools) + (row.tools if tools else 0)
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            extra = _part_bound(part, row, context_tokens)
-            if extra is None:
-                return None
-            total += extra
+        if isinstance(content, list):
+            for part in content:
+                extra = _part_bound(part, row, context_tokens)
+                if extra is None:
+                    return None
+                total += extra
     return total + _rerank_bound(request)
 
 
 def _is_self_contained(request: Json) -> bool:
     """False where a member or a tool makes the provider bill what the request does not hold."""
     extras = request.get("extra_body")
-    for members in (request, *(extras.values() if isinstance(extras, dict) else ())):
-        if isinstance(members, dict) and any(members.get(name) for name in UNBOUNDED_MEMBERS & members.keys()):
+    for members in (request, *extras.values()) if isinstance(extras, dict) else (request,):
+        if (
+            isinstance(members, dict) and not UNBOUNDED_MEMBERS.isdisjoint(members)
+            and any(members.get(name) for name in UNBOUNDED_MEMBERS)
+        ):  # fmt: skip
             return False
     if isinstance(request.get("prompt"), dict):
         return False
-    tools = request.get("tools") or ()
-    return all(isinstance(tool, dict) and tool.get("type", "function") in BOUNDED_TOOLS for tool in tools)
+    tools = request.get("tools")
+    return not tools or all(isinstance(tool, dict) and tool.get("type", "function") in BOUNDED_TOOLS for tool in tools)
 
 
 def _part_bound(part: Any, row: InputBound, context_tokens: int | None) -> int | None:
@@ -14141,17 +14187,24 @@ def output_token_cap(
     `affordable_tokens` (over all answers) clamps it; a provider makes `least_tokens` of less. A cap under another name than the provider's counts as not yet
     written: only `provider_cap_field` in the outgoing body binds the provider. InvalidRequest for anything but numbers.
     """
-    names = (provider_cap_field, *OUTPUT_CAP_FIELDS)
-    name = next((name for name in names if request.get(name) is not None), None)
-    asked = None if name is None else _read_count(request[name], name, 0)
-    counts = [_read_count(request[many], many, 1) for many in ("n", "best_of") if request.get(many) is not None]
-    prompt = request.get("prompt")  # each of several has answers of its own; a list of numbers is one, in tokens
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    answers = max(counts, default=1) * prompts
-    tokens = (model_max or UNKNOWN_OUTPUT_TOKENS) if asked is None else asked
+    tokens, answers = model_max or UNKNOWN_OUTPUT_TOKENS, 1
+    for name in (provider_cap_field, *OUTPUT_CAP_FIELDS):
+        if (asked := request.get(name)) is not None:
+            tokens = _read_count(asked, name, 0)
+            break
+    for name in ("n", "best_of"):
+        if (count := request.get(name)) is not None:
+            answers = max(answers, _read_count(count, name, 1))
+    answers *= _prompts_of(request)
     if affordable_tokens is not None:
         tokens = min(tokens, affordable_tokens // answers)
     return OutputCap(tokens, request.get(provider_cap_field) != tokens, max(tokens, least_tokens) * answers)
+
+
+def _prompts_of(body: Json) -> int:
+    """Each of several prompts has answers of its own; a list of numbers is one, in tokens."""
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
 #: Names, in lower case and without `_`, under which providers take output caps and numbers of answers.
@@ -14174,13 +14227,9 @@ def output_allowed(body: Json) -> int | None:
             if isinstance(value, dict):
                 if name not in UNREAD_MEMBERS:
                     left.append(value)
-            elif isinstance(value, int | float | str) and not isinstance(value, bool):
-                kind = _cap_kind(name)
-                if kind and (number := _as_count(value)) is not None:
-                    (caps if kind == "cap" else counts).append(number)
-    prompt = body.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    return max(caps) * max(counts) * prompts if caps else None
+            elif (kind := _cap_kind(name)) and (number := _as_count(value)) is not None:
+                (caps if kind == "cap" else counts).append(number)
+    return max(caps) * max(counts) * _prompts_of(body) if caps else None
 
 
 @functools.lru_cache(1024)
@@ -14189,7 +14238,9 @@ def _cap_kind(name: str) -> str:
     return "cap" if plain in CAP_NAMES else "count" if plain in ANSWER_COUNT_NAMES else ""
 
 
-def _as_count(value: float | str) -> int | None:
+def _as_count(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
         return math.ceil(float(value))
     except (ValueError, OverflowError):
@@ -15265,7 +15316,7 @@ def clean_agent(text: str) -> str:
 def attempts_text(call: Call) -> str:
     """The attempts as JSON; empty for the usual one without a fault, whose times `call_notes` keeps."""
     attempts = call.attempts
-    if len(attempts) > 1 or call.error or (attempts and attempts[0].budget):
+    if len(attempts) > 1 or call.error or (attempts and attempts[0].status != 200):
         return dump_json([attempt.to_json() for attempt in attempts]).decode()
     return ""
 
@@ -15277,25 +15328,25 @@ _seldom_noted: Final = operator.attrgetter(*SELDOM_NOTED)
 
 def call_notes(call: Call) -> str:
     """What `explain` tells beyond the columns, as JSON: how the name was routed, the one attempt's times, limits."""
-    notes: Json = {}
-    if call.output_cap is not None:
-        notes["output_cap"], notes["clamped"] = call.output_cap, call.clamped
-    if call.rate_hold is not None:
-        notes["limits"] = [meter.scope for meter in call.rate_hold.meters]
-        notes["estimated_tokens"] = call.rate_hold.tokens
-    if any(seldom := _seldom_noted(call)):
-        notes |= {name: value for name, value in zip(SELDOM_NOTED, seldom, strict=True) if value}
-    targets = call.targets
-    if len(targets) > 1:
-        notes["targets"] = [[target.provider.id, target.model, target.via] for target in targets]
-    if targets and len(call.attempts) == 1 and not call.error:
-        at = call.attempts[0]
-        if not notes:  # nearly every call: written without a detour
-            return f'{{"via":"{targets[0].via}","at":[{at.started_ms:.2f},{at.ended_ms:.2f}]}}'
-        notes["at"] = [round(at.started_ms, 2), round(at.ended_ms, 2)]
+    told, targets = "", call.targets
     if targets:
-        notes["via"] = targets[0].via
-    return dump_json(notes).decode() if notes else ""
+        told = f',"via":"{targets[0].via}"'
+        if len(call.attempts) == 1 and not call.error:
+            at = call.attempts[0]
+            told += f',"at":[{at.started_ms:.2f},{at.ended_ms:.2f}]'
+            if at.hold is not None:
+                told += f',"budget":{at.hold.told(at.charged_nanousd)}'
+        if len(targets) > 1:
+            rows = [[target.provider.id, target.model, target.via] for target in targets]
+            told += f',"targets":{dump_json(rows).decode()}'
+    if call.output_cap is not None:
+        told += f',"output_cap":{call.output_cap},"clamped":{"true" if call.clamped else "false"}'
+    if call.rate_hold is not None:
+        told += f',"limits":{call.rate_hold.scopes},"estimated_tokens":{call.rate_hold.tokens}'
+    if any(seldom := _seldom_noted(call)):
+        noted = {name: value for name, value in zip(SELDOM_NOTED, seldom, strict=True) if value}
+        told += f",{dump_json(noted).decode()[1:-1]}"
+    return f"{{{told[1:]}}}" if told else ""
 
 
 #: The buckets of a usage that have no column of their own.
@@ -16249,7 +16300,8 @@ def find_request(store: LogStore, request_id: str) -> Json | None:
     attempts = orjson.loads(row["attempt_log"]) if row["attempt_log"] else []
     if "at" in notes and not attempts:
         started_ms, ended_ms = notes["at"]
-        attempts = [Attempt(row["provider"], row["upstream_model"], started_ms, ended_ms, 200).to_json()]
+        budget = {"budget": notes.pop("budget")} if "budget" in notes else {}
+        attempts = [Attempt(row["provider"], row["upstream_model"], started_ms, ended_ms, 200).to_json() | budget]
     found = public_row(row)
     return {
         **found,
@@ -18275,8 +18327,7 @@ def presented_key(headers: Mapping[str, str], path_parameters: Mapping[str, str]
 
 def is_admin_key(given: str, admin_key: str) -> bool:
     """Compared by digest, in constant time."""
-    mine = hashlib.sha256(admin_key.encode()).digest()
-    return hmac.compare_digest(hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest(), mine)
+    return hmac.compare_digest(hash_secret(given), hash_secret(admin_key))
 
 
 #: The verbs that translate each kind of call: client's parse and render, provider's encode and decode.
@@ -18882,15 +18933,21 @@ class Gateway:
         call.tag_map = read_tags(parse_tags(tags), "x-stockyard-tags") if tags else {}
         if self.key_required:
             secret = presented_key(call.headers, call.path_parameters)
-            if not (is_admin_key(secret, self.admin_key) if secret else self.is_dashboard(call.headers)):
-                key = self.keys.authenticate(secret, int(self.clock() * 1000))
+            now_ms = int(self.clock() * 1000)
+            key = self.keys.recognise(secret, now_ms)
+            if key is None and not (
+                is_admin_key(secret, self.admin_key) if secret else self.is_dashboard(call.headers)
+            ):
+                key = self.keys.authenticate(secret, now_ms)
+            if key is not None:
                 if key.role != "client":
                     raise Unauthenticated("this key reads the log; calls need a client's key")
                 call.key, call.key_id = key, key.id
                 call.tag_map = key.tagged(call.tag_map)
         if self.settings.client_keys == "on":
             call.own_key = self.brought_key(call)
-        call.tags = ",".join(f"{name}={value}" for name, value in call.tag_map.items())
+        if call.tag_map:
+            call.tags = ",".join([f"{name}={value}" for name, value in call.tag_map.items()])
 
     def brought_key(self, call: Call) -> str:
         """The provider key that a client sent: beside its virtual key, or in that one's place where none is required."""
@@ -19006,8 +19063,11 @@ class Gateway:
     def limit(self, call: Call, body_bytes: int | None = None) -> None:
         """Take the call's place in its rate limits; LimitExceeded where there is none. Its body may be yet to come."""
         if self.has_rates or (call.key is not None and call.key.rate_limit is not None):
-            asked = call.canonical or call.request
-            cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
+            asked, cap = call.canonical or call.request, None
+            for name in OUTPUT_CAP_FIELDS:
+                if name in asked and isinstance(asked[name], int):
+                    cap = asked[name]
+                    break
             tokens = token_estimate(len(call.body) if body_bytes is None else body_bytes, cap)
             call.rated = True
             call.rate_hold = self.rates.admit(call.key, call.model, tokens, int(time.monotonic() * 1000))
@@ -19556,23 +19616,36 @@ class Gateway:
         if not self.has_budgets and most is None:
             return None
         names = (call.key, call.tag_map, call.model, target.provider.id)
-        hard = self.ledger.is_hard_limited(*names, target.model)
         cap, needed = self.cost_bound(call, target) if bounded else (None, None)
-        if hard and needed and cap is not None:
-            room = await self.headroom(names, needed, target.model)
-            if 0 < room < needed:
-                cap, needed = self.cost_bound(call, target, room)
-                call.clamped = True
-        if most is not None and (needed is None or needed > read_max_cost(most)):
-            shown = "is not known" if needed is None else f"may be ${format_usd(needed)}"
-            raise BudgetExceeded(
-                f"the cost of this call {shown}, more than {MAX_COST_HEADER} allows ({clean_header(most, 20)})"
-            )
-        hold = await self.set_aside(names, needed, target.model)
-        is_bound = cap is not None and (hard or most is not None)
-        call.output_cap = cap.tokens if cap is not None and cap.injected and is_bound else None
-        call.held_tokens = cap.total_tokens if cap is not None and is_bound else None
+        if most is not None:
+            cap, needed = await self.clamped(call, target, cap, needed)
+            if needed is None or needed > read_max_cost(most):
+                shown = "is not known" if needed is None else f"may be ${format_usd(needed)}"
+                raise BudgetExceeded(
+                    f"the cost of this call {shown}, more than {MAX_COST_HEADER} allows ({clean_header(most, 20)})"
+                )
+        try:
+            hold = await self.set_aside(names, needed, target.model)
+        except BudgetExceeded:
+            asked, (cap, needed) = needed, await self.clamped(call, target, cap, needed)
+            if needed == asked:
+                raise
+            hold = await self.set_aside(names, needed, target.model)
+        call.output_cap = call.held_tokens = None
+        if cap is not None and (most is not None or self.ledger.is_hard_limited(*names, target.model)):
+            call.output_cap, call.held_tokens = cap.tokens if cap.injected else None, cap.total_tokens
         return hold
+
+    async def clamped(
+        self, call: Call, target: Target, cap: OutputCap | None, needed: int | None
+    ) -> tuple[OutputCap | None, int | None]:
+        """The cap and the cost of a call, lowered to what its budgets leave where they clamp and leave something."""
+        if needed and cap is not None:
+            names = (call.key, call.tag_map, call.model, target.provider.id)
+            if 0 < (room := await self.headroom(names, needed, target.model)) < needed:
+                call.clamped = True
+                return self.cost_bound(call, target, room)
+        return cap, needed
 
     async def headroom(self, names: Touched, needed: int, upstream_model: str) -> int:
         return self.ledger.headroom(*names, needed, int(self.clock() * 1000), upstream_model)
@@ -19636,12 +19709,8 @@ class Gateway:
         else:
             ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0, now_ms)
         if hold.balances:
-            line.budget = {
-                "budgets": [[balance.budget.id, balance.window] for balance in hold.balances],
-                "held_usd": hold.nanousd / NANOUSD_PER_USD,
-                "charged_usd": ended.cost_nanousd / NANOUSD_PER_USD,
-            }
-        self.record_end(ended)
+            line.hold, line.charged_nanousd = hold, ended.cost_nanousd
+            self.record_end(ended)
 
     def record_end(self, ended: Settlement) -> None:
         if ended.record is not None:
@@ -20023,8 +20092,11 @@ class Gateway:
             capped = request if call.output_cap is None else dialect.with_output_cap(request, call.output_cap)
             self.check_cap(call, capped)
         if call.output_cap is not None:
-            request = capped
-            body = dump_json({name: value for name, value in request.items() if name != "$alt"})
+            was, request = request, capped
+            if "$alt" in request:  # it stood in the path
+                body = dump_json({name: value for name, value in request.items() if name != "$alt"})
+            else:
+                body = splice_change(body, was, request)
         if dialect.name == "openai" and (not row.touched.isdisjoint(request) or target.model in row.aliases):
             translation = self.translation(call, target)
             body = dump_json(DIALECTS["openai"].encode({**request, "model": target.model}, translation))
@@ -20151,7 +20223,7 @@ class Gateway:
         if call.cost_nanousd is not None and not call.stream:
             headers.append(("x-stockyard-cost-usd", format_usd(call.cost_nanousd)))
         if call.rated:
-            headers += self.rates.headers(call.key, call.model, int(time.monotonic() * 1000)).items()
+            headers += self.rates.headers(call.key, call.model, int(time.monotonic() * 1000), call.rate_hold).items()
         if call.clamped and call.output_cap is not None:
             headers.append(("x-stockyard-clamped-max-tokens", str(call.output_cap)))
         if call.dropped:

@@ -163,6 +163,29 @@ def test_good_json_is_taken_whole(depth: int) -> None:
         assert stockyard.parse_json_object(text) == json.loads(text)
 
 
+@pytest.mark.parametrize("few", [0, stockyard.FEW_VALUES])
+@pytest.mark.parametrize("pad", [b"", b" " * 20_000])
+def test_a_member_given_twice_is_found_by_either_way_of_counting(
+    few: int, pad: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "FEW_VALUES", few)
+    texts = (b'"x"', b'"\\":"', b'"\\\\"', b'"\\u0022:"', b'" :"', b'"\\\\\\":,"', b'[1,"":"",2]'.replace(b":", b","))
+    for text in texts:
+        for colon in (b":", b" :", b"\n:", b": "):
+            once = b'{"a"' + colon + text + b',"b":[{"c":1},{"a":' + text + b"}]" + pad + b"}"
+            assert stockyard.parse_json_object(once) == json.loads(once)
+            for twice in (once.replace(b'"b":', b'"a":'), once.replace(b'{"c":1', b'{"c":1,"\\u0063":2')):
+                with pytest.raises(ValueError, match="twice"):
+                    stockyard.parse_json_object(twice)
+
+
+def test_millions_of_values_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'{"input":[' + b"1," * stockyard.FEW_VALUES + b'{"a":1}]}'
+    for name in ("_count_keys", "_refuse_duplicates"):
+        monkeypatch.setattr(stockyard, name, None)
+    assert len(stockyard.parse_json_object(body)["input"]) == stockyard.FEW_VALUES + 1
+
+
 async def test_a_false_content_encoding_is_refused(start: Start) -> None:
     async with start() as proxy:
         for coding in (b"gzip", b"deflate", b"br", b"zstd", b"gzip, gzip", b"\xff"):
