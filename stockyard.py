@@ -18918,13 +18918,13 @@ class Gateway:
 
     def admit(self, call: Call) -> None:
         """Keys and limits; raises a GatewayError for a call that may not go on."""
+        call.session = clean_header(call.headers.get("x-stockyard-session", ""))
         if self.draining:
             raise Draining("Stockyard is shutting down; send the request again in a moment", retry_after_s=1)
         if self.store.is_full:
             raise StorageUnavailable(
                 "the request log cannot keep up; send the request again in a moment", retry_after_s=1
             )
-        call.session = clean_header(call.headers.get("x-stockyard-session", ""))
         self.authenticate(call)
 
     def authenticate(self, call: Call) -> None:

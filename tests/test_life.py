@@ -134,3 +134,11 @@ async def test_a_second_signal_waits_for_nothing(tmp_path: Path) -> None:
         await asyncio.to_thread(running.run.communicate, timeout=10)
         answer.close()
     assert running.run.returncode == 1
+
+
+async def test_a_call_refused_at_a_stop_has_its_row_with_its_session(start: Start) -> None:
+    async with start() as proxy:
+        proxy.gateway.draining = True
+        status, headers, _ = await proxy.post(PATH, CHAT, **{"x-stockyard-session": "s7"})
+        [row] = await proxy.rows()
+    assert (status, headers["retry-after"], row["error"], row["session"]) == (503, "1", "shutting_down", "s7")
