@@ -187,6 +187,11 @@ def format_usd(nanousd: int) -> str:
     return f"{sign}{whole}.{rest:09d}".rstrip("0").rstrip(".") if rest else f"{sign}{whole}"
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number that `int` reads and SQLite holds: `isdigit` alone takes ² and any length."""
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
 def parse_usd(text: str | int | float) -> int:
     """Read dollars as nano-dollars, exactly; ValueError when finer than one nano-dollar or not a finite number."""
     try:
@@ -16113,7 +16118,7 @@ def log_filter(wanted: Mapping[str, str], now_ms: int, known: Sequence[str] = LO
         elif name == "until":
             high = min(high, parse_time(text, now_ms) << SEQ_BITS)
         elif name == "before":
-            high = min(high, int(text) if text.isdigit() else 0)
+            high = min(high, int(text) if is_count(text) else 0)
         else:
             parameters[name] = text
     labels = tuple(clause for name, clause in LABEL_FILTERS.items() if name in wanted)
@@ -16128,7 +16133,7 @@ def parse_status_range(text: str) -> tuple[int, int]:
         return words[text]
     if re.fullmatch(r"[1-5]xx", text):
         return int(text[0]) * 100, int(text[0]) * 100 + 99
-    if text.isdigit():
+    if is_count(text):
         return int(text), int(text)
     raise InvalidRequest(f"status {text!r} is not understood; use 429, 5xx, ok or error", param="status")
 
@@ -16602,7 +16607,7 @@ def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
         "GROUP_CONCAT(DISTINCT model) AS models, MIN(seq) AS first, MAX(seq) AS cursor "
         f"FROM calls CROSS JOIN labels USING (label) WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before "
         "ORDER BY cursor DESC LIMIT :limit",
-        {**parameters, "before": int(before) if before.isdigit() else 2**63 - 1, "limit": limit},
+        {**parameters, "before": int(before) if is_count(before) else 2**63 - 1, "limit": limit},
     )
     return [
         {"session": row["session"], "first": format_time(row["first"] >> SEQ_BITS), "last": format_time(row["cursor"] >> SEQ_BITS),
@@ -18246,7 +18251,7 @@ def read_retry_after(headers: Mapping[str, str], now_s: float | None = None) -> 
     longest reset among the limits of which nothing remains (`x-ratelimit-reset-tokens: 6m0s`, Anthropic's dates)."""
     now_s = time.time() if now_s is None else now_s
     waits: list[float | None] = []
-    if headers.get("retry-after-ms", "").replace(".", "", 1).isdigit():
+    if is_count(headers.get("retry-after-ms", "").replace(".", "", 1)):
         waits = [float(headers["retry-after-ms"]) / 1000]
     elif "retry-after" in headers:
         waits = [read_wait_s(headers["retry-after"], now_s)]
@@ -21639,7 +21644,7 @@ def json_lines(rows: Sequence[Json]) -> bytes:
 
 
 def page_size(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 1000:
+    if not is_count(text) or not 1 <= int(text) <= 1000:
         raise InvalidRequest("`limit` must be a whole number from 1 to 1000", param="limit")
     return int(text)
 
@@ -21946,7 +21951,7 @@ async def get_route(request: web.Request) -> web.Response:
     if not model:
         raise InvalidRequest("say which name with ?model=", param="model")
     query, tokens = request.query, request.query.get("tokens", "0")
-    if not (tokens.isascii() and tokens.isdigit() and len(tokens) < 10):
+    if not is_count(tokens):
         raise InvalidRequest("`tokens` must be a whole number", param="tokens")
     asked = Asked(int(tokens), parse_tags(query.get("tags", "")), query.get("session", ""))
     rows = gateway.router.view(model, query.get("provider", ""), asked, gateway.random, gateway.tick(), gateway.clock())
@@ -22158,8 +22163,8 @@ async def try_guardrails(request: web.Request) -> web.Response:
 async def get_audit(request: web.Request) -> web.Response:
     """The entries of the audit chain, the newest first."""
     gateway, query = request.app[GATEWAY_KEY], request.query
-    limit = max(1, min(int(query["limit"]) if query.get("limit", "").isdigit() else 100, 1000))
-    before = int(query["cursor"]) if query.get("cursor", "").isdigit() else 2**62
+    limit = max(1, min(int(query["limit"]) if is_count(query.get("limit", "")) else 100, 1000))
+    before = int(query["cursor"]) if is_count(query.get("cursor", "")) else 2**62
     sql = "SELECT seq, ts_ms, kind, record, digest FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?"
     await gateway.store.catch_up()
     rows = await asyncio.to_thread(gateway.store.read, sql, (before, limit))

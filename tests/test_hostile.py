@@ -402,3 +402,50 @@ async def test_a_judged_answer_of_passthrough_is_bounded(start: Start, monkeypat
         status, _, told = await proxy.post("/proxy/openai/x", {"input": "write to anna@example.org"})
         [row] = await proxy.rows()
     assert (status, told["error"]["code"], row["error"]) == (502, "upstream_too_large", "upstream_too_large")
+
+
+ODD_VALUES = (
+    "\u00b2",
+    "\u2089",
+    "9" * 18,
+    "9" * 30,
+    "9" * 5000,
+    "-1",
+    "1e9",
+    "1e999",
+    "nan",
+    "\0",
+    "%",
+    "'; --",
+    "a" * 5000,
+    "5xx",
+    "[",
+    "",
+)
+
+
+async def test_no_value_of_a_query_breaks_a_route(start: Start) -> None:
+    """Every parameter that `/openapi.json` names, on every route that only reads."""
+    wrong = []
+    async with start() as proxy:
+        admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        await proxy.post("/v1/chat/completions", BODY)
+        async with proxy.session.get(proxy.url + "/openapi.json") as answer:
+            paths = (await answer.json())["paths"]
+        for path, methods in paths.items():
+            named = [one["name"] for one in methods.get("get", {}).get("parameters", ()) if one["in"] == "query"]
+            for name in named if path != "/api/events" else ():  # which has no end
+                for value in ODD_VALUES:
+                    query = {"model": "echo", name: value}
+                    async with proxy.session.get(proxy.url + path, params=query, headers=admin) as answer:
+                        if answer.status >= 500:
+                            wrong.append(f"{path} {name}={value[:20]!r}: {answer.status}")
+        assert not wrong, "\n".join(wrong)
+        assert proxy.gateway.internal_errors == 0
+
+
+def test_waits_that_providers_tell_are_read_whatever_they_write() -> None:
+    for value in (*ODD_VALUES, "\u0669", "1.5.5", ".", "\udcff"):
+        for name in ("retry-after-ms", "retry-after", "x-ratelimit-reset-requests"):
+            wait_s = stockyard.read_retry_after({name: value, "x-ratelimit-remaining-requests": "0"}, 1e9)
+            assert wait_s is None or 0 <= wait_s <= 3600
