@@ -1854,6 +1854,13 @@ def rows_by_model(*rows: tuple[str, T]) -> Callable[[str], T]:
     return lambda model: next(row for pattern, row in compiled if pattern.match(model))
 
 
+def set_dotted(body: Json, path: str, value: Any) -> None:
+    *steps, last = path.split(".")
+    for step in steps:
+        body = body.setdefault(step, {})
+    body[last] = value
+
+
 def read_blocks(message: Json) -> list[Json]:
     blocks = message.get("thinking_blocks")
     return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
@@ -4147,13 +4154,6 @@ def dotted_members(members: Json, prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from dotted_members(value, path + ".")
         else:
             yield path, value
-
-
-def set_dotted(body: Json, path: str, value: Any) -> None:
-    *steps, last = path.split(".")
-    for step in steps:
-        body = body.setdefault(step, {})
-    body[last] = value
 
 
 class GeminiEncoder:
@@ -6961,29 +6961,11 @@ def read_cohere_logprobs(items: Any) -> Json | None:
     return {"content": content, "refusal": None} if content else None
 
 
-def read_cohere_message(message: Json, translation: Translation) -> Json:
-    """An answer's message: the plan comes before the text, thinking apart, citations counted in the joined text."""
-    content = message.get("content") or []
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    text, thinking = str(message.get("tool_plan") or ""), ""
-    offsets: dict[int, int] = {}
-    for at, item in enumerate(content):
-        if item.get("type") == "thinking":
-            thinking += item.get("thinking") or ""
-        else:
-            offsets[at] = len(text)
-            text += item.get("text") or ""
-    calls = [(call.get("id"), call.get("function") or {}) for call in message.get("tool_calls") or ()]
-    read = {
-        "reasoning_content": thinking,
-        "tool_calls": [read_call(i, f.get("name"), f.get("arguments"), translation) for i, f in calls],
-        "annotations": read_cohere_citations(message.get("citations"), offsets),
-    }
-    return {"content": text, **{name: value for name, value in read.items() if value}}
-
-
 class CohereDecoder(EventDecoder):
-    """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent."""
+    """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent.
+
+    A plain answer is read by the same code, as a stream of itself.
+    """
 
     def __init__(self, dialect: Dialect, translation: Translation) -> None:
         super().__init__(dialect, translation)
@@ -7004,6 +6986,18 @@ class CohereDecoder(EventDecoder):
             return []
         with provider_shape():
             return reader(self, event, (event.get("delta") or {}).get("message") or {})
+
+    def read_whole(self, answer: Json) -> list[Json]:
+        message = answer["message"]
+        content = message.get("content") or []
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        chunks = self._start(answer, {}) + self._plan({}, message)
+        for at, item in enumerate(content):
+            chunks += self._content({"type": "content-start", "index": at}, {"content": item})
+        for at, call in enumerate(message.get("tool_calls") or ()):
+            chunks += self._call({"type": "tool-call-start", "index": at}, {"tool_calls": call})
+        chunks.append(self._chunks.delta({}, logprobs=read_cohere_logprobs(answer.get("logprobs"))))
+        return chunks + self._citation(answer, message) + self._end({"delta": answer}, {})
 
     def _start(self, event: Json, message: Json) -> list[Json]:
         self._chunks.id = event.get("id") or ""
@@ -7084,12 +7078,7 @@ class CohereChat(Dialect):
 
     def decode(self, answer: Json, translation: Translation) -> Json:
         with provider_shape():
-            message = answer["message"]
-            finish = read_cohere_finish(answer.get("finish_reason"), answer.get("error"))
-            usage = write_cohere_usage(answer["usage"]) if answer.get("usage") else None
-            read = read_cohere_message(message, translation)
-            logprobs = read_cohere_logprobs(answer.get("logprobs"))
-            return write_completion(read, finish, usage, translation, id=answer.get("id"), logprobs=logprobs)
+            return join_chunks(CohereDecoder(self, translation).read_whole(answer))
 
     def decoder(self, translation: Translation) -> CohereDecoder:
         return CohereDecoder(self, translation)
@@ -7187,18 +7176,6 @@ def read_cohere_vectors(answer: Json) -> list[Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClaudeThinking:
-    """How a Claude model is asked to think. Source: the vendor's pages on adaptive thinking and on each model."""
-
-    adaptive: bool = True
-    #: What stands for `reasoning_effort: none`; empty where thinking cannot be turned off (then the effort is lowest).
-    off: str = "disabled"
-    efforts: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
-    samples: bool = False
-    forced_choice: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BedrockFamily:
     """What a family of models takes on Converse; the defaults are the plainest family's."""
 
@@ -7213,7 +7190,7 @@ class BedrockFamily:
     #: `strict` tools and JSON schemas for answers (one list of models at AWS).
     structured: bool = False
     #: Where top_k goes in additionalModelRequestFields; empty where nowhere.
-    top_k: tuple[str, ...] = ()
+    top_k: str = ""
     caches: bool = False
     caches_tools: bool = False
     #: `signed` reasoning goes back only with its signature, `plain` without, "" not at all.
@@ -7221,8 +7198,8 @@ class BedrockFamily:
     #: The member that holds the reasoning effort, and its values by OpenAI's.
     effort: str = ""
     efforts: Mapping[str, str] = field(default_factory=dict)
-    claude: ClaudeThinking | None = None
-    inline_system: bool = False
+    #: How it thinks and samples, where it is a Claude model that can think.
+    claude: ClaudeFacts | None = None
     #: Members of another dialect's extras that this model reads in additionalModelRequestFields.
     adopts: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
@@ -7231,32 +7208,32 @@ ALL_CHOICES: Final = frozenset({"auto", "any", "tool"})
 ALONE: Final[frozenset[str]] = frozenset()
 CLAUDE: Final = BedrockFamily(
     choices=ALL_CHOICES, leading_assistant=True, beside_results=frozenset({"text", "image"}),
-    inside_results=frozenset({"image", "document"}), top_k=("top_k",), caches=True, caches_tools=True, replays="signed",
+    inside_results=frozenset({"image", "document"}), top_k="top_k", caches=True, caches_tools=True, replays="signed",
     adopts={"anthropic": frozenset({"thinking", "output_config", "anthropic_beta", "context_management"})},
 )  # fmt: skip
-CLAUDE_OLD: Final = ClaudeThinking(adaptive=False, efforts=(), samples=True)
-CLAUDE_46: Final = ClaudeThinking(efforts=("low", "medium", "high", "max"), samples=True)
-CLAUDE_5: Final = dataclasses.replace(CLAUDE, claude=ClaudeThinking())
-CLAUDE_ALWAYS: Final = ClaudeThinking(off="", forced_choice=False)
-CLAUDE_BETWEEN: Final = ClaudeThinking(off="between_tools", forced_choice=False)
-NOVA: Final = BedrockFamily(choices=ALL_CHOICES, top_k=("inferenceConfig", "topK"), caches=True)
+NOVA: Final = BedrockFamily(choices=ALL_CHOICES, top_k="inferenceConfig.topK", caches=True)
 MISTRAL: Final = BedrockFamily(beside_results=ALONE, inside_results=frozenset({"document"}))
 QWEN: Final = BedrockFamily(leading_assistant=True, inside_results=ALONE)
 QWEN_EFFORTS: Final = {"minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high", "max": "high"}
 GPT_OSS_EFFORTS: Final = {**QWEN_EFFORTS, "medium": "medium"}
 
+
+def _like_claude(model: str) -> BedrockFamily:
+    """A row for the models that think and sample as `model` does."""
+    return dataclasses.replace(CLAUDE, claude=claude_facts(model))
+
+
 #: By a model's name without its geography.
 _bedrock_families: Final = rows_by_model(
-    (r"anthropic\.claude-(fable|mythos)-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
-    (r"anthropic\.claude-opus-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_ALWAYS, inline_system=True)),
-    (r"anthropic\.claude-sonnet-5-5", dataclasses.replace(CLAUDE, claude=CLAUDE_BETWEEN)),
-    (r"anthropic\.claude-(opus-5|opus-4-8)", dataclasses.replace(CLAUDE_5, inline_system=True)),
-    (r"anthropic\.claude-(sonnet-5|haiku-5|opus-4-7)", CLAUDE_5),
-    (r"anthropic\.claude-(opus|sonnet)-4-6", dataclasses.replace(CLAUDE, claude=CLAUDE_46, structured=True)),
-    (r"anthropic\.claude-(opus|sonnet|haiku)-4-5", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD, structured=True)),
-    (r"anthropic\.claude-((opus|sonnet)-4|3-7)", dataclasses.replace(CLAUDE, claude=CLAUDE_OLD)),
+    (r"anthropic\.claude-((fable|mythos)-5|opus-5-5)", _like_claude("claude-opus-5-5")),
+    (r"anthropic\.claude-sonnet-5-5", _like_claude("claude-sonnet-5-5")),
+    (r"anthropic\.claude-(opus-5|opus-4-8)", _like_claude("claude-opus-5")),
+    (r"anthropic\.claude-(opus|sonnet)-4-6", dataclasses.replace(_like_claude("claude-opus-4-6"), structured=True)),
+    (r"anthropic\.claude-(opus|sonnet|haiku)-4-5", dataclasses.replace(_like_claude("claude"), structured=True)),
+    (r"anthropic\.claude-opus-4-7", _like_claude("claude-sonnet-5")),
+    (r"anthropic\.claude-((opus|sonnet)-4|3-7)", _like_claude("claude")),
     (r"anthropic\.claude-(3|instant|v2)", CLAUDE),
-    (r"anthropic\.", CLAUDE_5),
+    (r"anthropic\.", _like_claude("claude-sonnet-5")),
     (r"amazon\.nova", NOVA),
     (r"meta\.", BedrockFamily(beside_results=ALONE, inside_results=frozenset({"image", "document"}))),
     (r"mistral\.(magistral-small|ministral-3|mistral-large-3|voxtral)", dataclasses.replace(MISTRAL, structured=True)),
@@ -7289,8 +7266,9 @@ BEDROCK_OWN: Final = frozenset({
     "guardrailConfig", "additionalModelRequestFields", "additionalModelResponseFieldPaths", "promptVariables",
     "requestMetadata", "performanceConfig", "serviceTier", "outputConfig", "inferenceConfig",
 })  # fmt: skip
+#: Members that are left out where the client sends them empty.
+BEDROCK_OPTIONAL: Final = frozenset({"inferenceConfig", "additionalModelRequestFields"})
 BEDROCK_TIERS: Final = frozenset({"priority", "default", "flex", "reserved"})
-BEDROCK_TOOL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 BEDROCK_METADATA: Final = re.compile(r"[A-Za-z0-9\s:_@$#=/+,.-]{1,256}\Z", re.ASCII)
 #: Media types by the block that carries them; the value is the block's `format`.
 BEDROCK_MEDIA: Final[Mapping[str, tuple[str, str]]] = {
@@ -7324,57 +7302,39 @@ def bedrock_family(model: str) -> BedrockFamily:
     return _bedrock_families(bedrock_model_name(model))
 
 
-class BedrockEncoder:
+class BedrockEncoder(Encoder):
     """Builds one Converse body. Turns are collected first, for the rules on their order span several messages."""
 
-    def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, self._translation = with_effort(request), translation
-        self._family = bedrock_family(translation.model)
+    CARRIED = ALWAYS_CARRIED | BEDROCK_OWN
+
+    def build(self) -> Json:
+        self._family = bedrock_family(self._translation.model)
         self._system: list[Json] = []
         self._turns: list[Json] = []
+        self._outside: list[Json] = []
+        self._documents: set[str] = set()
         self._fields: Json = {}
         self._config: Json = {}
         self._body: Json = {}
-        self._fitted: dict[str, str] = {}
-        self._documents: set[str] = set()
-        self._outside: list[Json] = []
-        self._thinks = False
-
-    def build(self) -> Json:
-        for message, role, where in read_messages(self._request, self._translation):
-            self._write_message(message, role, where)
-        self._flush()
-        for name, value in self._request.items():
-            if name in ALWAYS_CARRIED or says_nothing(name, value):
-                continue
-            if (writer := self.WRITERS.get(name)) is not None:
-                writer(self, value)
-            elif name not in BEDROCK_OWN:
-                self._translation.drop(name)
-        body: Json = {"messages": self._ordered(), **self._body}
-        for name, value in (
-            ("system", self._system), ("inferenceConfig", self._config), ("additionalModelRequestFields", self._fields)
-        ):  # fmt: skip
-            if value:
-                body[name] = value
+        self._write_messages()
+        self._add("user", [])
+        self._write_members(self._config, {"top_p": "topP"})
+        own = filled(system=self._system, inferenceConfig=self._config, additionalModelRequestFields=self._fields)
+        body = {"messages": self._ordered(), **self._body, **own}
         self._merge_own(body)
         self._fit_thinking(body)
         self._write_tools(body)
-        return {name: value for name, value in body.items() if value or name not in self.OPTIONAL}
-
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"inferenceConfig", "additionalModelRequestFields"})
+        return {name: value for name, value in body.items() if value or name not in BEDROCK_OPTIONAL}
 
     def _merge_own(self, body: Json) -> None:
         """Add what the client said in Converse's own words, and what a Claude model reads of Anthropic's."""
-        request = self._request
-        extras = dict(want_object(request.get("extra_body") or {}, "extra_body"))
+        extras = dict(want_object(self._request.get("extra_body") or {}, "extra_body"))
         for dialect, names in self._family.adopts.items():
             members = want_object(extras.get(dialect) or {}, f"extra_body.{dialect}")
-            adopted = {name: value for name, value in members.items() if name in names}
-            extras[dialect] = {name: value for name, value in members.items() if name not in names}
-            if adopted:
+            extras[dialect] = without(members, *names)
+            if adopted := {name: value for name, value in members.items() if name in names}:
                 merge_members(body, {"additionalModelRequestFields": adopted})
-        merge_members(body, {name: request[name] for name in BEDROCK_OWN if request.get(name) is not None})
+        merge_members(body, given(self._request, *BEDROCK_OWN))
         merge_members(body, own_extras({"extra_body": extras}, "bedrock", self._translation))
 
     def _fit_thinking(self, body: Json) -> None:
@@ -7387,33 +7347,27 @@ class BedrockEncoder:
         budget, cap = thinking.get("budget_tokens"), config.get("maxTokens")
         if isinstance(budget, int) and isinstance(cap, int) and cap <= budget:
             config["maxTokens"] = cap + budget  # thinking counts against the cap
-        if claude is None or (claude.samples and not self._thinks):
+        if claude is None or (claude.sampling and not self._thinks):
             return
+        top_p = config.get("topP")
         for holder, name, said, fine in (
-            (config, "temperature", "temperature", claude.samples and config.get("temperature") == 1),
-            (config, "topP", "top_p", claude.samples and _at_least(config.get("topP"), 0.95)),
+            (config, "temperature", "temperature", config.get("temperature") == 1),
+            (config, "topP", "top_p", isinstance(top_p, int | float) and top_p >= 0.95),
             (fields, "top_k", "top_k", False),
         ):
-            if name in holder and not fine:
+            if name in holder and not (claude.sampling and fine):
                 del holder[name]
-                self._translation.drop(said, "this model takes no sampling parameters, or none while it thinks")
+                self._drop(said, "this model takes no sampling parameters, or none while it thinks")
 
     # -- messages
 
-    def _write_message(self, message: Json, role: str, where: str) -> None:
-        writer = self.ROLES.get(role)
-        if writer is None:
-            raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
-        if role != "tool":
-            self._flush()
-        writer(self, message, where)
-
-    def _flush(self) -> None:
-        """Add the media that tools gave: only now, for all results of a turn must stand together."""
-        outside, self._outside = self._outside, []
-        self._add("user", outside)
-
     def _add(self, role: str, blocks: list[Json]) -> None:
+        """Add a turn; the media that tools gave go before it, for all results of a turn must stand together."""
+        outside, self._outside = self._outside, []
+        self._join("user", outside)
+        self._join(role, blocks)
+
+    def _join(self, role: str, blocks: list[Json]) -> None:
         """Add to the turn of the same role, for turns must alternate; tool results come first in theirs."""
         if not blocks:
             return
@@ -7421,37 +7375,32 @@ class BedrockEncoder:
             self._turns.append({"role": role, "content": blocks})
             return
         content = self._turns[-1]["content"]
-        if any("toolResult" in block for block in [*content, *blocks]) and not self._fits(content, blocks):
+        kinds = {next(iter(block)) for block in (*content, *blocks)}
+        if "toolResult" in kinds and not kinds <= self._family.beside_results | {"toolResult", "cachePoint"}:
             filler = {"role": "user" if role == "assistant" else "assistant", "content": [{"text": FILLER}]}
             self._turns += [filler, {"role": role, "content": blocks}]
         else:
             content += blocks
 
-    def _fits(self, *lists: list[Json]) -> bool:
-        """Whether blocks may share a turn with tool results; marks of the cache count for nothing."""
-        kinds = {next(iter(block)) for blocks in lists for block in blocks} - {"toolResult", "cachePoint"}
-        return kinds <= self._family.beside_results
-
     def _instruct(self, message: Json, where: str) -> None:
         """Leading instructions stand apart; later ones inline where the model honours that, else as marked text."""
-        blocks = self._content(message, where, frozenset())
+        blocks = self._content(message, where)
         if not self._turns:
             self._system += blocks
-        elif self._family.inline_system:
+        elif self._family.claude and self._family.claude.inline_system:
             self._add("system", blocks)
         else:
             texts = [block["text"] for block in blocks if "text" in block]
             self._add("user", [{"text": f"<system>\n{text}\n</system>"} for text in texts])
 
     def _user(self, message: Json, where: str) -> None:
-        blocks = self._content(message, where, frozenset({"image", "document", "video", "audio"}))
+        blocks = self._content(message, where, "image", "document", "video", "audio")
         if any("document" in block for block in blocks) and not any("text" in block for block in blocks):
             blocks.insert(0, {"text": FILLER})
         self._add("user", blocks)
 
     def _assistant(self, message: Json, where: str) -> None:
-        blocks = self._reasoning(message)
-        blocks += self._content(message, where, frozenset())
+        blocks = self._reasoning(message) + self._content(message, where)
         if not blocks and message.get("refusal"):
             blocks.append({"text": want_text(message["refusal"], f"{where}.refusal")})
         for call_id, name, arguments in read_history_calls(message, where):
@@ -7461,54 +7410,51 @@ class BedrockEncoder:
 
     def _reasoning(self, message: Json) -> list[Json]:
         """Reasoning to give back: signed blocks unchanged, plain text where no signature is asked for."""
-        blocks = []
+        blocks: list[Json] = []
         for block in read_blocks(message):
+            thought: Json = {}
+            if self._family.replays == "signed" and block.get("signature"):
+                thought = {"reasoningText": {"text": block.get("thinking") or "", "signature": block["signature"]}}
+            elif self._family.replays == "signed" and block.get("data"):
+                thought = {"redactedContent": block["data"]}
             if block.get("type") == "bedrock_block":
                 blocks.append(want_object(block.get("block"), "thinking_blocks.block"))
-            elif self._family.replays == "signed" and block.get("signature"):
-                signed = {"text": block.get("thinking") or "", "signature": block["signature"]}
-                blocks.append({"reasoningContent": {"reasoningText": signed}})
-            elif self._family.replays == "signed" and block.get("data"):
-                blocks.append({"reasoningContent": {"redactedContent": block["data"]}})
+            elif thought:
+                blocks.append({"reasoningContent": thought})
             elif block.get("signature") or block.get("data") or block.get("item"):
-                self._translation.drop("messages.thinking_blocks")
+                self._drop("messages.thinking_blocks")
         text = read_reasoning(message)
         if text and self._family.replays == "plain":
             blocks.append({"reasoningContent": {"reasoningText": {"text": text}}})
         elif text and not any("reasoningContent" in block for block in blocks):
-            self._translation.drop("messages.reasoning_content", "this model takes none back without a signature")
+            self._drop("messages.reasoning_content", "this model takes none back without a signature")
         return blocks
 
     def _tool(self, message: Json, where: str) -> None:
         """A tool's result; media that the model refuses inside follow behind the turn's results."""
         call_id = want_text(message.get("tool_call_id"), f"{where}.tool_call_id")
-        blocks = self._content({**message, "cache_control": None}, where, frozenset({"image", "document", "video"}))
+        blocks = self._content({**message, "cache_control": None}, where, "image", "document", "video")
         marks = [block for block in blocks if "cachePoint" in block]
-        allowed = self._family.inside_results | {"text"}
-        inside = [block for block in blocks if next(iter(block)) in allowed]
-        outside = [block for block in blocks if next(iter(block)) not in allowed | {"cachePoint"}]
+        content = [block for block in blocks if next(iter(block)) in {"text", *self._family.inside_results}]
+        outside = [block for block in blocks if block not in content and block not in marks]
         self._outside += outside
-        content = inside or [{"text": "(see below)" if outside else "(empty)"}]
+        content = content or [{"text": "(see below)" if outside else "(empty)"}]
         result: Json = {"toolUseId": self._fit(call_id), "content": content}
-        if message.get("is_error") and not self._family.result_status:
-            self._translation.drop("messages.is_error")
-        elif message.get("is_error"):
+        if message.get("is_error") and self._family.result_status:
             result["status"] = "error"
-        self._add("user", [{"toolResult": result}, *(marks or self._mark(message))])
+        elif message.get("is_error"):
+            self._drop("messages.is_error")
+        self._join("user", [{"toolResult": result}, *(marks or self._mark(message))])
 
-    ROLES: ClassVar[Mapping[str, Callable[[BedrockEncoder, Json, str], None]]] = {
-        "system": _instruct, "user": _user, "assistant": _assistant, "tool": _tool,
-    }  # fmt: skip
-
-    def _content(self, message: Json, where: str, media: frozenset[str]) -> list[Json]:
+    def _content(self, message: Json, where: str, *media: str) -> list[Json]:
+        """A message's parts as blocks, with cache marks behind them; media of other kinds than these are dropped."""
         blocks: list[Json] = []
         for part in read_parts(message.get("content"), f"{where}.content"):
             block = self._block(part, f"{where}.content")
-            if block is not None and next(iter(block)) not in media | {"text", "guardContent", "searchResult"}:
-                block = None
-                self._translation.drop(f"content.{part.get('type')}")
-            if block is not None:
-                blocks += [block, *self._mark(part)]
+            if block is None or next(iter(block)) in {"text", "guardContent", "searchResult", *media}:
+                blocks += [block, *self._mark(part)] if block else []
+            else:
+                self._drop(f"content.{part.get('type')}")
         return blocks + (self._mark(message) if blocks and "cachePoint" not in blocks[-1] else [])
 
     def _mark(self, holder: Json) -> list[Json]:
@@ -7517,80 +7463,63 @@ class BedrockEncoder:
         if not isinstance(mark, dict):
             return []
         if not self._family.caches:
-            self._translation.drop("cache_control")
+            self._drop("cache_control")
             return []
-        return [{"cachePoint": {"type": "default", **({"ttl": mark["ttl"]} if mark.get("ttl") else {})}}]
+        return [{"cachePoint": {"type": "default", **filled(ttl=mark.get("ttl"))}}]
 
     def _block(self, part: Json, where: str) -> Json | None:
         """One content part as a block; None for blank text and for what cannot be carried, which is named."""
-        kind = part.get("type")
+        kind = str(part.get("type"))
         if kind == "text":
             return {"text": part["text"]} if part["text"].strip() else None
         if kind == "native" and part.get("dialect") == "bedrock":
             return want_object(part.get("part"), f"{where}.part")
         if kind == "image_url":
             holder = want_object(part.get("image_url"), f"{where}.image_url")
-            return self._media(want_text(holder.get("url"), f"{where}.image_url.url"), part, str(kind), where)
+            return self._media(want_text(holder.get("url"), f"{where}.image_url.url"), part, kind, where)
         if kind in ("file", "media"):
             holder = want_object(part.get(kind) if isinstance(part.get(kind), dict) else part, f"{where}.{kind}")
             source = holder.get("file_data") or holder.get("file_url") or holder.get("file_id")
-            return self._media(want_text(source, f"{where}.{kind}.file_data"), holder, str(kind), where)
+            return self._media(want_text(source, f"{where}.{kind}.file_data"), holder, kind, where)
         if kind == "input_audio":
             audio = want_object(part.get("input_audio"), f"{where}.input_audio")
             return {"audio": {"format": audio.get("format") or "wav", "source": {"bytes": audio.get("data")}}}
-        self._translation.drop(f"content.{kind}")
+        self._drop(f"content.{kind}")
         return None
 
     def _media(self, source: str, holder: Json, kind: str, where: str) -> Json | None:
         """Bytes from a data URI, or a place in S3; Bedrock fetches nothing from the web."""
-        name = holder.get("filename") or ""
+        name = str(holder.get("filename") or "")
+        block, place = None, cast(Json, {})
         if source.startswith("s3://"):
-            block = BEDROCK_EXTENSIONS.get(source.rpartition(".")[2].lower())
-            place: Json = {"s3Location": {"uri": source}}
+            block, place = _by_extension(source), {"s3Location": {"uri": source}}
         elif source.startswith("data:"):
             media_type, data = read_data_uri(source, where)
-            block = BEDROCK_MEDIA.get(media_type) or BEDROCK_EXTENSIONS.get(str(name).rpartition(".")[2].lower())
-            place = {"bytes": data}
-        else:
-            block, place = None, {}
+            block, place = BEDROCK_MEDIA.get(media_type) or _by_extension(name), {"bytes": data}
         if block is None:
-            self._translation.drop(f"content.{kind}", "Bedrock takes known kinds of files, as data URIs or from S3")
+            self._drop(f"content.{kind}", "Bedrock takes known kinds of files, as data URIs or from S3")
             return None
-        carried: Json = {"format": block[1], "source": place}
-        if block[0] == "document":
-            carried["name"] = self._document_name(str(name))
-            if isinstance(holder.get("citations"), dict):
-                carried["citations"] = holder["citations"]
-        return {block[0]: carried}
+        what, form = block
+        named: Json = {}
+        if what == "document":
+            cited = {"citations": holder["citations"]} if isinstance(holder.get("citations"), dict) else {}
+            named = {"name": self._document_name(name), **cited}
+        return {what: {"format": form, "source": place, **named}}
 
     def _document_name(self, filename: str) -> str:
         """A name of the letters that Bedrock allows, and no name twice."""
         stem = filename.rpartition(".")[0] or filename
         stem = re.sub(r"[^A-Za-z0-9\-()\[\]]+", " ", stem).strip()[:190] or "document"
-        name, number = stem, 1
-        while name in self._documents:
-            number += 1
-            name = f"{stem} {number}"
+        numbered = (f"{stem} {number}" if number > 1 else stem for number in itertools.count(1))
+        name = next(name for name in numbered if name not in self._documents)
         self._documents.add(name)
         return name
 
     def _fit(self, call_id: str) -> str:
         """A call's id as Bedrock takes it, the same for the same foreign id."""
-        if BEDROCK_TOOL_ID.match(call_id):
+        if self.TOOL_NAME.fullmatch(call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:40]
-
-    def _fit_name(self, name: str) -> str:
-        """A tool's name as Bedrock takes it; `names["tool_names"]` lets the decoder put the original back."""
-        if name not in self._fitted:
-            fit = name
-            if not BEDROCK_TOOL_ID.match(name):
-                fit = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60] or "tool"
-                while fit in self._fitted.values():
-                    fit += "_"
-                self._translation.names.setdefault("tool_names", {})[fit] = name
-            self._fitted[name] = fit
-        return self._fitted[name]
 
     def _ordered(self) -> list[Json]:
         """The turns, beginning with the user where the model insists."""
@@ -7613,26 +7542,22 @@ class BedrockEncoder:
             # A history with tool blocks is refused without any declaration.
             names = dict.fromkeys(called or ["tool"])
             tools = [{"toolSpec": {"name": name, "inputSchema": {"json": ANY_OBJECT}}} for name in names]
-        if not tools:
-            return
-        wanted = self._choose(choice)
-        config = {"tools": tools} if wanted is None else {"tools": tools, "toolChoice": wanted}
-        body["toolConfig"] = {**config, **want_object(body.get("toolConfig") or {}, "toolConfig")}
+        if tools:
+            config = {"tools": tools, **filled(toolChoice=self._choose(choice))}
+            body["toolConfig"] = {**config, **want_object(body.get("toolConfig") or {}, "toolConfig")}
 
     def _choose(self, choice: ToolChoice) -> Json | None:
         """The choice in Converse's words, weakened and named where the model refuses it. There is no `none`."""
         if choice.mode == "auto":
             return None
         claude = self._family.claude
-        kind = "none" if choice.mode == "none" else "tool" if choice.named else "any"
-        forced = claude is None or (claude.forced_choice and (claude.adaptive or not self._thinks))
-        if kind == "tool" and kind not in self._family.choices:
-            kind = "any"  # the other tools have been left out
-        if kind not in self._family.choices or not forced:
-            self._translation.drop("tool_choice", "this model decides by itself")
+        forced = claude is None or claude.forced == "always" or (claude.forced == "unthinking" and not self._thinks)
+        if choice.mode == "none" or not forced or "any" not in self._family.choices:
+            self._drop("tool_choice", "this model decides by itself")
             return None
-        names = [self._fit_name(name) for name in choice.names or ()]
-        return {"tool": {"name": names[0]}} if kind == "tool" else {"any": {}}
+        if choice.named and "tool" in self._family.choices:
+            return {"tool": {"name": self._fit_name(min(choice.names or ()))}}
+        return {"any": {}}  # the other tools have been left out
 
     def _write_tool(self, tool: ToolSpec) -> list[Json]:
         spec: Json = {"name": self._fit_name(tool.name), "inputSchema": {"json": tool.parameters}}
@@ -7641,9 +7566,9 @@ class BedrockEncoder:
         if tool.strict and self._family.structured:
             spec["strict"] = True
         elif tool.strict:
-            self._translation.drop("tools.strict")
+            self._drop("tools.strict")
         if tool.cache_control and not self._family.caches_tools:
-            self._translation.drop("cache_control")
+            self._drop("cache_control")
             return [{"toolSpec": spec}]
         return [{"toolSpec": spec}, *self._mark({"cache_control": tool.cache_control})]
 
@@ -7655,19 +7580,14 @@ class BedrockEncoder:
     def _temperature(self, value: Any) -> None:
         self._config["temperature"] = min(value, 1) if isinstance(value, int | float) else value
 
-    def _top_p(self, value: Any) -> None:
-        self._config["topP"] = value
-
     def _stop(self, value: Any) -> None:
         self._config["stopSequences"] = read_stops(value)
 
     def _top_k(self, value: Any) -> None:
         if not self._family.top_k:
-            self._translation.drop("top_k")
+            self._drop("top_k")
             return
-        for step in reversed(self._family.top_k):
-            value = {step: value}
-        merge_members(self._fields, want_object(value, "top_k"))
+        set_dotted(self._fields, self._family.top_k, value)
 
     def _effort(self, value: Any) -> None:
         effort = want_text(value, "reasoning_effort")
@@ -7676,36 +7596,37 @@ class BedrockEncoder:
         elif effort in self._family.efforts:
             self._fields[self._family.effort] = self._family.efforts[effort]
         else:
-            self._translation.drop("reasoning_effort")
+            self._drop("reasoning_effort")
 
-    def _think(self, effort: str, claude: ClaudeThinking) -> None:
-        if effort == "none" and claude.off:
-            self._fields["thinking"] = {"type": claude.off}
-            return
-        if not claude.adaptive:
+    def _think(self, effort: str, claude: ClaudeFacts) -> None:
+        off = sorted(claude.thinking & {"disabled", "between_tools"})
+        if effort == "none" and off:
+            self._fields["thinking"] = {"type": off[0]}
+        elif "adaptive" in claude.thinking:
+            fitting = {"none": "low", "minimal": "low", "xhigh": "max"}.get(effort, effort)
+            self._fields["thinking"] = {"type": "adaptive"}
+            self._fields["output_config"] = {"effort": effort if effort in claude.efforts else fitting}
+        else:
             budget = CLAUDE_BUDGETS.get(effort, CLAUDE_BUDGETS["medium"])
             self._fields["thinking"] = {"type": "enabled", "budget_tokens": budget}
-            return
-        fitting = {"none": "low", "minimal": "low", "xhigh": "max"}.get(effort, effort)
-        self._fields["thinking"] = {"type": "adaptive"}
-        self._fields["output_config"] = {"effort": effort if effort in claude.efforts else fitting}
 
     def _response_format(self, value: Any) -> None:
         form = want_object(value, "response_format")
         if form.get("type") != "json_schema" or not self._family.structured:
-            self._translation.drop("response_format", "this model has no JSON format on Bedrock")
+            self._drop("response_format", "this model has no JSON format on Bedrock")
             return
         inner = want_object(form.get("json_schema"), "response_format.json_schema")
-        schema: Json = {"schema": dump_json(inner.get("schema") or {"type": "object"}).decode()}
-        schema.update({name: inner[name] for name in ("name", "description") if inner.get(name)})
-        text_format = {"type": "json_schema", "structure": {"jsonSchema": schema}}
-        merge_members(self._body, {"outputConfig": {"textFormat": text_format}})
+        schema = {
+            "schema": dump_json(inner.get("schema") or {"type": "object"}).decode(),
+            **filled(name=inner.get("name"), description=inner.get("description")),
+        }
+        self._body["outputConfig"] = {"textFormat": {"type": "json_schema", "structure": {"jsonSchema": schema}}}
 
     def _tier(self, value: Any) -> None:
-        if not isinstance(value, str) or value not in BEDROCK_TIERS:
-            self._translation.drop("service_tier")
-        else:
+        if isinstance(value, str) and value in BEDROCK_TIERS:
             self._body["serviceTier"] = {"type": value}
+        else:
+            self._drop("service_tier")
 
     def _metadata(self, value: Any) -> None:
         entries = want_object(value, "metadata")
@@ -7713,17 +7634,18 @@ class BedrockEncoder:
         if len(entries) <= 16 and all(isinstance(text, str) and BEDROCK_METADATA.match(text) for text in texts):
             self._body["requestMetadata"] = dict(entries)
         else:
-            self._translation.drop("metadata")
+            self._drop("metadata")
 
-    WRITERS: ClassVar[Mapping[str, Callable[[BedrockEncoder, Any], None]]] = {
-        "max_tokens": _max_tokens, "max_completion_tokens": _max_tokens, "temperature": _temperature, "top_p": _top_p,
-        "stop": _stop, "top_k": _top_k, "reasoning_effort": _effort, "response_format": _response_format,
-        "service_tier": _tier, "metadata": _metadata,
+    ROLES: ClassVar = {"system": _instruct, "user": _user, "assistant": _assistant, "tool": _tool}
+    WRITERS: ClassVar = {
+        "max_tokens": _max_tokens, "max_completion_tokens": _max_tokens, "temperature": _temperature, "stop": _stop,
+        "top_k": _top_k, "reasoning_effort": _effort, "response_format": _response_format, "service_tier": _tier,
+        "metadata": _metadata,
     }  # fmt: skip
 
 
-def _at_least(value: Any, least: float) -> bool:
-    return isinstance(value, int | float) and value >= least
+def _by_extension(name: str) -> tuple[str, str] | None:
+    return BEDROCK_EXTENSIONS.get(name.rpartition(".")[2].lower())
 
 
 def read_bedrock_usage(usage: Json) -> Usage:
@@ -7761,77 +7683,7 @@ def read_bedrock_citation(citation: Json, start: int, end: int) -> Json:
     web = (citation.get("location") or {}).get("web") or {}
     if not web.get("url"):
         return {"type": "bedrock_citation", "start_index": start, "end_index": end, "bedrock_citation": citation}
-    span = {"start_index": start, "end_index": end}
-    return {"type": "url_citation", "url_citation": {"url": web["url"], "title": citation.get("title") or "", **span}}
-
-
-def read_bedrock_image(image: Json) -> Json:
-    url = f"data:image/{image.get('format')};base64,{(image.get('source') or {}).get('bytes') or ''}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-class BedrockMessage:
-    """Reads the blocks of a plain answer into a canonical message."""
-
-    def __init__(self, translation: Translation) -> None:
-        self._translation = translation
-        self._text: list[str] = []
-        self._length = 0
-        self._thinking: list[str] = []
-        self._lists: dict[str, list[Json]] = {}
-
-    def read(self, content: Iterable[Json]) -> Json:
-        for block in content:
-            for kind, value in block.items():
-                if (reader := self.READERS.get(kind)) is not None:
-                    reader(self, value)
-                    break
-        message: Json = {"content": "".join(self._text), **self._lists}
-        if self._thinking:
-            message["reasoning_content"] = "".join(self._thinking)
-        return message
-
-    def _append(self, name: str, value: Json) -> None:
-        self._lists.setdefault(name, []).append(value)
-
-    def _plain(self, text: str) -> None:
-        self._text.append(text)
-        self._length += len(text)
-
-    def _use(self, use: Json) -> None:
-        if use.get("type") == "server_tool_use":
-            self._append("thinking_blocks", {"type": "bedrock_block", "block": {"toolUse": use}})
-            return
-        call = read_call(use.get("toolUseId"), use.get("name"), use.get("input"), self._translation)
-        self._append("tool_calls", call)
-
-    def _result(self, result: Json) -> None:
-        self._append("thinking_blocks", {"type": "bedrock_block", "block": {"toolResult": result}})
-
-    def _reasoning(self, reasoning: Json) -> None:
-        if reasoning.get("redactedContent"):
-            self._append("thinking_blocks", {"type": "redacted_thinking", "data": reasoning["redactedContent"]})
-            return
-        text = reasoning.get("reasoningText") or {}
-        self._thinking.append(text.get("text") or "")
-        if text.get("signature"):
-            block = {"type": "thinking", "thinking": text.get("text") or "", "signature": text["signature"]}
-            self._append("thinking_blocks", block)
-
-    def _cited(self, cited: Json) -> None:
-        start = self._length
-        for item in cited.get("content") or ():
-            self._plain(item.get("text") or "")
-        for citation in cited.get("citations") or ():
-            self._append("annotations", read_bedrock_citation(citation, start, self._length))
-
-    def _image(self, image: Json) -> None:
-        self._append("images", read_bedrock_image(image))
-
-    READERS: ClassVar[Mapping[str, Callable[[BedrockMessage, Any], None]]] = {
-        "text": _plain, "toolUse": _use, "toolResult": _result, "reasoningContent": _reasoning,
-        "citationsContent": _cited, "image": _image,
-    }  # fmt: skip
+    return url_citation(web["url"], citation.get("title"), start, end)
 
 
 # Frames of `application/vnd.amazon.eventstream`: lengths, checksum of the lengths, headers, payload, checksum of all.
@@ -7839,10 +7691,18 @@ class BedrockMessage:
 FRAME_OVERHEAD_BYTES: Final = 16
 FRAME_MAX_HEADERS_BYTES: Final = 128 * 1024
 FRAME_MAX_BYTES: Final = 24 * 1024 * 1024 + FRAME_MAX_HEADERS_BYTES + FRAME_OVERHEAD_BYTES
-#: Header value types of a fixed size: how many bytes, and their struct format. 0 and 1 are true and false.
-FRAME_NUMBERS: Final[Mapping[int, str]] = {2: "b", 3: "h", 4: "i", 5: "q", 8: "q"}
-FRAME_TEXTS: Final = frozenset({6, 7})
-FRAME_UUID: Final = 9
+
+
+def _read_signed(data: bytes) -> int:
+    return int.from_bytes(data, "big", signed=True)
+
+
+#: Types of header values: how many bytes, 0 where two bytes before the value tell, and what reads it.
+FRAME_VALUES: Final[Mapping[int, tuple[int, Callable[[bytes], Any]]]] = {
+    2: (1, _read_signed), 3: (2, _read_signed), 4: (4, _read_signed), 5: (8, _read_signed), 6: (0, bytes),
+    7: (0, bytes.decode), 8: (8, _read_signed), 9: (16, bytes),
+}  # fmt: skip
+FRAME_FLAGS: Final = {0: True, 1: False}
 
 
 def _broken_frame(what: str) -> UpstreamError:
@@ -7892,7 +7752,7 @@ def read_frame(frame: bytes) -> tuple[dict[str, Any], bytes]:
     end = 12 + int.from_bytes(frame[4:8], "big")
     try:
         return _read_frame_headers(frame, end), frame[end:-4]
-    except (struct.error, UnicodeDecodeError, IndexError) as error:
+    except (UnicodeDecodeError, LookupError) as error:
         raise _broken_frame("its headers cannot be read") from error
 
 
@@ -7900,23 +7760,17 @@ def _read_frame_headers(frame: bytes, end: int) -> dict[str, Any]:
     headers: dict[str, Any] = {}
     at = 12
     while at < end:
-        start = at + 1
-        at = start + frame[at]
+        start, at = at + 1, at + 1 + frame[at]
         name, kind = frame[start:at].decode(), frame[at]
         at += 1
-        if kind in FRAME_TEXTS:
-            start = at + 2
-            at = start + int.from_bytes(frame[at:start], "big")
-            headers[name] = frame[start:at].decode() if kind == 7 else frame[start:at]
-        elif kind in FRAME_NUMBERS:
-            (headers[name],) = struct.unpack_from(">" + FRAME_NUMBERS[kind], frame, at)
-            at += struct.calcsize(">" + FRAME_NUMBERS[kind])
-        elif kind == FRAME_UUID:
-            headers[name], at = frame[at : at + 16], at + 16
-        elif kind in (0, 1):
-            headers[name] = kind == 0
-        else:
-            raise IndexError(kind)
+        if kind in FRAME_FLAGS:
+            headers[name] = FRAME_FLAGS[kind]
+            continue
+        size, read = FRAME_VALUES[kind]
+        if not size:
+            size, at = int.from_bytes(frame[at : at + 2], "big"), at + 2
+        headers[name] = read(frame[at : at + size])
+        at += size
     if at != end:
         raise IndexError(at)
     return headers
@@ -7933,8 +7787,27 @@ BEDROCK_EXCEPTIONS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 
 
+#: The deltas that a whole block stands for, by its kind.
+WHOLE_BLOCKS: Final[Mapping[str, Callable[[Any], list[Json]]]] = {
+    "text": lambda text: [{"text": text}],
+    "toolUse": lambda use: [{"toolUse": {"input": argument_text(use.get("input"))}}],
+    "toolResult": lambda result: [{"toolResult": result.get("content") or []}],
+    "reasoningContent": lambda thought: [
+        {"reasoningContent": {**(thought.get("reasoningText") or {}), **given(thought, "redactedContent")}}
+    ],
+    "citationsContent": lambda cited: [
+        *({"text": item.get("text") or ""} for item in cited.get("content") or ()),
+        *({"citation": citation} for citation in cited.get("citations") or ()),
+    ],
+    "image": lambda image: [{"image": image}],
+}
+
+
 class BedrockDecoder:
-    """Reads a ConverseStream. `messageStop` proves a whole answer; usage follows in `metadata`."""
+    """Reads a ConverseStream. `messageStop` proves a whole answer; usage follows in `metadata`.
+
+    A plain answer is read by the same code, as a stream of itself.
+    """
 
     def __init__(self, dialect: BedrockConverse, translation: Translation) -> None:
         self._dialect = dialect
@@ -7952,6 +7825,16 @@ class BedrockDecoder:
     def close(self) -> list[Json]:
         return []
 
+    def read_whole(self, answer: Json) -> list[Json]:
+        chunks = self._start({})
+        for index, block in enumerate(answer["output"]["message"]["content"]):
+            chunks += self._open({"contentBlockIndex": index, "start": block})
+            kind = next((kind for kind in block if kind in WHOLE_BLOCKS), None)
+            for delta in WHOLE_BLOCKS[kind](block[kind]) if kind else ():
+                chunks += self._delta({"contentBlockIndex": index, "delta": delta})
+            chunks += self._stop({"contentBlockIndex": index})
+        return chunks + self._end(given(answer, "stopReason")) + self._meta(given(answer, "usage"))
+
     def _read(self, headers: Mapping[str, Any], payload: bytes) -> list[Json]:
         kind = headers.get(":message-type")
         if kind == "exception":
@@ -7964,26 +7847,30 @@ class BedrockDecoder:
             return []
         event = read_event_json(payload)
         with provider_shape():
-            return self._chunks.deltas(reader(self, event)) if reader in self.PLAIN else reader(self, event)
+            return reader(self, event)
 
     def _start(self, event: Json) -> list[Json]:
-        return [{"content": ""}]
+        return [self._chunks.delta({"content": ""})]
 
     def _open(self, event: Json) -> list[Json]:
         index, start = event.get("contentBlockIndex") or 0, event.get("start") or {}
         use = start.get("toolUse") or {}
         if use and use.get("type") != "server_tool_use":
-            return self._calls.start(index, use.get("toolUseId"), use.get("name"))
+            return self._chunks.deltas(self._calls.start(index, use.get("toolUseId"), use.get("name")))
         for kind in ("toolUse", "toolResult", "image"):
             if start.get(kind):
-                self._blocks[index] = {"kind": kind, "start": start[kind], "text": "", "parts": []}
+                self._held(index, kind)["start"] = start[kind]
         return []
+
+    def _held(self, index: int, kind: str) -> Json:
+        blank: Json = {"kind": kind, "start": {}, "text": "", "parts": [], "signature": "", "data": ""}
+        return self._blocks.setdefault(index, blank)
 
     def _delta(self, event: Json) -> list[Json]:
         index, delta = event.get("contentBlockIndex") or 0, event.get("delta") or {}
         for kind, value in delta.items():
             if (reader := self.DELTAS.get(kind)) is not None:
-                return reader(self, index, value)
+                return self._chunks.deltas(reader(self, index, value))
         return []
 
     def _text(self, index: int, text: str) -> list[Json]:
@@ -7992,26 +7879,23 @@ class BedrockDecoder:
         return [{"content": text}] if text else []
 
     def _input(self, index: int, use: Json) -> list[Json]:
-        block = self._blocks.get(index)
-        if block is None:
+        if (block := self._blocks.get(index)) is None:
             return self._calls.add(index, use.get("input"))
         block["text"] += use.get("input") or ""
         return []
 
     def _result(self, index: int, parts: list[Json]) -> list[Json]:
-        self._blocks.setdefault(index, {"kind": "toolResult", "start": {}, "text": "", "parts": []})["parts"] += parts
+        self._held(index, "toolResult")["parts"] += parts
         return []
 
     def _image(self, index: int, image: Json) -> list[Json]:
-        block = self._blocks.setdefault(index, {"kind": "image", "start": {}, "text": "", "parts": []})
-        block["text"] += (image.get("source") or {}).get("bytes") or ""
+        self._held(index, "image")["text"] += (image.get("source") or {}).get("bytes") or ""
         return []
 
     def _reasoning(self, index: int, reasoning: Json) -> list[Json]:
-        block = self._blocks.setdefault(index, {"kind": "reasoning", "text": "", "signature": "", "data": ""})
+        block, text = self._held(index, "reasoning"), reasoning.get("text") or ""
         block["signature"] += reasoning.get("signature") or ""
         block["data"] = join_base64(block["data"], reasoning.get("redactedContent") or "")
-        text = reasoning.get("text") or ""
         block["text"] += text
         return [{"reasoning_content": text}] if text else []
 
@@ -8022,7 +7906,7 @@ class BedrockDecoder:
     def _stop(self, event: Json) -> list[Json]:
         index = event.get("contentBlockIndex") or 0
         block = self._blocks.pop(index, None)
-        return self._calls.end(index) if block is None else close_bedrock_block(block)
+        return self._chunks.deltas(self._calls.end(index) if block is None else close_bedrock_block(block))
 
     def _end(self, event: Json) -> list[Json]:
         finish = read_bedrock_finish(event.get("stopReason"), bool(self._calls.started))
@@ -8032,8 +7916,7 @@ class BedrockDecoder:
         if self.complete:
             return chunks
         self.complete = True
-        extra = read_bedrock_extras(event).get("extra_content")
-        return [*chunks, self._chunks.delta({"extra_content": extra} if extra else {}, finish)]
+        return [*chunks, self._chunks.delta(given(read_bedrock_extras(event), "extra_content"), finish)]
 
     def _meta(self, event: Json) -> list[Json]:
         if not event.get("usage"):
@@ -8045,8 +7928,6 @@ class BedrockDecoder:
         "messageStart": _start, "contentBlockStart": _open, "contentBlockDelta": _delta, "contentBlockStop": _stop,
         "messageStop": _end, "metadata": _meta,
     }  # fmt: skip
-    #: Readers that give deltas; the others give whole chunks.
-    PLAIN: ClassVar[tuple[Callable[[BedrockDecoder, Json], list[Json]], ...]] = (_start, _open, _delta, _stop)
     DELTAS: ClassVar[Mapping[str, Callable[[BedrockDecoder, int, Any], list[Json]]]] = {
         "text": _text, "toolUse": _input, "toolResult": _result, "image": _image, "reasoningContent": _reasoning,
         "citation": _citation,
@@ -8065,15 +7946,16 @@ def join_base64(first: str, second: str) -> str:
 
 def close_bedrock_block(block: Json) -> list[Json]:
     """What a block that was put together adds to the message when it stops."""
-    kind, start = block["kind"], block.get("start") or {}
+    kind, start, text = block["kind"], block["start"], block["text"]
     if kind == "reasoning":
         if block["data"]:
             return [{"thinking_blocks": [{"type": "redacted_thinking", "data": block["data"]}]}]
-        signed = {"type": "thinking", "thinking": block["text"], "signature": block["signature"]}
+        signed = {"type": "thinking", "thinking": text, "signature": block["signature"]}
         return [{"thinking_blocks": [signed]}] if block["signature"] else []
     if kind == "image":
-        return [{"images": [read_bedrock_image({"format": start.get("format"), "source": {"bytes": block["text"]}})]}]
-    more = {"input": read_arguments(block["text"])} if kind == "toolUse" else {"content": block["parts"]}
+        url = f"data:image/{start.get('format')};base64,{text}"
+        return [{"images": [{"type": "image_url", "image_url": {"url": url}}]}]
+    more = {"input": read_arguments(text)} if kind == "toolUse" else {"content": block["parts"]}
     return [{"thinking_blocks": [{"type": "bedrock_block", "block": {kind: {**start, **more}}}]}]
 
 
@@ -8158,7 +8040,7 @@ class BedrockConverse(Dialect):
     def least_output_tokens(self, request: Json, model: str) -> int:
         """A Claude model's cap, where its thinking would fill it, is raised by the thinking's budget."""
         claude, effort = bedrock_family(model).claude, request.get("reasoning_effort")
-        if claude is None or claude.adaptive or not effort:
+        if claude is None or "adaptive" in claude.thinking or not effort:
             return 0
         return 2 * CLAUDE_BUDGETS.get(str(effort), CLAUDE_BUDGETS["medium"])
 
@@ -8167,11 +8049,8 @@ class BedrockConverse(Dialect):
 
     def decode(self, answer: Json, translation: Translation) -> Json:
         with provider_shape():
-            message = BedrockMessage(translation).read(answer["output"]["message"]["content"])
-            finish = read_bedrock_finish(answer.get("stopReason"), bool(message.get("tool_calls")))
-            usage = self.read_usage(answer)
-            written = write_openai_usage(usage) if usage else None
-            return write_completion(message, finish, written, translation, **read_bedrock_extras(answer))
+            chunks = BedrockDecoder(self, translation).read_whole(answer)
+            return {**join_chunks(chunks), **read_bedrock_extras(answer)}
 
     def decoder(self, translation: Translation) -> BedrockDecoder:
         return BedrockDecoder(self, translation)

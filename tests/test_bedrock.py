@@ -486,6 +486,7 @@ def test_answer(attempt: Attempt) -> None:
     assert completion["choices"][0] == {
         "index": 0,
         "finish_reason": "tool_calls",
+        "logprobs": None,
         "message": {
             "role": "assistant",
             "content": "one two",
