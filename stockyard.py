@@ -189,7 +189,7 @@ def format_usd(nanousd: int) -> str:
 
 def is_count(text: str) -> bool:
     """Whether a text is a whole number that `int` reads and SQLite holds: `isdigit` alone takes ² and any length."""
-    return text.isascii() and text.isdigit() and len(text) < 19
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63
 
 
 def parse_usd(text: str | int | float) -> int:
