@@ -1012,6 +1012,11 @@ def read_error_members(body: bytes) -> Json:
     return {**members, "message": message if isinstance(message, str) else dump_json(message or members).decode()}
 
 
+def openai_error_body(error: GatewayError, request_id: str) -> Json:
+    members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": {**error.fields, **members, "request_id": request_id}}
+
+
 class Dialect:
     """One wire format. The defaults of the client side are OpenAI chat's, which is also the canonical shape."""
 
@@ -1055,7 +1060,7 @@ class Dialect:
 
     def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
         """The HTTP status and body of an error."""
-        raise NotImplementedError
+        return error.status, openai_error_body(error, request_id)
 
     def wants_stream(self, request: Json, path: Mapping[str, str]) -> bool:
         stream = request.get("stream")
@@ -1130,7 +1135,19 @@ class Dialect:
         raise NotImplementedError
 
     def read_error(self, status: int, body: bytes) -> UpstreamError:
-        raise NotImplementedError
+        """An error answer; the default reads OpenAI's, which most providers write."""
+        members = read_error_members(body)
+        code, kind = members.get("code"), members.get("type")
+        text = str(members.get("message"))
+        known = {"message", "type", "code", "param", "object", "request_id"}
+        return upstream_failure(
+            status, text or f"the provider answered {status}",
+            type=kind if isinstance(kind, str) else None,
+            code=str(code) if code is not None else None,
+            param=members.get("param") if isinstance(members.get("param"), str) else None,
+            fields={name: value for name, value in members.items() if name not in known},
+            bad_key=status == 400 and ("api key" in text.lower() or "api_key" in text.lower()),
+        )  # fmt: skip
 
     def read_error_answer(self, status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
         """An error answer with its headers, for dialects that say something in them."""
@@ -2142,21 +2159,11 @@ class OpenAiRenderer:
         return sse_event(openai_error_body(error, request_id))
 
 
-def openai_error_body(error: GatewayError, request_id: str) -> Json:
-    members = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return {"error": {**error.fields, **members, "request_id": request_id}}
-
-
-#: Message members of the canonical shape that OpenAI's own does not have.
+#: Members of the canonical shape that OpenAI's own does not have: of messages, and of parts, calls and tools.
 MESSAGE_EXTENSIONS: Final = (
-    "thinking_blocks",
-    "native_blocks",
-    "extra_content",
-    "is_error",
-    "cache_control",
-    "annotations",
-    "images",
-)
+    "thinking_blocks", "native_blocks", "extra_content", "is_error", "cache_control", "annotations", "images",
+)  # fmt: skip
+PART_EXTENSIONS: Final = ("cache_control", "extra_content", "citations")
 
 
 def without_extensions(request: Json, translation: Translation) -> Json:
@@ -2171,18 +2178,14 @@ def without_extensions(request: Json, translation: Translation) -> Json:
     if "messages" in body:
         body["messages"] = [plain_message(message, translation) for message in body["messages"]]
     if body.get("tools"):
-        body["tools"] = [
-            tool for tool in map(functools.partial(plain_tool, translation=translation), body["tools"]) if tool
-        ]
+        body["tools"] = [without(tool, *PART_EXTENSIONS) for tool in body["tools"] if is_plain_tool(tool, translation)]
         if not body["tools"]:
-            del body["tools"]
-            body.pop("tool_choice", None)
-            body.pop("parallel_tool_calls", None)
+            body = without(body, "tools", "tool_choice", "parallel_tool_calls")
     return body
 
 
 def plain_message(message: Json, translation: Translation) -> Json:
-    plain = {name: value for name, value in message.items() if name not in MESSAGE_EXTENSIONS}
+    plain = without(message, *MESSAGE_EXTENSIONS)
     for name in ("thinking_blocks", "native_blocks", "cache_control"):
         if message.get(name):
             translation.drop(name)
@@ -2191,19 +2194,17 @@ def plain_message(message: Json, translation: Translation) -> Json:
             translation.drop("reasoning_content")
         plain.pop("reasoning", None)
     if isinstance(message.get("content"), list):
-        parts = [plain_part(part, translation) for part in message["content"] if isinstance(part, dict)]
-        plain["content"] = [part for part in parts if part] or ""
+        parts = [part for part in message["content"] if isinstance(part, dict) and is_plain_part(part, translation)]
+        plain["content"] = [without(part, *PART_EXTENSIONS) for part in parts] or ""
     if message.get("is_error") and isinstance(plain.get("content"), str):
         plain["content"] = f"Error: {plain['content']}"
     if message.get("tool_calls"):
-        plain["tool_calls"] = [
-            {k: v for k, v in call.items() if k != "extra_content"} for call in message["tool_calls"]
-        ]
+        plain["tool_calls"] = [without(call, "extra_content") for call in message["tool_calls"]]
     return plain
 
 
-def plain_part(part: Json, translation: Translation) -> Json | None:
-    """A content part without extensions; None, and named, where OpenAI chat has nothing like it."""
+def is_plain_part(part: Json, translation: Translation) -> bool:
+    """Whether OpenAI chat has such a part; what it has not is named."""
     if part.get("cache_control"):
         translation.drop("cache_control")
     file = part.get("file") or {}
@@ -2211,16 +2212,15 @@ def plain_part(part: Json, translation: Translation) -> Json | None:
         part.get("type") == "file" and not (file.get("file_data") or file.get("file_id"))
     ):
         translation.drop(f"content.{part['type']}")
-        return None
-    return {name: value for name, value in part.items() if name not in ("cache_control", "extra_content", "citations")}
+        return False
+    return True
 
 
-def plain_tool(tool: Json, translation: Translation) -> Json | None:
+def is_plain_tool(tool: Json, translation: Translation) -> bool:
     if tool.get("type") == "native":
         named = tool.get("tool") or {}
         translation.drop(f"tools.{named.get('type') or named.get('name') or next(iter(named), 'native')}")
-        return None
-    return {name: value for name, value in tool.items() if name not in ("cache_control", "extra_content")}
+    return tool.get("type") != "native"
 
 
 def pack_floats(answer: Json) -> Json:
@@ -2257,9 +2257,6 @@ class OpenAiChat(Dialect):
 
     def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
         return OpenAiRenderer(bool((request.get("stream_options") or {}).get("include_usage")))
-
-    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
-        return error.status, openai_error_body(error, request_id)
 
     def parse_embeddings(self, body: Json, path: Mapping[str, str]) -> Json:
         if not body.get("input"):
@@ -2306,7 +2303,9 @@ class OpenAiChat(Dialect):
             refuse_error_event(answer, self)
             raise UpstreamError("the provider's answer has no `choices`", code="upstream_malformed")
         for choice in choices:
-            normalise_openai_message(choice.get("message") or {})
+            message = normalise_openai_message(choice.get("message") or {})
+            for call in message.get("tool_calls") or ():
+                call["id"] = call.get("id") or translation.new_id("call_")
             reason = choice.get("finish_reason")
             choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
         usage = self.read_usage_for(answer, translation.provider)
@@ -2331,20 +2330,6 @@ class OpenAiChat(Dialect):
         if provider.reasoning_apart and read.reasoning_tokens:
             return read._replace(output_tokens=read.output_tokens + read.reasoning_tokens)
         return read
-
-    def read_error(self, status: int, body: bytes) -> UpstreamError:
-        members = read_error_members(body)
-        code, kind = members.get("code"), members.get("type")
-        text = str(members.get("message"))
-        known = {"message", "type", "code", "param", "object", "request_id"}
-        return upstream_failure(
-            status, text or f"the provider answered {status}",
-            type=kind if isinstance(kind, str) else None,
-            code=str(code) if code is not None else None,
-            param=members.get("param") if isinstance(members.get("param"), str) else None,
-            fields={name: value for name, value in members.items() if name not in known},
-            bad_key=status == 400 and ("api key" in text.lower() or "api_key" in text.lower()),
-        )  # fmt: skip
 
 
 # ----- OpenAI Responses -----------------------------------------------------------------------------------------------
@@ -3485,9 +3470,6 @@ class OpenAiResponses(Dialect):
     def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
         return ResponsesRenderer(request, new_id, now_s)
 
-    def render_error(self, error: GatewayError, request_id: str) -> tuple[int, Json]:
-        return error.status, openai_error_body(error, request_id)
-
     # -- provider side
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
@@ -3646,9 +3628,6 @@ class OpenAiResponses(Dialect):
         told = (usage.get("tool_calls_details") or {}).get("search_web") or {}
         searches = searches or (told.get("invocation") if isinstance(told, dict) else 0) or 0
         return read_openai_usage(usage)._replace(searches=searches)
-
-    def read_error(self, status: int, body: bytes) -> UpstreamError:
-        return OpenAiChat().read_error(status, body)
 
     def failure(self, error: Any) -> UpstreamError:
         """An error told inside a 200, in a stream or as a failed response."""
