@@ -2351,10 +2351,10 @@ SAME_IN_CHAT: Final = frozenset({
     "prompt_cache_retention", "safety_identifier", "service_tier", "temperature", "top_p", "user",
 })  # fmt: skip
 #: Read by `parse` itself, or (store, include_obfuscation) without meaning for whoever answers in the provider's place.
-READ_IN_RESPONSES: Final = SAME_IN_CHAT | {
-    "model", "input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice", "top_logprobs",
-    "include", "store", "stream", "stream_options", ITEMS_KEY,
-}  # fmt: skip
+READ_IN_RESPONSES: Final = (
+    "model", "input", "instructions", "tools", "tool_choice", "top_logprobs", "include", "store", "stream_options",
+    ITEMS_KEY,
+)  # fmt: skip
 READ_IN_CHAT: Final = SAME_IN_CHAT | SAMPLING_DEFAULTS.keys() | {
     "model", "messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "response_format", "verbosity",
     "tools", "tool_choice", "stream", "stream_options", "stop", "extra_body",
@@ -2432,6 +2432,14 @@ def write_custom_tool(custom: Json) -> Json:
     if isinstance(form, dict) and isinstance(form.get("grammar"), dict):
         return {**custom, "type": "custom", "format": {"type": "grammar", **form["grammar"]}}
     return {**custom, "type": "custom"}
+
+
+def read_text_format(value: Any, where: str) -> Json | None:
+    """The format of an answer as chat's; None for text, which is what comes unasked."""
+    form = want_object(value, where)
+    if form.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": given(form, *without(form, "type"))}
+    return form if form and form != {"type": "text"} else None
 
 
 def read_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
@@ -3032,7 +3040,7 @@ REPEATED: Final[Mapping[str, Any]] = {
 
 def response_shell(request: Json, response_id: str, now_s: int) -> Json:
     """A response that has just begun."""
-    repeated = {name: request[name] if request.get(name) is not None else REPEATED[name] for name in REPEATED}
+    repeated = {**REPEATED, **given(request, *REPEATED)}
     head = {"id": response_id, "object": "response", "created_at": now_s, "status": "in_progress", "error": None}
     return {**head, "incomplete_details": None, "model": request.get("model"), "output": [], **repeated, "usage": None}
 
@@ -3324,7 +3332,7 @@ def message_deltas(message: Json) -> Iterator[Json]:
     if not any((block.get("item") or {}).get("type") == "reasoning" for block in items):
         yield {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
     yield {"thinking_blocks": [block for block in blocks if block not in late]}
-    yield {name: message.get(name) for name in ("content", "refusal", "annotations", "images", "extra_content")}
+    yield given(message, "content", "refusal", "annotations", "images", "extra_content")
     calls = message.get("tool_calls") or ()
     for at, call in enumerate(calls):
         yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) == at]}
@@ -3353,6 +3361,16 @@ class OpenAiResponses(Dialect):
 
     # -- client side
 
+    #: Members by their dotted path: what they are in chat, and how they are read.
+    members: ClassVar[Mapping[str, tuple[str, Callable[[Any, str], Any]]]] = {
+        **{name: (name, lambda value, _: value) for name in SAME_IN_CHAT},
+        "stream": ("stream", want_flag),
+        "max_output_tokens": ("max_completion_tokens", want_whole),
+        "reasoning.effort": ("reasoning_effort", want_text),
+        "text.verbosity": ("verbosity", lambda value, _: value),
+        "text.format": ("response_format", read_text_format),
+    }
+
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
         """A Responses body as a canonical request.
 
@@ -3363,21 +3381,27 @@ class OpenAiResponses(Dialect):
         request: Json = {"model": want_text(body.get("model"), "model")}
         reader = ResponsesReader(want_members(body.get(ITEMS_KEY), ITEMS_KEY))
         request["messages"] = self._messages(body, reader)
-        request.update({name: body[name] for name in SAME_IN_CHAT if body.get(name) is not None})
-        if body.get("stream") is not None:
-            request["stream"] = want_flag(body["stream"], "stream")
-        if body.get("max_output_tokens") is not None:
-            request["max_completion_tokens"] = want_whole(body["max_output_tokens"], "max_output_tokens")
         extra = reader.extra
-        self._read_shape(body, request, extra)
+        for name, value in self._dotted(body):
+            ours, read = self.members.get(name, ("", want_text))
+            if ours:
+                request |= given({ours: read(value, name)}, ours)
+            elif name not in READ_IN_RESPONSES and value != RESPONSES_DEFAULTS.get(name):
+                extra[name] = value
         self._read_tools(body, request, extra)
         self._read_include(body, request, extra)
-        for name, value in body.items():
-            if name not in READ_IN_RESPONSES and value is not None and value != RESPONSES_DEFAULTS.get(name):
-                extra[name] = value
         if extra:
             request["extra_body"] = {self.name: extra}
         return request
+
+    @staticmethod
+    def _dotted(body: Json) -> Iterator[tuple[str, Any]]:
+        """What a body says, with the members of its two groups under their paths."""
+        groups = ("reasoning", "text")
+        flat = without(body, *groups)
+        for group in groups:
+            flat |= {f"{group}.{name}": value for name, value in want_members(body.get(group), group).items()}
+        return ((name, value) for name, value in flat.items() if value is not None)
 
     def _messages(self, body: Json, reader: ResponsesReader) -> list[Json]:
         if body.get("instructions") is not None:
@@ -3395,24 +3419,6 @@ class OpenAiResponses(Dialect):
         if not messages and body.get("prompt") is None:
             raise InvalidRequest("`input` holds no message", param="input")
         return messages
-
-    def _read_shape(self, body: Json, request: Json, extra: Json) -> None:
-        """`reasoning` and `text`: one member of each has a place in chat, or two."""
-        reasoning = want_members(body.get("reasoning"), "reasoning")
-        text = want_members(body.get("text"), "text")
-        for group, members, known in (("reasoning", reasoning, ("effort",)), ("text", text, ("format", "verbosity"))):
-            rest = {f"{group}.{name}": value for name, value in members.items() if name not in known}
-            extra.update({name: value for name, value in rest.items() if value is not None})
-        if reasoning.get("effort") is not None:
-            request["reasoning_effort"] = want_text(reasoning["effort"], "reasoning.effort")
-        if text.get("verbosity") is not None:
-            request["verbosity"] = text["verbosity"]
-        form = want_members(text.get("format"), "text.format")
-        if form.get("type") == "json_schema":
-            inner = {name: value for name, value in form.items() if name != "type" and value is not None}
-            request["response_format"] = {"type": "json_schema", "json_schema": inner}
-        elif form and form != {"type": "text"}:
-            request["response_format"] = form
 
     def _read_tools(self, body: Json, request: Json, extra: Json) -> None:
         tools = []
@@ -3477,27 +3483,17 @@ class OpenAiResponses(Dialect):
 
     def encode(self, request: Json, translation: Translation) -> Json:
         facts = openai_model_facts(translation.model)
-        extra = self._extra(request, translation)
+        extra = own_extras(request, OpenAiResponses.name, translation)
         body: Json = {"model": translation.model, **self._conversation(request, translation, extra), **self.fixed}
         if translation.stream:
             body["stream"] = True
-        same = SAME_IN_CHAT - self.unsent
-        body.update({name: request[name] for name in sorted(same) if request.get(name) is not None})
+        body |= given(request, *sorted(SAME_IN_CHAT - self.unsent))
         self._write_tools(body, request, translation, extra)
         self._write_shape(body, request, translation, facts)
         self._write_sampling(body, request, translation, facts)
         self._note_losses(request, translation)
         self._merge(body, extra, translation)
         return body
-
-    def _extra(self, request: Json, translation: Translation) -> Json:
-        """What a client of this dialect said beyond chat; the other dialects' extras cannot be carried."""
-        extras = want_members(request.get("extra_body"), "extra_body")
-        for dialect, members in extras.items():
-            if dialect != OpenAiResponses.name:
-                for name in members if isinstance(members, dict) else (dialect,):
-                    translation.drop(name)
-        return dict(want_members(extras.get(OpenAiResponses.name), "extra_body"))
 
     def _conversation(self, request: Json, translation: Translation, extra: Json) -> Json:
         """`instructions` from a first system message that is plain text, `input` from the rest."""
@@ -3544,8 +3540,7 @@ class OpenAiResponses(Dialect):
         want_text(function.get("name"), f"{place}.{kind}.name")
         # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
         lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
-        given = {name: value for name, value in function.items() if value is not None}
-        return {"type": "function", **lenient, **given}
+        return {"type": "function", **lenient, **given(function, *function)}
 
     def _write_shape(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
         limits = [request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None]
@@ -3635,9 +3630,7 @@ class OpenAiResponses(Dialect):
         code, kind = members.get("code"), members.get("type")
         status = code if isinstance(code, int) and 400 <= code < 600 else None
         status = status or FAILURE_STATUSES.get(str(code)) or FAILURE_STATUSES.get(str(kind)) or 502
-        told = {name: value for name, value in members.items() if name != "sequence_number" and value is not None}
-        if kind == "error":
-            told.pop("type")
+        told = without(given(members, *members), "sequence_number", *(["type"] if kind == "error" else []))
         return self.read_error(status, dump_json({"error": told}))
 
     def refuse_failed(self, response: Json) -> None:
@@ -3688,13 +3681,12 @@ class PerplexityAgent(OpenAiResponses):
     def encode(self, request: Json, translation: Translation) -> Json:
         search = self._search_tool(request)
         used = self.filters | {"num_search_results", "web_search_options", "language_preference"}
-        body = super().encode({name: value for name, value in request.items() if name not in used}, translation)
-        if request.get("language_preference") is not None:
-            body["language_preference"] = request["language_preference"]
+        body = super().encode(without(request, *used), translation)
+        body |= given(request, "language_preference")
         replaced = self.models.get(translation.model)
         if replaced is not None:
             del body["model"]
-            body.update({name: value for name, value in replaced.items() if name != "tools"})
+            body |= without(replaced, "tools")
         wanted = [{**tool, **search} for tool in (replaced or {}).get("tools", [])] or ([search] if search else [])
         if wanted and not any(tool.get("type") == "web_search" for tool in body.get("tools", ())):
             body["tools"] = [*wanted, *body.get("tools", ())]
@@ -3706,12 +3698,10 @@ class PerplexityAgent(OpenAiResponses):
     def _search_tool(self, request: Json) -> Json:
         """The search options of a chat client, as the tool they became; empty where none was given."""
         options = want_members(request.get("web_search_options"), "web_search_options")
-        names = ("search_context_size", "user_location")
-        tool = {name: options[name] for name in names if options.get(name) is not None}
+        tool = given(options, "search_context_size", "user_location")
         if request.get("num_search_results") is not None:
             tool["max_results"] = request["num_search_results"]
-        if filters := {name: request[name] for name in sorted(self.filters) if request.get(name) is not None}:
-            tool["filters"] = filters
+        tool |= filled(filters=given(request, *sorted(self.filters)))
         return {"type": "web_search", **tool} if tool else {}
 
     def _tool_choice(self, choice: Any) -> Any:
@@ -3725,7 +3715,7 @@ class PerplexityAgent(OpenAiResponses):
     def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
         for name in sorted(extra.keys() - self.kept):
             translation.drop(name)
-        super()._merge(body, {name: value for name, value in extra.items() if name in self.kept}, translation)
+        super()._merge(body, given(extra, *self.kept), translation)
 
 
 # ----- Responses state ------------------------------------------------------------------------------------------------
@@ -3759,8 +3749,7 @@ def stored_items(request: Json, response: Json) -> list[Json]:
 
 def resume(request: Json, previous_items: Sequence[Json]) -> Json:
     """The request with the earlier items in front of its own, and without its `previous_response_id`."""
-    rest = {name: value for name, value in request.items() if name != "previous_response_id"}
-    return {**rest, "input": [*previous_items, *input_items(request)]}
+    return {**without(request, "previous_response_id"), "input": [*previous_items, *input_items(request)]}
 
 
 def referenced_ids(request: Json) -> list[str]:
