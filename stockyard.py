@@ -1710,6 +1710,37 @@ def _join_call(calls: dict[int, Json], piece: Json) -> None:
     call |= given(piece, "extra_content")
 
 
+def message_deltas(message: Json) -> Iterator[Json]:
+    """A whole message as deltas in the order its items stood."""
+    blocks = [block for block in message.get("thinking_blocks") or () if isinstance(block, dict)]
+    items = [block for block in blocks if block.get("type") == "reasoning_item"]
+    late = [block for block in items if block.get("calls_before") or block.get("text_before")]
+    if not any((block.get("item") or {}).get("type") == "reasoning" for block in items):
+        yield {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
+    yield {"thinking_blocks": [block for block in blocks if block not in late]}
+    yield given(message, "content", "refusal", "annotations", "images", "extra_content")
+    calls = message.get("tool_calls") or ()
+    for at, call in enumerate(calls):
+        yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) == at]}
+        yield {"tool_calls": [{**call, "index": at}]}
+    yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) >= len(calls)]}
+
+
+def split_completion(completion: Json) -> Iterator[Json]:
+    """A completion as the chunks of a stream, without its usage; `join_chunks` is the inverse."""
+    head = {**without(completion, "choices", "usage"), "object": "chat.completion.chunk"}
+    for choice in completion.get("choices") or ():
+        message, index = choice.get("message") or {}, choice.get("index") or 0
+        opening = {"role": "assistant", "content": None if message.get("content") is None else ""}
+        for delta in (opening, *(filled(**delta) for delta in message_deltas(message))):
+            logprobs = choice.get("logprobs") if delta.get("content") else None
+            if delta:
+                told = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+                yield {**head, "choices": [told]}
+        end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason")}
+        yield {**head, "choices": [end | given(choice, "stop_sequence")]}
+
+
 class QueuedCall:
     """A tool call on its way; `open` once it was announced, `closed` when all of it was told."""
 
@@ -1741,14 +1772,14 @@ class SerialRenderer:
     def __init__(self, new_id: Callable[[str], str]) -> None:
         self._new_id = new_id
         self._events: list[bytes] = []
+        self._begun = False
         self._calls: list[QueuedCall] = []
         self._by_index: dict[Any, QueuedCall] = {}
         self._finish = "stop"
         self._usage: Json | None = None
 
     def feed(self, chunk: Json) -> bytes:
-        self._events.clear()
-        self._begin(chunk)
+        self._restart(chunk)
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or ():
             if not choice.get("index"):
@@ -1757,10 +1788,15 @@ class SerialRenderer:
         return b"".join(self._events)
 
     def close(self) -> bytes:
-        self._events.clear()
-        self._begin({})
+        self._restart({})
         self._end()
         return b"".join(self._events)
+
+    def _restart(self, chunk: Json) -> None:
+        self._events.clear()
+        if not self._begun:
+            self._begun = True
+            self._begin(chunk)
 
     def _begin(self, chunk: Json) -> None:
         raise NotImplementedError
@@ -2700,21 +2736,21 @@ class ResponsesWriter:
 
     def _turn(self, message: Json, place: str, phase: Any) -> None:
         """One assistant turn: reasoning where it stood, the text, then the calls with theirs in front."""
-        blocks = self._blocks(message, place)
         calls = [call for _, call in want_objects(message.get("tool_calls"), f"{place}.tool_calls")]
-        self.items += [item for before, text, item in blocks if not before and not text]
+        placed = [
+            (2 * min(before, len(calls)) + 2 if before or text else 0, item)
+            for before, text, item in self._blocks(message, place)
+        ]
         content = self._content(message.get("content"), place, "output_text")
         if message.get("refusal"):
             content = [{"type": "output_text", "text": content}] if content and isinstance(content, str) else content
             content = [*(content or ()), {"type": "refusal", "refusal": message["refusal"]}]
         if content:
             said = {"role": "assistant", "content": content}
-            self.items.append({**said, "phase": phase} if phase is not None else said)
+            placed.append((1, {**said, "phase": phase} if phase is not None else said))
         for at, call in enumerate(calls):
-            self.items += [item for before, text, item in blocks if before == at and (before or text)]
-            self._call(call, f"{place}.tool_calls[{at}]")
-        last = len(calls)
-        self.items += [item for before, text, item in blocks if before >= last and (before or text)]
+            placed.append((2 * at + 3, self._call(call, f"{place}.tool_calls[{at}]")))
+        self.items += [item for _, item in sorted(placed, key=operator.itemgetter(0))]
 
     def _blocks(self, message: Json, place: str) -> list[tuple[int, bool, Json]]:
         """The items among the opaque blocks, with where they stood. Those of another provider stay behind."""
@@ -2733,7 +2769,7 @@ class ResponsesWriter:
         self._lose(message, "extra_content")
         return found
 
-    def _call(self, call: Json, place: str) -> None:
+    def _call(self, call: Json, place: str) -> Json:
         kind = "custom" if call.get("type") == "custom" else "function"
         inner = want_object(call.get(kind), f"{place}.{kind}")
         call_id = fit_call_id(want_text(call.get("id"), f"{place}.id"))
@@ -2743,10 +2779,9 @@ class ResponsesWriter:
             named["namespace"] = space
         if kind == "custom" and self._dialect.custom_tools:
             self._customs.add(call_id)
-            self.items.append({"type": "custom_tool_call", **named, "input": inner.get("input") or ""})
-        else:
-            arguments = custom_arguments(inner) if kind == "custom" else inner.get("arguments") or "{}"
-            self.items.append({"type": "function_call", **named, "arguments": arguments})
+            return {"type": "custom_tool_call", **named, "input": inner.get("input") or ""}
+        arguments = custom_arguments(inner) if kind == "custom" else inner.get("arguments") or "{}"
+        return {"type": "function_call", **named, "arguments": arguments}
 
     def _result(self, message: Json, place: str) -> None:
         call_id = fit_call_id(want_text(message.get("tool_call_id"), f"{place}.tool_call_id"))
@@ -3088,7 +3123,6 @@ class ResponsesRenderer(SerialRenderer):
         super().__init__(new_id)
         self.response = response_shell(request, new_id("resp_"), now_s)
         self._sequence = 0
-        self._begun = False
         self._prose: OpenItem | None = None
         self._state: list[Json] = []
         tools = request.get("tools")
@@ -3110,8 +3144,7 @@ class ResponsesRenderer(SerialRenderer):
         self._emit(f"response.{status}", response=self.response)
 
     def fail(self, error: GatewayError, request_id: str) -> bytes:
-        self._events.clear()
-        self._begin({})
+        self._restart({})
         members = openai_error_body(error, request_id)["error"]
         flat = {"code": error.code, "message": error.message, "param": error.param}
         self._emit("error", **flat, error=members)
@@ -3134,11 +3167,9 @@ class ResponsesRenderer(SerialRenderer):
         self._sequence += 1
 
     def _begin(self, chunk: Json) -> None:
-        if not self._begun:
-            self._begun = True
-            self.response["model"] = chunk.get("model") or self.response["model"]
-            self._emit("response.created", response=self.response)
-            self._emit("response.in_progress", response=self.response)
+        self.response["model"] = chunk.get("model") or self.response["model"]
+        self._emit("response.created", response=self.response)
+        self._emit("response.in_progress", response=self.response)
 
     def _read(self, choice: Json, delta: Json) -> None:
         if text := delta.get("reasoning_content") or delta.get("reasoning"):
@@ -3324,22 +3355,6 @@ class SilentResponsesRenderer(ResponsesRenderer):
         pass
 
 
-def message_deltas(message: Json) -> Iterator[Json]:
-    """A whole message as deltas in the order its items stood."""
-    blocks = [block for block in message.get("thinking_blocks") or () if isinstance(block, dict)]
-    items = [block for block in blocks if block.get("type") == "reasoning_item"]
-    late = [block for block in items if block.get("calls_before") or block.get("text_before")]
-    if not any((block.get("item") or {}).get("type") == "reasoning" for block in items):
-        yield {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
-    yield {"thinking_blocks": [block for block in blocks if block not in late]}
-    yield given(message, "content", "refusal", "annotations", "images", "extra_content")
-    calls = message.get("tool_calls") or ()
-    for at, call in enumerate(calls):
-        yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) == at]}
-        yield {"tool_calls": [{**call, "index": at}]}
-    yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) >= len(calls)]}
-
-
 class OpenAiResponses(Dialect):
     """Both sides of OpenAI's Responses API. A stricter host is a subclass with other class attributes."""
 
@@ -3463,13 +3478,9 @@ class OpenAiResponses(Dialect):
             return f"{prefix}{stem}{f'_{at}' if at else ''}"
 
         renderer = SilentResponsesRenderer(request, new_id, made if isinstance(made, int) else 0)
-        renderer.feed({"model": completion.get("model"), "choices": []})
-        for choice in completion.get("choices") or ():
-            for delta in message_deltas(choice.get("message") or {}):
-                told = {"logprobs": choice.get("logprobs")} if delta.get("content") else {}
-                renderer.feed({"choices": [{"index": choice.get("index"), "delta": delta, **told}]})
-            renderer.feed({"choices": [{"index": choice.get("index"), "finish_reason": choice.get("finish_reason")}]})
-        renderer.feed({"usage": completion.get("usage")})
+        for chunk in split_completion(completion):
+            renderer.feed(chunk)
+        renderer.feed(given(completion, "model", "usage"))
         renderer.close()
         return renderer.response
 
@@ -6483,7 +6494,7 @@ class AnthropicRenderer(SerialRenderer):
     def __init__(self, request: Json, new_id: Callable[[str], str]) -> None:
         super().__init__(new_id)
         self._model = str(request.get("model") or "")
-        self._began = self._refused = False
+        self._refused = False
         self._index = -1
         #: The type of the open block.
         self._kind = ""
@@ -6496,9 +6507,6 @@ class AnthropicRenderer(SerialRenderer):
         self._events.append(sse_event({"type": kind, **members}, kind))
 
     def _begin(self, chunk: Json) -> None:
-        if self._began:
-            return
-        self._began = True
         given_id = str(chunk.get("id") or "")
         message: Json = {
             "id": given_id if given_id.startswith("msg_") else self._new_id("msg_"), "type": "message",
@@ -10694,23 +10702,14 @@ TOLD_MEMBERS: Final = frozenset({
 
 def chunks_of(completion: Json) -> list[Json] | None:
     """A canonical completion as the chunks of a stream; None where a message holds what chunks cannot tell."""
-    head = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
-    head["object"] = "chat.completion.chunk"
-    chunks: list[Json] = []
     for choice in completion.get("choices") or ():
-        message, index = choice.get("message") or {}, choice.get("index") or 0
-        if any(message[name] is not None for name in message.keys() - TOLD_MEMBERS):
+        message = choice.get("message") or {}
+        if given(message, *(message.keys() - TOLD_MEMBERS)):
             return None
-        deltas: list[Json] = [{"role": "assistant", "content": None if message.get("content") is None else ""}]
-        deltas += [{name: value for name, value in delta.items() if value} for delta in message_deltas(message)]
-        for delta in filter(None, deltas):
-            logprobs = choice.get("logprobs") if delta.get("content") else None
-            told = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-            chunks.append({**head, "choices": [told]})
-        end = {"index": index, "delta": {}, "logprobs": None, "finish_reason": choice.get("finish_reason")}
-        chunks.append({**head, "choices": [end]})
+    chunks = list(split_completion(completion))
     if completion.get("usage"):
-        chunks.append(free_of_charge({**head, "choices": [], "usage": completion["usage"]}))
+        head = {**without(completion, "choices"), "object": "chat.completion.chunk"}
+        chunks.append(free_of_charge({**head, "choices": []}))
     return chunks
 
 
