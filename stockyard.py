@@ -2395,10 +2395,6 @@ READ_IN_CHAT: Final = SAME_IN_CHAT | SAMPLING_DEFAULTS.keys() | {
     "model", "messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "response_format", "verbosity",
     "tools", "tool_choice", "stream", "stream_options", "stop", "extra_body",
 }  # fmt: skip
-#: Chat members without a counterpart whose given value asks for nothing, and so is not a loss.
-CHAT_DEFAULTS: Final[Mapping[str, Any]] = {
-    **SAMPLING_DEFAULTS, "n": 1, "store": False, "modalities": ["text"], "stop": [], "functions": [],
-}  # fmt: skip
 #: Members whose default says nothing, so that they need not travel.
 RESPONSES_DEFAULTS: Final[Mapping[str, Any]] = {"background": False, "truncation": "disabled"}
 
@@ -2693,9 +2689,8 @@ class ResponsesWriter:
 
     def write(self, at: int, message: Json) -> None:
         place, role = f"messages[{at}]", message.get("role")
-        for name in ("name", "audio", "images", "function_call", "is_error"):
-            if message.get(name):
-                self._translation.drop(f"messages.{name}")
+        for name in filled(**given(message, "name", "audio", "images", "function_call", "is_error")):
+            self._translation.drop(f"messages.{name}")
         self._lose(message, "cache_control")
         if role in ("user", "system", "developer"):
             self.items.append({"role": role, "content": self._content(message.get("content"), place)})
@@ -2824,18 +2819,6 @@ def write_annotation(annotation: Json) -> Json:
     if not isinstance(inner, dict):
         return annotation
     return {"type": "url_citation", "start_index": 0, "end_index": 0, "title": "", "url": "", **inner}
-
-
-def cited_results(item: Json) -> list[Json]:
-    """Perplexity names its sources in an item of their own; they are citations of the whole text."""
-    results = [result for result in item.get("results") or () if isinstance(result, dict) and result.get("url")]
-    sources = [{"url": result["url"], "title": result.get("title") or ""} for result in results]
-    return [{"type": "url_citation", "url_citation": {"start_index": 0, "end_index": 0, **one}} for one in sources]
-
-
-def image_of(item: Json) -> Json:
-    kind = item.get("output_format") or "png"
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{item['result']}"}}
 
 
 @dataclass(slots=True, eq=False)
@@ -3026,10 +3009,14 @@ class ResponsesDecoder(EventDecoder):
 
     def _end_image(self, progress: ItemProgress, item: Json) -> None:
         if isinstance(item.get("result"), str):
-            self._emit({"images": [image_of(item)]})
+            url = f"data:image/{item.get('output_format') or 'png'};base64,{item['result']}"
+            self._emit({"images": [{"type": "image_url", "image_url": {"url": url}}]})
 
     def _end_results(self, progress: ItemProgress, item: Json) -> None:
-        if sources := cited_results(item):
+        """Perplexity names its sources in an item of their own; they are citations of the whole text."""
+        results = [result for result in item.get("results") or () if isinstance(result, dict) and result.get("url")]
+        if results:
+            sources = [url_citation(result["url"], result.get("title"), 0, 0) for result in results]
             self._emit({"annotations": sources})
 
     def _completed(self, event: Json) -> None:
@@ -3584,7 +3571,7 @@ class OpenAiResponses(Dialect):
     def _write_sampling(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
         for name in facts.refused(request):
             body.pop(name, None)
-            if request[name] != CHAT_DEFAULTS[name]:
+            if not says_nothing(name, request[name]) and request[name] != SAMPLING_DEFAULTS.get(name):
                 translation.drop(name, "not while the model reasons")
         if "logprobs" in self.unsent or "logprobs" in facts.refused(request) or request.get("logprobs") is not True:
             return
@@ -3595,8 +3582,7 @@ class OpenAiResponses(Dialect):
     def _note_losses(self, request: Json, translation: Translation) -> None:
         silent = {"presence_penalty", "frequency_penalty", "logit_bias", "stop"} | self.unsent
         for name, value in request.items():
-            lost = name in silent or name not in READ_IN_CHAT
-            if lost and value is not None and value != CHAT_DEFAULTS.get(name):
+            if (name in silent or name not in READ_IN_CHAT) and not says_nothing(name, value):
                 translation.drop(name)
 
     def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
@@ -6284,10 +6270,8 @@ class AnthropicDecoder(EventDecoder):
 
 def read_claude_citation(citation: Json) -> Json:
     """A citation with a URL is OpenAI's url_citation; any other is kept as it came."""
-    if citation.get("url"):
-        told = {"url": citation["url"], "title": citation.get("title") or "", "start_index": 0, "end_index": 0}
-        return {"type": "url_citation", "url_citation": told, "anthropic": citation}
-    return {"type": "citation", "anthropic": citation}
+    told = url_citation(citation["url"], citation.get("title"), 0, 0) if citation.get("url") else {"type": "citation"}
+    return {**told, "anthropic": citation}
 
 
 class AnthropicParser:
