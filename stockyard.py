@@ -1479,7 +1479,9 @@ def with_effort(request: Json) -> Json:
     return {**request, "reasoning_effort": reasoning["effort"], "reasoning": None}
 
 
-def read_messages(request: Json, translation: Translation) -> Iterator[tuple[Json, str, str]]:
+def read_messages(
+    request: Json, translation: Translation, carried: frozenset[str] = CARRIED_IN_MESSAGES
+) -> Iterator[tuple[Json, str, str]]:
     """The messages with their roles and places; members no encoder carries are named as dropped."""
     for at, message in enumerate(want_list(request.get("messages"), "messages")):
         where = f"messages[{at}]"
@@ -1487,10 +1489,10 @@ def read_messages(request: Json, translation: Translation) -> Iterator[tuple[Jso
         role = want_text(message.get("role"), f"{where}.role")
         if role == "function":  # the calls of 2023 had no ids
             message = {**message, "role": "tool", "tool_call_id": f"call_{message.get('name')}"}
-        elif message.get("name"):
+        elif message.get("name") and not (role == "tool" and "name" in carried):
             translation.drop("messages.name")
         for name, value in message.items():
-            if value and name not in CARRIED_IN_MESSAGES and name != "name":
+            if value and name not in carried and name != "name":
                 translation.drop(f"messages.{name}")
         yield message, {"developer": "system"}.get(role, message["role"]), where
 
@@ -1925,32 +1927,34 @@ class Encoder:
     A member that stands in no table is named as dropped, unless its value asks for nothing.
     """
 
+    #: Members of messages that are carried.
+    MESSAGE: ClassVar[frozenset[str]] = CARRIED_IN_MESSAGES
     ROLES: ClassVar[Mapping[str, Callable[[Any, Json, str], None]]] = {}
     WRITERS: ClassVar[Mapping[str, Callable[[Any, Any], None]]] = {}
     #: Members that are read where they are needed.
     CARRIED: ClassVar[frozenset[str]] = ALWAYS_CARRIED
     #: Names that the provider takes for tools, and the letters that it does not.
-    TOOL_NAME: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9_-]{1,64}")
-    NO_TOOL_LETTER: ClassVar[re.Pattern[str]] = re.compile(r"[^A-Za-z0-9_-]")
+    FIT_NAME: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9_-]{1,64}")
+    UNFIT_LETTER: ClassVar[re.Pattern[str]] = re.compile(r"[^A-Za-z0-9_-]")
 
     def __init__(self, request: Json, translation: Translation) -> None:
         self._request, self._translation, self._drop = with_effort(request), translation, translation.drop
         self._fitted: dict[str, str] = {}
 
     def _write_messages(self) -> None:
-        for message, role, where in read_messages(self._request, self._translation):
+        for message, role, where in read_messages(self._request, self._translation, self.MESSAGE):
             writer = self.ROLES.get(role)
             if writer is None:
                 raise InvalidRequest(f"`{where}.role` is {role!r}, which is no role", param=f"{where}.role")
             writer(self, message, where)
 
     def _write_members(self, body: Json, plain: Mapping[str, str]) -> None:
-        """Write the members into `body`: `plain` ones as they are under another name."""
+        """Write the members into `body`: `plain` ones as they are, under another name that may lead inside (`a.b`)."""
         for name, value in self._request.items():
             if name in self.CARRIED or says_nothing(name, value):
                 continue
             if name in plain:
-                body[plain[name]] = value
+                set_dotted(body, plain[name], value)
             elif (writer := self.WRITERS.get(name)) is not None:
                 writer(self, value)
             else:
@@ -1960,9 +1964,9 @@ class Encoder:
         """A tool's name as the provider takes it; `names["tool_names"]` lets the decoder put the original back."""
         if name not in self._fitted:
             fit = name
-            if not self.TOOL_NAME.fullmatch(name):
-                fit = self.NO_TOOL_LETTER.sub("_", name)[:60]
-                fit = fit if self.TOOL_NAME.fullmatch(fit) else f"_{fit}"
+            if not self.FIT_NAME.fullmatch(name):
+                fit = self.UNFIT_LETTER.sub("_", name)[:60]
+                fit = fit if self.FIT_NAME.fullmatch(fit) else f"_{fit}"
                 while fit in self._fitted.values():
                     fit += "_"
                 self._translation.names.setdefault("tool_names", {})[fit] = name
@@ -3886,7 +3890,6 @@ MEDIA_TYPES: Final[Mapping[str, str]] = {
 }  # fmt: skip
 RESULT_MEDIA: Final = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"})
 GEMINI_IMAGE_TOKENS: Final = 258
-FUNCTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}\Z")
 LABEL: Final = re.compile(r"[a-z0-9_-]{0,63}\Z")
 
 
@@ -4088,21 +4091,19 @@ def read_openapi_schema(schema: Any, where: str) -> Json:
 
 # Canonical request -> generateContent body.
 
-#: Members of a canonical request that a single member of generationConfig carries as it stands.
-GEMINI_PLAIN: Final[Mapping[str, str]] = {
-    "max_tokens": "maxOutputTokens", "max_completion_tokens": "maxOutputTokens", "temperature": "temperature",
-    "top_p": "topP", "top_k": "topK", "seed": "seed", "presence_penalty": "presencePenalty",
-    "frequency_penalty": "frequencyPenalty", "logprobs": "responseLogprobs", "top_logprobs": "logprobs",
+#: Members of generationConfig that canonical members carry as they stand: under which name, and the check.
+GEMINI_READ: Final[Mapping[str, tuple[str, Callable[[Any, str], Any]]]] = {
+    "maxOutputTokens": ("max_completion_tokens", want_whole), "temperature": ("temperature", want_number),
+    "topP": ("top_p", want_number), "topK": ("top_k", want_whole), "candidateCount": ("n", want_whole),
+    "stopSequences": ("stop", want_texts), "seed": ("seed", want_whole), "logprobs": ("top_logprobs", want_whole),
+    "presencePenalty": ("presence_penalty", want_number), "frequencyPenalty": ("frequency_penalty", want_number),
+    "responseLogprobs": ("logprobs", want_flag),
 }  # fmt: skip
-#: Members that need no word: carried elsewhere, or the only way Gemini works.
-GEMINI_IMPLIED: Final = frozenset({
-    "model", "messages", "stream", "stream_options", "tool_choice", "reasoning", "include_reasoning", "extra_body",
-    "tools", "reasoning_effort",
-})  # fmt: skip
-MESSAGE_MEMBERS: Final = frozenset({
-    "role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "extra_content",
-    "is_error", "images", "thought_signature",
-})  # fmt: skip
+GEMINI_PLAIN: Final[Mapping[str, str]] = {
+    **{ours: f"generationConfig.{theirs}" for theirs, (ours, _) in GEMINI_READ.items() if ours != "stop"},
+    "max_tokens": "generationConfig.maxOutputTokens", "safety_settings": "safetySettings",
+    "cached_content": "cachedContent",
+}  # fmt: skip
 #: Google's names inside `extra_body` that belong deeper in the body; objects whose members count one by one.
 GEMINI_MOVED: Final[Mapping[str, str]] = {"thinkingConfig": "generationConfig.thinkingConfig"}
 GEMINI_NESTED: Final = frozenset({
@@ -4121,61 +4122,43 @@ def dotted_members(members: Json, prefix: str = "") -> Iterator[tuple[str, Any]]
             yield path, value
 
 
-class GeminiEncoder:
+class GeminiEncoder(Encoder):
     """Builds one generateContent body. One object a request: it remembers calls and names on the way."""
 
+    CARRIED = ALWAYS_CARRIED | {"reasoning", "include_reasoning", "reasoning_effort"}
+    MESSAGE = frozenset({
+        "role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "extra_content",
+        "is_error", "images", "thought_signature", "name",
+    })  # fmt: skip
+    FIT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
+    UNFIT_LETTER = re.compile(r"[^A-Za-z0-9_.:-]")
+
     def __init__(self, dialect: GeminiGenerate, request: Json, translation: Translation) -> None:
-        self._dialect, self._request, self._translation = dialect, request, translation
-        self._family = gemini_family(translation.model)
-        self._config: Json = {}
+        super().__init__(request, translation)
+        self._dialect, self._family = dialect, gemini_family(translation.model)
         self._body: Json = {}
         self._system: list[Json] = []
         self._contents: list[Json] = []
         self._calls: dict[str, tuple[int, str]] = {}  # id -> order, name
         self._results: list[tuple[int, Json, list[Json]]] = []
-        self._fitted: dict[str, str] = {}
 
     def build(self) -> Json:
         self._write_messages()
+        self._write_contents()
         self._write_tools()
         self._write_thinking()
-        for name, value in self._request.items():
-            if value is None or name in GEMINI_IMPLIED:
-                continue
-            if name in GEMINI_PLAIN:
-                self._config[GEMINI_PLAIN[name]] = value
-            elif (writer := self.WRITERS.get(name)) is not None:
-                writer(self, value)
-            else:
-                self._translation.drop(name)
+        self._write_members(self._body, GEMINI_PLAIN)
         body = {"contents": self._contents, **self._body}
-        if self._config:
-            body["generationConfig"] = self._config
         self._write_extras(body)
         return self._without_cached(body)
 
+    def _configure(self, name: str, value: Any) -> None:
+        self._body.setdefault("generationConfig", {})[name] = value
+
     # -- messages
 
-    def _write_messages(self) -> None:
-        for at, message in enumerate(want_list(self._request.get("messages"), "messages")):
-            where = f"messages[{at}]"
-            message = want_object(message, where)
-            role = message.get("role")
-            self._name_lost(message, role)
-            if role == "tool":
-                self._tool(message, where)
-                continue
-            self._flush_results()
-            if role in ("system", "developer"):
-                self._instruct(message, where)
-            elif role == "assistant":
-                self._append("model", self._assistant(message, where))
-            elif role == "user":
-                opaque = self._google(message, where).get("parts") or []
-                self._append("user", self._parts(message.get("content"), where) + opaque)
-            else:
-                raise InvalidRequest(f"`{where}.role` {role!r} is not known", param=f"{where}.role")
-        self._flush_results()
+    def _write_contents(self) -> None:
+        self._turn("user", [])
         if self._system and (not self._contents or not self._family.system):  # contents must not be empty
             merged = self._contents and self._contents[0]["role"] == "user"
             parts = self._contents.pop(0)["parts"] if merged else []
@@ -4185,10 +4168,12 @@ class GeminiEncoder:
         if not self._contents:
             raise InvalidRequest("`messages` hold nothing to send", param="messages")
 
-    def _name_lost(self, message: Json, role: Any) -> None:
-        for name, value in message.items():
-            if name not in MESSAGE_MEMBERS and value and not (name == "name" and role == "tool"):
-                self._translation.drop(f"messages.{name}")
+    def _turn(self, role: str, parts: list[Json]) -> None:
+        """Add a turn after the results before it: parallel ones in the order of their calls, then their media."""
+        results = sorted(self._results, key=lambda result: result[0])
+        self._results = []
+        self._append("user", [part for _, part, _ in results] + [part for *_, media in results for part in media])
+        self._append(role, parts)
 
     def _append(self, role: str, parts: list[Json]) -> None:
         if parts and self._contents and self._contents[-1]["role"] == role:
@@ -4199,24 +4184,27 @@ class GeminiEncoder:
     def _instruct(self, message: Json, where: str) -> None:
         """Only leading instructions can be instructions; later ones are folded into the user's text."""
         parts = self._parts(message.get("content"), where)
-        if self._contents:
-            self._append("user", parts)
+        if self._contents or self._results:
+            self._turn("user", parts)
         else:
             self._system.extend(parts)
+
+    def _user(self, message: Json, where: str) -> None:
+        opaque = self._google(message, where).get("parts") or []
+        self._turn("user", self._parts(message.get("content"), where) + opaque)
 
     def _google(self, holder: Json, where: str) -> Json:
         where += ".extra_content"
         google = want_object(holder.get("extra_content") or {}, where).get("google") or {}
         google = want_object(google, f"{where}.google")
         want_text(google.get("thought_signature") or "", f"{where}.google.thought_signature")
-        for at, part in enumerate(want_list(google.get("parts") or [], f"{where}.google.parts")):
-            want_object(part, f"{where}.google.parts[{at}]")
+        want_objects(google.get("parts"), f"{where}.google.parts")
         return google
 
-    def _assistant(self, message: Json, where: str) -> list[Json]:
+    def _assistant(self, message: Json, where: str) -> None:
         google = self._google(message, where)
         parts: list[Json] = list(google.get("parts") or ())
-        self._remember(message, parts, where)
+        self._remember(message, parts)
         text = self._parts(message.get("content"), where)
         if isinstance(message.get("refusal"), str):
             text += [{"text": message["refusal"]}]
@@ -4226,11 +4214,11 @@ class GeminiEncoder:
             text[-1] = {**text[-1], "thoughtSignature": signature}
         elif signature and not calls:
             text = [{"text": "", "thoughtSignature": signature}]
-        for at, image in enumerate(want_list(message.get("images") or [], f"{where}.images")):
-            text += self._image(image, f"{where}.images[{at}]")
-        return parts + text + calls
+        for place, image in want_objects(message.get("images"), f"{where}.images"):
+            text += self._image(image, place)
+        self._turn("model", parts + text + calls)
 
-    def _remember(self, message: Json, parts: list[Json], where: str) -> None:
+    def _remember(self, message: Json, parts: list[Json]) -> None:
         """Give reasoning back as a thought, unless a signed thought among the opaque parts already is it."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if not isinstance(reasoning, str) or not reasoning or any(part.get("thought") for part in parts):
@@ -4238,31 +4226,21 @@ class GeminiEncoder:
         if self._family.thinks:
             parts.insert(0, {"text": reasoning, "thought": True})
         else:
-            self._translation.drop("messages.reasoning_content")
+            self._drop("messages.reasoning_content")
 
     def _tool_calls(self, message: Json, where: str, signature: Any) -> list[Json]:
         parts: list[Json] = []
         kept = self._translation.names.get("signatures") or {}
-        for at, call in enumerate(want_list(message.get("tool_calls") or [], f"{where}.tool_calls")):
-            inside = f"{where}.tool_calls[{at}]"
-            call = want_object(call, inside)
-            part = {"functionCall": self._call(call, inside)}
-            own = self._google(call, inside).get("thought_signature") or kept.get(call.get("id"))
-            own = own or (signature if not parts else None)
-            if own is None and not parts and self._family.needs_signatures:
-                own = SIGNATURE_DUMMY
-            parts.append({**part, "thoughtSignature": own} if own else part)
+        calls = want_objects(message.get("tool_calls"), f"{where}.tool_calls")
+        for (place, call), (_, name, arguments) in zip(calls, read_history_calls(message, where), strict=False):
+            own = self._google(call, place).get("thought_signature") or kept.get(call.get("id"))
+            if not parts:
+                own = own or signature or (SIGNATURE_DUMMY if self._family.needs_signatures else None)
+            written = self._call(call.get("id"), self._fit_name(name), read_arguments(arguments))
+            parts.append({"functionCall": written, **filled(thoughtSignature=own)})
         return parts
 
-    def _call(self, call: Json, where: str) -> Json:
-        if call.get("type") == "custom":
-            custom = want_object(call.get("custom"), f"{where}.custom")
-            name, args = custom.get("name"), {"input": custom.get("input") or ""}
-        else:
-            function = want_object(call.get("function"), f"{where}.function")
-            name, args = function.get("name"), read_arguments(function.get("arguments"))
-        name = self._fit(want_text(name, f"{where}.function.name"))
-        key = call.get("id")
+    def _call(self, key: Any, name: str, args: Json) -> Json:
         written: Json = {"name": name, "args": args}
         if isinstance(key, str) and key:
             self._calls[key] = (len(self._calls), name)
@@ -4280,7 +4258,7 @@ class GeminiEncoder:
         content = message.get("content")
         parts = self._parts(content, where) if isinstance(content, list) else []
         text = "".join(part["text"] for part in parts if "text" in part) if parts else content
-        answer: Json = {"name": self._fit(name), "response": self._response(text, bool(message.get("is_error")))}
+        answer: Json = {"name": self._fit_name(name), "response": self._response(text, bool(message.get("is_error")))}
         if key in self._calls and self._dialect.sends_call_ids and self._family.needs_signatures:
             answer["id"] = key
         media = [part for part in parts if "text" not in part]
@@ -4301,91 +4279,69 @@ class GeminiEncoder:
             return {"output": text}
         return {"output": value} if value.keys() & {"output", "error"} else value  # Gemini reads these two names itself
 
-    def _flush_results(self) -> None:
-        """Put parallel results in the order of their calls, media that cannot travel inside them after."""
-        results = sorted(self._results, key=lambda result: result[0])
-        self._append("user", [part for _, part, _ in results] + [part for *_, media in results for part in media])
-        self._results = []
-
     # -- content parts
 
     def _parts(self, content: Any, where: str) -> list[Json]:
-        if content is None or content == "":
-            return []
-        if isinstance(content, str):
-            return [{"text": content}]
         parts = []
-        for at, part in enumerate(want_list(content, f"{where}.content")):
-            inside = f"{where}.content[{at}]"
-            part = {"type": "text", "text": part} if isinstance(part, str) else want_object(part, inside)
+        for at, part in enumerate(read_parts(content, f"{where}.content")):
+            place = f"{where}.content[{at}]"
             reader = self.PARTS.get(str(part.get("type")))
             if "cache_control" in part:
-                self._translation.drop("cache_control")
+                self._drop("cache_control")
             if reader is None:
-                self._translation.drop(f"content.{part.get('type')}")
+                self._drop(f"content.{part.get('type')}")
                 continue
-            beside = {camel_case(name): value for name, value in self._google(part, inside).items()}
-            parts += [{**written, **beside} for written in reader(self, part, inside)]
+            beside = {camel_case(name): value for name, value in self._google(part, place).items()}
+            parts += [{**written, **beside} for written in reader(self, part, place)]
         return parts
 
     def _text(self, part: Json, where: str) -> list[Json]:
-        text = want_text(part.get("text", part.get("refusal")), f"{where}.text")
-        return [{"text": text}] if text else []
+        return [{"text": part["text"]}] if part["text"] else []
 
     def _image(self, part: Json, where: str) -> list[Json]:
-        part = want_object(part, where)
         kind = str(part.get("type") or "image_url")
         image = part.get(kind) or part.get("image_url")
         image = {"url": image} if isinstance(image, str) else want_object(image, f"{where}.{kind}")
         if image.get("detail") not in (None, "auto"):
-            self._translation.drop(f"content.{kind}.detail")
+            self._drop(f"content.{kind}.detail")
         written = self._address(want_text(image.get("url"), f"{where}.{kind}.url"), None, kind, where)
-        google = self._google(part, where)
-        if written and google.get("thought_signature"):
-            written[0]["thoughtSignature"] = google["thought_signature"]
-        return written
+        signature = self._google(part, where).get("thought_signature")
+        return [{**each, **filled(thoughtSignature=signature)} for each in written]
 
     def _audio(self, part: Json, where: str) -> list[Json]:
         audio = want_object(part.get("input_audio"), f"{where}.input_audio")
-        data = want_text(audio.get("data"), f"{where}.input_audio.data")
         kind = want_text(audio.get("format"), f"{where}.input_audio.format").lower()
-        return [{"inlineData": {"mimeType": MEDIA_TYPES.get(kind, f"audio/{kind}"), "data": data}}]
+        data = want_text(audio.get("data"), f"{where}.input_audio.data")
+        return [inline(MEDIA_TYPES.get(kind, f"audio/{kind}"), data)]
 
     def _file(self, part: Json, where: str) -> list[Json]:
-        kind = part["type"]
-        file = part.get(kind)
-        file = part if file is None else want_object(file, f"{where}.{kind}")
-        name = file.get("filename") or ""
-        named = file.get("mime_type") or media_type_of(want_text(name, f"{where}.{kind}.filename"))
+        kind, where = part["type"], f"{where}.{part['type']}"
+        file = want_object(part if part.get(kind) is None else part[kind], where)
+        named = file.get("mime_type") or media_type_of(want_text(file.get("filename") or "", f"{where}.filename"))
         if file.get("file_data") is not None:
-            return self._file_data(want_text(file["file_data"], f"{where}.{kind}.file_data"), named, f"{where}.{kind}")
-        address = want_text(file.get("file_url") or file.get("file_id"), f"{where}.{kind}.file_url")
-        if address.startswith("files/"):
-            address = GOOGLE_FILES + address
-        return self._address(address, named, kind, where)
+            return self._file_data(want_text(file["file_data"], f"{where}.file_data"), named, f"{where}.file_data")
+        address = want_text(file.get("file_url") or file.get("file_id"), f"{where}.file_url")
+        return self._address(GOOGLE_FILES * address.startswith("files/") + address, named, kind, where)
 
     def _file_data(self, data: str, named: str | None, where: str) -> list[Json]:
         if data.startswith("data:"):
-            kind, data = read_data_uri(data, f"{where}.file_data")
+            kind, data = read_data_uri(data, where)
             named = kind if kind != "application/octet-stream" else named
         if named is None:
-            raise InvalidRequest(f"`{where}.file_data` must be a data URI that names its media type", param=where)
-        return [{"inlineData": {"mimeType": named, "data": data}}]
+            raise InvalidRequest(f"`{where}` must be a data URI that names its media type", param=where)
+        return [inline(named, data)]
 
     def _address(self, url: str, kind: str | None, what: str, where: str) -> list[Json]:
         """Pass a file on by its address where Gemini fetches such addresses: Stockyard itself never does."""
         if url.startswith("data:"):
-            kind, data = read_data_uri(url, f"{where}.{what}")
-            return [{"inlineData": {"mimeType": kind, "data": data}}]
-        if YOUTUBE_URL.match(url):
-            return [{"fileData": {"fileUri": url, "mimeType": kind or "video/mp4"}}]
-        kind = kind or media_type_of(url)
-        if GOOGLE_FILE_URL.match(url) and self._dialect.google_files:
-            return [{"fileData": {"fileUri": url, **({"mimeType": kind} if kind else {})}}]
-        if why := self._refusal(url, kind):
-            self._translation.drop(f"content.{what}", why)
+            return [inline(*read_data_uri(url, f"{where}.{what}"))]
+        film = YOUTUBE_URL.match(url)
+        kind = kind or ("video/mp4" if film else media_type_of(url))
+        ours = GOOGLE_FILE_URL.match(url) and self._dialect.google_files
+        if not (film or ours) and (why := self._refusal(url, kind)):
+            self._drop(f"content.{what}", why)
             return []
-        return [{"fileData": {"fileUri": url, "mimeType": kind}}]
+        return [{"fileData": {"fileUri": url, **filled(mimeType=kind)}}]
 
     def _refusal(self, url: str, kind: str | None) -> str:
         """Why an address cannot be passed on; empty where it can."""
@@ -4399,142 +4355,74 @@ class GeminiEncoder:
 
     # -- tools
 
-    def _fit(self, name: str) -> str:
-        """A function name as Gemini takes it; `names["gemini_tools"]` lets the decoder put the original back."""
-        if name not in self._fitted:
-            fit = name
-            if not FUNCTION_NAME.match(name):
-                fit = re.sub(r"[^A-Za-z0-9_.:-]", "_", name)[:60]
-                fit = fit if re.match(r"[A-Za-z_]", fit) else f"_{fit}"
-                while fit in self._fitted.values():
-                    fit += "_"
-                self._translation.names.setdefault("gemini_tools", {})[fit] = name
-            self._fitted[name] = fit
-        return self._fitted[name]
-
     def _write_tools(self) -> None:
-        functions: list[Json] = []
-        native: list[Json] = []
-        strict = []
-        for at, tool in enumerate(want_list(self._request.get("tools") or [], "tools")):
-            where = f"tools[{at}]"
-            tool = want_object(tool, where)
-            if "cache_control" in tool:
-                self._translation.drop("cache_control")
-            kind = tool.get("type") or ("function" if "function" in tool else None)
-            if kind == "function":
-                function = want_object(tool.get("function"), f"{where}.function")
-                functions.append(self._declare(function, f"{where}.function"))
-                strict.append(function.get("strict") is True)
-            elif kind == "custom":
-                functions.append(self._declare_custom(want_object(tool.get("custom"), f"{where}.custom"), where))
-                strict.append(False)
-            elif kind == "native" and tool.get("dialect") == "gemini":
-                native += self._native(want_object(tool.get("tool"), f"{where}.tool"))
-            else:
-                self._translation.drop(f"tools.{self._tool_name(tool)}")
-        tools = [{"functionDeclarations": functions}] if functions else []
+        functions, own = read_tools(self._request, "gemini", self._translation)
+        if any("cache_control" in tool for tool in self._request.get("tools") or ()):
+            self._drop("cache_control")
+        native = []
+        for tool in own:
+            google = google_object(tool, "tools.tool")
+            refused = [name for name in google if f"tools.{name}" in self._dialect.refused]
+            for name in refused:
+                self._drop(f"tools.{name}")
+            native += [kept] if (kept := without(google, *refused)) else []
+        tools = [{"functionDeclarations": [self._declare(tool) for tool in functions]}] if functions else []
         if tools + native:
             self._body["tools"] = tools + native
-        self._choose(functions, bool(strict) and all(strict))
+        self._choose(functions)
 
-    def _tool_name(self, tool: Json) -> str:
-        inner = tool.get("tool")
-        return str(inner.get("type") or next(iter(inner), "")) if isinstance(inner, dict) else str(tool.get("type"))
-
-    def _native(self, tool: Json) -> list[Json]:
-        kept = {}
-        for name, value in google_object(tool, "tools.tool").items():
-            if f"tools.{name}" in self._dialect.refused:
-                self._translation.drop(f"tools.{name}")
-            else:
-                kept[name] = value
-        return [kept] if kept else []
-
-    def _declare(self, function: Json, where: str) -> Json:
-        declaration: Json = {"name": self._fit(want_text(function.get("name"), f"{where}.name"))}
-        if function.get("description"):
-            declaration["description"] = function["description"]
-        schema = want_object(function.get("parameters") or {}, f"{where}.parameters")
-        if schema.get("properties") or schema.keys() - {"type", "properties", "required", "additionalProperties"}:
+    def _declare(self, tool: ToolSpec) -> Json:
+        declaration = {"name": self._fit_name(tool.name), **filled(description=tool.description)}
+        schema = tool.parameters
+        if schema.get("properties") or without(schema, "type", "properties", "required", "additionalProperties"):
             self._write_schema(declaration, schema, "parametersJsonSchema", "parameters", "tools.parameters")
         where = "extra_body.gemini.functionDeclarations"
-        kept = want_object(self._extras_of("gemini").get("functionDeclarations") or {}, where)
-        return {**declaration, **want_object(kept.get(function["name"]) or {}, where)}
-
-    def _declare_custom(self, custom: Json, where: str) -> Json:
-        """A tool of free text becomes a function of one text; the decoder turns its calls back."""
-        name = want_text(custom.get("name"), f"{where}.custom.name")
-        if (custom.get("format") or {"type": "text"}) != {"type": "text"}:
-            self._translation.drop("tools.custom.format")
-        self._translation.names.setdefault("gemini_custom", set()).add(name)
-        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-        return self._declare({"name": name, "description": custom.get("description"), "parameters": schema}, where)
+        extra = want_object(self._request.get("extra_body") or {}, "extra_body").get("gemini") or {}
+        kept = want_object(want_object(extra, "extra_body.gemini").get("functionDeclarations") or {}, where)
+        return {**declaration, **want_object(kept.get(tool.name) or {}, where)}
 
     def _write_schema(self, holder: Json, schema: Json, whole: str, subset: str, where: str) -> None:
         def drop(keyword: str) -> None:
-            self._translation.drop(f"{where}.{keyword}", "Gemini's schemas do not know it")
+            self._drop(f"{where}.{keyword}", "Gemini's schemas do not know it")
 
         name = whole if self._family.json_schema else subset
         holder[name] = SchemaWriter(schema, self._family.json_schema, drop).write(schema)
 
-    def _choose(self, functions: list[Json], strict: bool) -> None:
-        choice = self._request.get("tool_choice")
+    def _choose(self, functions: list[ToolSpec]) -> None:
+        choice = read_chosen_tools(self._request)
         if not functions:
-            if choice not in (None, "auto", "none"):
-                self._translation.drop("tool_choice")
+            if choice.mode == "required" or choice.names:
+                self._drop("tool_choice")
             return
-        mode, names = self._mode(choice)
-        if mode == "AUTO" and (names or (strict and self._family.validated)):
+        strict = all(tool.strict for tool in functions)
+        mode = {"auto": "AUTO", "none": "NONE", "required": "ANY"}[choice.mode]
+        if mode == "AUTO" and (choice.names or (strict and self._family.validated)):
             mode = "VALIDATED"
-        elif strict and mode == "AUTO":
-            self._translation.drop("tools.strict")
-        if mode == "AUTO" and choice is None:
+        elif mode == "AUTO" and strict:
+            self._drop("tools.strict")
+        if mode == "AUTO" and self._request.get("tool_choice") is None:
             return
-        config: Json = {"mode": mode}
-        if names:
-            config["allowedFunctionNames"] = [self._fit(name) for name in names]
-        self._body["toolConfig"] = {"functionCallingConfig": config}
-
-    def _mode(self, choice: Any) -> tuple[str, list[str]]:
-        if choice is None or isinstance(choice, str):
-            mode = {None: "AUTO", "auto": "AUTO", "none": "NONE", "required": "ANY", "any": "ANY"}.get(choice)
-            if mode is None:
-                raise InvalidRequest("`tool_choice` must be auto, none, required, or an object", param="tool_choice")
-            return mode, []
-        choice = want_object(choice, "tool_choice")
-        kind = choice.get("type")
-        if kind == "allowed_tools":
-            allowed = want_object(choice.get("allowed_tools"), "tool_choice.allowed_tools")
-            tools = want_list(allowed.get("tools"), "tool_choice.allowed_tools.tools")
-            names = [self._chosen(want_object(tool, "tool_choice.allowed_tools.tools")) for tool in tools]
-            return ("ANY" if allowed.get("mode") == "required" else "AUTO"), names
-        return "ANY", [self._chosen(choice)]
-
-    def _chosen(self, choice: Json) -> str:
-        inner = choice.get(str(choice.get("type") or "function"))
-        return want_text(inner.get("name") if isinstance(inner, dict) else None, "tool_choice.function.name")
+        names = [self._fit_name(name) for name in sorted(choice.names or ())]
+        self._body["toolConfig"] = {"functionCallingConfig": {"mode": mode, **filled(allowedFunctionNames=names)}}
 
     # -- generation
 
     def _write_thinking(self) -> None:
-        reasoning = self._request.get("reasoning") or {}
-        reasoning = want_object(reasoning, "reasoning")
-        effort = self._request.get("reasoning_effort") or reasoning.get("effort")
-        budget = reasoning.get("max_tokens")
-        asked = effort or budget or reasoning.get("enabled") or self._request.get("include_reasoning")
-        if not asked:
+        request = self._request
+        reasoning = want_object(request.get("reasoning") or {}, "reasoning")
+        effort, budget = request.get("reasoning_effort") or reasoning.get("effort"), reasoning.get("max_tokens")
+        if not (effort or budget or reasoning.get("enabled") or request.get("include_reasoning")):
             return
         if not self._family.thinks:
-            self._translation.drop("reasoning_effort" if self._request.get("reasoning_effort") else "reasoning")
+            self._drop("reasoning_effort" if request.get("reasoning_effort") else "reasoning")
             return
         if effort and str(effort) not in GEMINI_EFFORTS:
             known = ", ".join(GEMINI_EFFORTS)
             raise InvalidRequest(f"`reasoning_effort` must be one of {known}", param="reasoning_effort")
         thinking = self._thinking(effort, want_whole(budget, "reasoning.max_tokens") if budget else None)
-        if effort != "none" and not reasoning.get("exclude") and self._request.get("include_reasoning") is not False:
+        if effort != "none" and not reasoning.get("exclude") and request.get("include_reasoning") is not False:
             thinking["includeThoughts"] = True
-        self._config["thinkingConfig"] = thinking
+        self._configure("thinkingConfig", thinking)
 
     def _thinking(self, effort: str | None, budget_tokens: int | None) -> Json:
         """The level or the budget, never both: that is a 400."""
@@ -4552,54 +4440,42 @@ class GeminiEncoder:
         return {"thinkingBudget": min(max(budget_tokens, lowest), highest)}
 
     def _stop(self, value: Any) -> None:
-        stops = [value] if isinstance(value, str) else want_texts(value, "stop")
+        stops = read_stops(value)
         if len(stops) > 5:
-            self._translation.drop("stop[5:]", "Gemini takes five at most")
+            self._drop("stop[5:]", "Gemini takes five at most")
         if stops:
-            self._config["stopSequences"] = stops[:5]
-
-    def _choices(self, value: Any) -> None:
-        if value != 1:
-            self._config["candidateCount"] = value
-
-    def _parallel(self, value: Any) -> None:
-        if value is False:
-            self._translation.drop("parallel_tool_calls")
+            self._configure("stopSequences", stops[:5])
 
     def _format(self, value: Any) -> None:
         kind = want_object(value, "response_format").get("type")
         if kind not in ("json_object", "json_schema"):
             return
         if "tools" in self._body and not self._family.json_with_tools:
-            self._translation.drop("response_format", "this model takes no JSON format beside tools")
+            self._drop("response_format", "this model takes no JSON format beside tools")
             return
-        self._config["responseMimeType"] = "application/json"
+        self._configure("responseMimeType", "application/json")
         if kind == "json_schema":
             wrapper = want_object(value.get("json_schema"), "response_format.json_schema")
             schema = want_object(wrapper.get("schema") or {}, "response_format.json_schema.schema")
-            if wrapper.get("description"):
-                schema = {"description": wrapper["description"], **schema}
-            self._write_schema(self._config, schema, "responseJsonSchema", "responseSchema", "response_format")
+            schema = {**filled(description=wrapper.get("description")), **schema}
+            config = self._body["generationConfig"]
+            self._write_schema(config, schema, "responseJsonSchema", "responseSchema", "response_format")
 
     def _modalities(self, value: Any) -> None:
-        names = [name.upper() for name in want_texts(value, "modalities")]
-        if names != ["TEXT"]:
-            self._config["responseModalities"] = names
+        self._configure("responseModalities", [name.upper() for name in want_texts(value, "modalities")])
 
     def _voice(self, value: Any) -> None:
         audio = want_object(value, "audio")
         if audio.get("voice"):
-            voice = {"prebuiltVoiceConfig": {"voiceName": audio["voice"]}}
-            self._config["speechConfig"] = {"voiceConfig": voice}
+            self._configure("speechConfig", {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": audio["voice"]}}})
         if audio.get("format") not in (None, "pcm16"):
-            self._translation.drop("audio.format")
+            self._drop("audio.format")
 
     def _tier(self, value: Any) -> None:
-        tier = {"default": "standard", "standard": "standard", "flex": "flex", "priority": "priority"}.get(str(value))
-        if tier:
-            self._body["serviceTier"] = tier
-        elif value != "auto":
-            self._translation.drop("service_tier")
+        if value in ("standard", "flex", "priority"):
+            self._body["serviceTier"] = value
+        else:
+            self._drop("service_tier")
 
     def _labels(self, value: Any) -> None:
         """Vertex bills by labels; the Developer API knows none."""
@@ -4608,58 +4484,42 @@ class GeminiEncoder:
         if self._dialect.labels and fits:
             self._body.setdefault("labels", {}).update(labels)
         else:
-            self._translation.drop(name)
-
-    def _store(self, value: Any) -> None:
-        if value:
-            self._translation.drop("store")
-
-    def _safety(self, value: Any) -> None:
-        self._body["safetySettings"] = value
-
-    def _cached(self, value: Any) -> None:
-        self._body["cachedContent"] = value
+            self._drop(name)
 
     # -- extras
 
-    def _extras_of(self, dialect: str) -> Json:
-        extra = want_object(self._request.get("extra_body") or {}, "extra_body")
-        return want_object(extra.get(dialect) or {}, f"extra_body.{dialect}")
-
     def _write_extras(self, body: Json) -> None:
         """Merge what was said in Gemini's own words; name what was said in another dialect's."""
-        for dialect in self._request.get("extra_body") or {}:
-            members = self._extras_of(dialect)
-            if dialect not in ("gemini", "google"):
-                for name in members:
-                    self._translation.drop(name)
-                continue
+        extra = dict(want_object(self._request.get("extra_body") or {}, "extra_body"))
+        for owner in ("gemini", "google"):
+            members = want_object(extra.pop(owner, None) or {}, f"extra_body.{owner}")
             for path, value in dotted_members(members):
                 if path in self._dialect.refused or path in ("contents", "model"):
-                    self._translation.drop(path)
+                    self._drop(path)
                 elif path != "functionDeclarations":
-                    set_dotted(body, path, value)
-                    if path.startswith("generationConfig.thinkingConfig.thinking"):
-                        self._keep_one(body["generationConfig"]["thinkingConfig"], path.rpartition(".")[2])
+                    self._write_extra(body, path, value)
+        own_extras({"extra_body": extra}, "gemini", self._translation)
 
-    def _keep_one(self, thinking: Json, name: str) -> None:
-        thinking.pop("thinkingBudget" if name == "thinkingLevel" else "thinkingLevel", None)
+    def _write_extra(self, body: Json, path: str, value: Any) -> None:
+        set_dotted(body, path, value)
+        one = {"thinkingLevel": "thinkingBudget", "thinkingBudget": "thinkingLevel"}.get(path.rpartition(".")[2])
+        if one and path.startswith("generationConfig.thinkingConfig."):  # both are a 400
+            body["generationConfig"]["thinkingConfig"].pop(one, None)
 
     def _without_cached(self, body: Json) -> Json:
         """A cached content already holds instructions and tools: to repeat them is a 400."""
         for name, said in (("systemInstruction", "system"), ("tools", "tools"), ("toolConfig", "tool_choice")):
             if "cachedContent" in body and body.pop(name, None) is not None:
-                self._translation.drop(said, "it must be part of the cached content")
+                self._drop(said, "it must be part of the cached content")
         return body
 
+    ROLES: ClassVar = {"system": _instruct, "user": _user, "assistant": _assistant, "tool": _tool}
     PARTS: ClassVar[Mapping[str, Callable[[GeminiEncoder, Json, str], list[Json]]]] = {
-        "text": _text, "input_text": _text, "refusal": _text, "image_url": _image, "video_url": _image,
-        "input_audio": _audio, "file": _file, "media": _file,
+        "text": _text, "image_url": _image, "video_url": _image, "input_audio": _audio, "file": _file, "media": _file,
     }  # fmt: skip
-    WRITERS: ClassVar[Mapping[str, Callable[[GeminiEncoder, Any], None]]] = {
-        "stop": _stop, "n": _choices, "parallel_tool_calls": _parallel, "response_format": _format,
-        "modalities": _modalities, "audio": _voice, "service_tier": _tier, "user": _labels, "metadata": _labels,
-        "store": _store, "safety_settings": _safety, "cached_content": _cached,
+    WRITERS: ClassVar = {
+        "stop": _stop, "response_format": _format, "modalities": _modalities, "audio": _voice, "service_tier": _tier,
+        "user": _labels, "metadata": _labels,
     }  # fmt: skip
 
 
@@ -4668,19 +4528,18 @@ class GeminiEncoder:
 
 def read_gemini_call(part: Json, translation: Translation) -> Json:
     call = part["functionCall"]
-    name = str(call.get("name") or "")
-    name = (translation.names.get("gemini_tools") or {}).get(name, name)
-    args = call.get("args") or {}
-    result: Json = {"id": call.get("id") or translation.new_id("call_"), "type": "function"}
-    if name in (translation.names.get("gemini_custom") or ()):
-        given = args.get("input") if isinstance(args, dict) else None
-        text = given if isinstance(given, str) else dump_json(args).decode()
-        result.update(type="custom", custom={"name": name, "input": text})
-    else:
-        result["function"] = {"name": name, "arguments": dump_json(args).decode()}
-    if part.get("thoughtSignature"):
-        result["extra_content"] = {"google": {"thought_signature": part["thoughtSignature"]}}
-    return result
+    read = read_call(call.get("id"), call.get("name"), call.get("args"), translation)
+    return {**read, **signature_kept(part)}
+
+
+def signature_kept(part: Json) -> Json:
+    """Where the signature of a part travels in the canonical shape."""
+    signature = part.get("thoughtSignature")
+    return {"extra_content": {"google": {"thought_signature": signature}}} if signature else {}
+
+
+def inline(media_type: str, data: str) -> Json:
+    return {"inlineData": {"mimeType": media_type, "data": data}}
 
 
 def read_gemini_media(part: Json, message: Json, translation: Translation) -> None:
@@ -4690,9 +4549,7 @@ def read_gemini_media(part: Json, message: Json, translation: Translation) -> No
         audio = message.setdefault("audio", {"id": translation.new_id("audio_"), "data": "", "transcript": ""})
         audio["data"] += data
         return
-    image: Json = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
-    if part.get("thoughtSignature"):
-        image["extra_content"] = {"google": {"thought_signature": part["thoughtSignature"]}}
+    image = {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}, **signature_kept(part)}
     message.setdefault("images", []).append(image)
 
 
@@ -4943,13 +4800,6 @@ class GeminiDecoder:
 
 # Client side: generateContent body -> canonical request.
 
-GEMINI_READ: Final[Mapping[str, tuple[str, Callable[[Any, str], Any]]]] = {
-    "maxOutputTokens": ("max_completion_tokens", want_whole), "temperature": ("temperature", want_number),
-    "topP": ("top_p", want_number), "topK": ("top_k", want_whole), "candidateCount": ("n", want_whole),
-    "stopSequences": ("stop", want_texts), "seed": ("seed", want_whole), "logprobs": ("top_logprobs", want_whole),
-    "presencePenalty": ("presence_penalty", want_number), "frequencyPenalty": ("frequency_penalty", want_number),
-    "responseLogprobs": ("logprobs", want_flag),
-}  # fmt: skip
 PART_DATA: Final = frozenset({
     "text", "thought", "thoughtSignature", "inlineData", "fileData", "functionCall", "functionResponse",
 })  # fmt: skip
@@ -7477,7 +7327,7 @@ class BedrockEncoder(Encoder):
 
     def _fit(self, call_id: str) -> str:
         """A call's id as Bedrock takes it, the same for the same foreign id."""
-        if self.TOOL_NAME.fullmatch(call_id):
+        if self.FIT_NAME.fullmatch(call_id):
             return call_id
         return hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:40]
 

@@ -235,7 +235,9 @@ def test_what_google_cannot_carry_is_named() -> None:
         "container",
     ]
     with pytest.raises(InvalidRequest, match="Google Gemini cannot carry `logit_bias`"):
-        GEMINI.encode({"messages": [{"role": "user", "content": "x"}], "logit_bias": {}}, translation(strict=True))
+        GEMINI.encode(
+            {"messages": [{"role": "user", "content": "x"}], "logit_bias": {"1": 2}}, translation(strict=True)
+        )
 
 
 def test_extras_reach_their_place() -> None:
