@@ -14726,7 +14726,7 @@ def audit_fault(
 # before the end of its answer does. So a kill loses no row; a start takes over what SQLite lacks. Commits are grouped:
 # the writer takes what has gathered, and rests a moment after each. What it cannot commit it keeps and tries again.
 # A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
-# serves every filter; the sums by hour and day and label (`rollups`) are written with the rows and answer every chart. Bodies
+# serves every filter; the sums by hour and day (`rollups` by label, `points` for charts) are written with the rows. Bodies
 # of one group lie together in one compressed block; long requests in parts, each kept once. Old blocks go first, then
 # rows; the sums stay.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
@@ -14847,6 +14847,25 @@ MIGRATIONS: Final = (
         seq INTEGER PRIMARY KEY, ts_ms INTEGER NOT NULL, kind TEXT NOT NULL, record TEXT NOT NULL, rows BLOB,
         digest BLOB NOT NULL
     );
+    """,
+    """
+    CREATE TABLE points (
+        span_s INTEGER NOT NULL, kind TEXT NOT NULL, start_s INTEGER NOT NULL, model TEXT NOT NULL, provider TEXT NOT NULL,
+        key_id TEXT NOT NULL, upstream_model TEXT NOT NULL, requests INTEGER NOT NULL, errors INTEGER NOT NULL,
+        cache_hits INTEGER NOT NULL, unpriced INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL, cache_write_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL,
+        redactions INTEGER NOT NULL, cost_nanousd INTEGER, saved_nanousd INTEGER NOT NULL,
+        steps BLOB NOT NULL, PRIMARY KEY (span_s, kind, start_s, model, provider, key_id, upstream_model)
+    ) WITHOUT ROWID;
+    INSERT INTO points SELECT span_s, kind, start_s, iif(kind IN ('model', 'each'), model, ''),
+        iif(kind IN ('provider', 'each'), provider, ''), iif(kind IN ('key', 'each'), key_id, ''),
+        iif(kind = 'each', upstream_model, ''), SUM(requests), SUM(requests * (status >= 400)),
+        SUM(requests * (cache IN ('hit', 'coalesced'))), SUM(unpriced), SUM(input_tokens), SUM(output_tokens),
+        SUM(cached_tokens), SUM(cache_write_tokens), SUM(reasoning_tokens), SUM(redactions), SUM(cost_nanousd), SUM(saved_nanousd), merged_steps(steps)
+        FROM rollups JOIN labels USING (label) LEFT JOIN spreads USING (span_s, start_s, label) CROSS JOIN (
+        SELECT 'total' AS kind UNION ALL SELECT 'model' UNION ALL SELECT 'provider' UNION ALL SELECT 'key' UNION ALL SELECT 'each')
+        WHERE tag = '' GROUP BY 1, 2, 3, 4, 5, 6, 7;
+    DROP TABLE spreads;
     """,
 )
 
@@ -15117,6 +15136,7 @@ def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         path.chmod(0o600)
         connection.row_factory = sqlite3.Row
+        connection.create_aggregate("merged_steps", 1, cast(Any, MergedSteps))
         if not connection.execute("PRAGMA page_count").fetchone()[0]:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # later it would do nothing
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
@@ -15150,6 +15170,7 @@ def open_reader(path: Path) -> sqlite3.Connection:
         f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, check_same_thread=False, timeout=5.0
     )
     connection.row_factory = sqlite3.Row
+    connection.create_aggregate("merged_steps", 1, cast(Any, MergedSteps))
     connection.execute("PRAGMA wal_autocheckpoint = 0")
     return connection
 
@@ -15444,37 +15465,22 @@ class LogStore:
             (row.seq, label, *row.own, block, *place) for row, label, place in zip(rows, labels, places, strict=True)
         ])  # fmt: skip
         self._roll_up(rows)
-        self._spread(rows, labels)
+        self._add_points(rows)
         listed = [(call.row.seq, audit_digest(call.line), digest) for call, digest in zip(calls, digests, strict=True)]
         for at in range(0, len(listed), 1000):
             self._audit("calls", {}, b"".join(itertools.starmap(AUDIT_ROW.pack, listed[at : at + 1000])))
 
-    def _spread(self, rows: list[LogRow], labels: list[int]) -> None:
-        """Count the times of the rows, for quantiles; a group is of one moment, near enough for them."""
-        fresh: dict[int, dict[int, int]] = {}
-        everything = fresh[ALL_LABELS] = {}
-        for row, label in zip(rows, labels, strict=True):
-            steps = fresh.get(label)
-            if steps is None:
-                steps = fresh[label] = {}
-            for step in steps_of(row):
-                steps[step] = steps.get(step, 0) + 1
-                everything[step] = everything.get(step, 0) + 1
-        now_s = rows[0].seq // 1000 >> SEQ_BITS if rows else 0
-        execute = self._connection.execute
-        for span_s in SPANS_S:
-            for label, steps in fresh.items():
-                at = (span_s, now_s // span_s * span_s, label)
-                known = execute(
-                    "SELECT steps FROM spreads WHERE span_s = ? AND start_s = ? AND label = ?", at
-                ).fetchone()
-                total = dict(STEP.iter_unpack(known[0])) if known else {}
-                for step, count in steps.items():
-                    total[step] = total.get(step, 0) + count
-                execute(
-                    "INSERT OR REPLACE INTO spreads VALUES (?, ?, ?, ?)",
-                    (*at, b"".join(map(STEP.pack, total, total.values()))),
-                )
+    def _add_points(self, rows: list[LogRow]) -> None:
+        """Add the rows to the points of charts, by what they have in common."""
+        alike: dict[tuple[int, tuple[Any, ...]], list[LogRow]] = {}
+        for row in rows:
+            alike.setdefault(((row.seq >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S, row.label), []).append(row)
+        for (hour_s, label), some in alike.items():
+            sums = point_sums(label, some)
+            for span_s in SPANS_S:
+                for kind, places in POINT_KINDS.items():
+                    who = [label[at] if at in places else "" for at in POINT_PLACES]
+                    self._connection.execute(ADD_POINT, (span_s, kind, hour_s // span_s * span_s, *who, *sums))
 
     def _label(self, values: tuple[Any, ...]) -> int:
         label = self._labels.get(values)
@@ -15689,9 +15695,14 @@ SUMS: Final[Mapping[str, str]] = {
     "first_tokens": "COUNT(first_token_ms)", "overhead_ms": "TOTAL(overhead_ms)", "redactions": "TOTAL(redactions)",
     "saved_nanousd": "TOTAL(saved_nanousd)",
 }  # fmt: skip
-#: A sum that is null (the cost of calls that have none) stays so until there is something to add.
-_ADD: Final = ", ".join(f"{name} = COALESCE({name} + excluded.{name}, {name}, excluded.{name})" for name in SUMS)
-_UPSERT: Final = f"ON CONFLICT DO UPDATE SET {_ADD}"
+
+
+def add_up(names: Iterable[str]) -> str:
+    """How an upsert adds to sums; one that is null (the cost of calls that have none) stays so while nothing is added."""
+    added = ", ".join(f"{name} = COALESCE({name} + excluded.{name}, {name}, excluded.{name})" for name in names)
+    return f"ON CONFLICT DO UPDATE SET {added}"
+
+
 HOUR_S: Final = 3600
 DAY_S: Final = 86_400
 #: Sums are kept by hour, for so long, and by day.
@@ -15702,22 +15713,71 @@ ROLL_UP: Final = (  # first by hour, then those few sums by hour and by day
     f"FROM (SELECT (seq >> {SEQ_BITS}) / 1000 / {HOUR_S} * {HOUR_S} AS hour_s, label, "
     f"{', '.join(f'{what} AS {name}' for name, what in SUMS.items())} FROM json_each(:seqs) AS wanted "
     "CROSS JOIN calls ON seq = wanted.value CROSS JOIN labels USING (label) GROUP BY 1, 2) "
-    f"CROSS JOIN (SELECT {HOUR_S} AS span_s UNION ALL SELECT {DAY_S}) WHERE 1 GROUP BY 1, 3, 4 {_UPSERT}"
+    f"CROSS JOIN (SELECT {HOUR_S} AS span_s UNION ALL SELECT {DAY_S}) WHERE 1 GROUP BY 1, 3, 4 {add_up(SUMS)}"
 )
-FORGET_HOURS: Final = (
-    f"DELETE FROM rollups WHERE span_s = {HOUR_S} AND start_s < ?", f"DELETE FROM spreads WHERE span_s = {HOUR_S} AND start_s < ?",  # noqa: S608 - our numbers
+FORGET_HOURS: Final = tuple(
+    f"DELETE FROM {table} WHERE span_s = {HOUR_S} AND start_s < ?" for table in ("rollups", "points")  # noqa: S608
 )  # fmt: skip
+#: Charts are drawn from `points`: sums of all calls of an hour or a day, of those of one model, provider or key, and of
+#: each such combination, which filters need. So a chart reads as many rows as it shows, however many calls there were.
+POINT_PLACES: Final = tuple(LABEL_FIELDS.index(name) for name in ("model", "provider", "key_id", "upstream_model"))
+POINT_KINDS: Final[Mapping[str, tuple[int, ...]]] = {
+    "total": (), **dict(zip(("model", "provider", "key"), zip(POINT_PLACES), strict=False)), "each": POINT_PLACES,
+}  # fmt: skip
+POINT_SUMS: Final = (
+    "requests", "errors", "cache_hits", "unpriced", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens",
+    "reasoning_tokens", "redactions", "cost_nanousd", "saved_nanousd",
+)  # fmt: skip
+_point_own: Final = operator.itemgetter(*(OWN_FIELDS.index(name) for name in POINT_SUMS[4:]))
+ADD_POINT: Final = (
+    f"INSERT INTO points VALUES ({', '.join('?' * (7 + len(POINT_SUMS) + 1))}) {add_up(POINT_SUMS)}, "  # noqa: S608 - our names
+    "steps = (SELECT merged_steps(one) FROM (SELECT points.steps AS one UNION ALL SELECT excluded.steps))"
+)
 #: How many calls took about how long, for quantiles: pairs of a step and a count. A step is a quarter of a doubling, so
 #: that a quantile read from it is off by 9 % at the most; those of the first token's time begin at FIRST_TOKEN_STEPS.
 STEP: Final = struct.Struct("<HI")
 STEPS_PER_DOUBLING: Final = 4
 STEP_ZERO: Final = 40  # that of a millisecond
 FIRST_TOKEN_STEPS: Final = 1000
-ALL_LABELS: Final = 0  # a label of no call, under which the times of all are counted as well
+
+
+class MergedSteps:
+    """The aggregate `merged_steps` of our queries: the counts of several spreads added up."""
+
+    def __init__(self) -> None:
+        self._spreads: list[bytes] = []
+
+    def step(self, packed: bytes | None) -> None:
+        self._spreads.append(packed or b"")
+
+    def finalize(self) -> bytes:
+        if len(self._spreads) == 1:
+            return self._spreads[0]
+        total: dict[int, int] = {}
+        for step, calls in STEP.iter_unpack(b"".join(self._spreads)):
+            total[step] = total.get(step, 0) + calls
+        return pack_steps(total)
+
+
+def pack_steps(calls: Mapping[int, int]) -> bytes:
+    return b"".join(map(STEP.pack, calls, calls.values()))
+
+
+def point_sums(label: Sequence[Any], rows: Sequence[LogRow]) -> tuple[Any, ...]:
+    """What calls of one label add to a point: POINT_SUMS, and how long they took."""
+    status, cache, calls = label[7], label[9], len(rows)
+    *tokens, redactions, costs, saved = zip(*(_point_own(row.own) for row in rows), strict=True)
+    unpriced = costs.count(None)
+    return (
+        calls, calls * (status >= 400), calls * (cache in ("hit", "coalesced")), unpriced * (status < 400),
+        *(sum(filter(None, column)) for column in tokens), sum(redactions),
+        sum(filter(None, costs)) if unpriced < calls else None, sum(saved),
+        pack_steps(collections.Counter(itertools.chain.from_iterable(map(steps_of, rows)))),
+    )  # fmt: skip
 
 
 def steps_of(row: LogRow) -> tuple[int, ...]:
-    """Where a call counts in `spreads`: with its whole time if it was answered, and with its first token's."""
+    """Where a call counts: with its whole time if it was answered, and with its first token's."""
     latency_ms, first_token_ms = row.own[9:11]
     whole = (step_of(latency_ms),) if row.label[7] < 400 else ()
     return whole if first_token_ms is None else (*whole, FIRST_TOKEN_STEPS + step_of(first_token_ms))
@@ -15729,15 +15789,11 @@ def step_of(ms: float) -> int:
 
 def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
     """p50, p95 and p99 in milliseconds from (step, calls) in ascending order; null where there are none."""
-    total, told = sum(calls for _, calls in steps), cast(Json, dict.fromkeys(QUANTILES))
-    for name, share in QUANTILES.items():
-        below = 0
-        for step, calls in steps:
-            below += calls
-            if below >= share * total:
-                told[name] = round(2 ** ((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3)
-                break
-    return told
+    ends = [*itertools.accumulate(calls for _, calls in steps)]
+    if not ends:
+        return dict.fromkeys(QUANTILES)
+    places = {name: steps[bisect.bisect_left(ends, share * ends[-1])][0] for name, share in QUANTILES.items()}
+    return {name: round(2 ** ((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3) for name, step in places.items()}
 
 
 PRUNE_BLOCKS: Final = (
@@ -16193,15 +16249,14 @@ SPEND_BY: Final[Mapping[str, str]] = {
     "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', start_s, 'unixepoch')",
     "tag": "tag", "status": "status", "endpoint": "endpoint",
 }  # fmt: skip
+#: What is read from the points of charts, where no filter needs more; the rest is read from sums by label.
+SPEND_POINTS: Final[Mapping[str, str]] = {"model": "model", "provider": "provider", "key": "key", "day": "total"}
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
 SPEND_BY_ROWS: Final = ("session",)
 SPEND_FILTERS: Final = (*LABEL_FILTERS, "since", "until")
 TOLD_SUMS: Final = (
-    "requests", "errors", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "unpriced",
+    "requests", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "unpriced",
 )  # fmt: skip
-_SUM_COLUMNS: Final = ", ".join(f"SUM({name}) AS {name}" for name in SUMS) + (
-    ", SUM(requests * (status >= 400)) AS errors, SUM(requests * (cache IN ('hit', 'coalesced'))) AS cache_hits"
-)
 
 
 def sum_ranges(low_s: int, high_s: int, now_s: int) -> list[tuple[int, int, int]]:
@@ -16215,16 +16270,9 @@ def sum_ranges(low_s: int, high_s: int, now_s: int) -> list[tuple[int, int, int]
 
 
 def read_sums(
-    store: LogStore,
-    table: str,
-    columns: str,
-    asked: LogFilter,
-    now_ms: int,
-    tags: str = "",
-    grouped: str = "",
-    by_hour: bool = False,
-) -> list[sqlite3.Row]:
-    """A query on `rollups` or `spreads` over the time and the labels that are asked for, in whole hours."""
+    store: LogStore, table: str, columns: str, asked: LogFilter, now_ms: int, where: str, grouped: str, by_hour: bool = False
+) -> list[sqlite3.Row]:  # fmt: skip
+    """A query on `rollups` or `points` over the time and the labels that are asked for, in whole hours."""
     now_s = now_ms // 1000
     low_s, high_s = ((edge >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S for edge in (asked.low, asked.high))
     if high_s >= now_s // HOUR_S * HOUR_S:  # the hour under way belongs to a time that ends in it
@@ -16233,11 +16281,9 @@ def read_sums(
     spans = ", ".join(f"({span_s}, {start_s}, {end_s})" for span_s, start_s, end_s in ranges if start_s < end_s)
     if not spans:
         return []
-    where = " AND ".join(["1", *asked.labels])
     return store.read(
-        f"WITH spans(span_s, low_s, high_s) AS (VALUES {spans}) SELECT {columns} FROM spans "  # noqa: S608 - numbers, and rows of our tables
-        f"CROSS JOIN {table} ON {table}.span_s = spans.span_s {tags} AND start_s >= low_s AND start_s < high_s "
-        f"CROSS JOIN labels USING (label) WHERE {where} {grouped}",
+        f"WITH spans(span, low_s, high_s) AS (VALUES {spans}) SELECT {columns} FROM spans CROSS JOIN {table} "  # noqa: S608 - numbers, and rows of our tables
+        f"WHERE {' AND '.join(('span_s = span AND start_s >= low_s AND start_s < high_s', where, *asked.labels))} {grouped}",
         asked.parameters,
     )
 
@@ -16261,13 +16307,21 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
             parameters,
         )
     else:
-        tags, grouped = (
-            "AND tag > ''" if by == "tag" else "AND tag = ''",
-            "GROUP BY name ORDER BY cost_nanousd DESC, name",
-        )
-        rows = read_sums(store, "rollups", f"{SPEND_BY[by]} AS name, {_SUM_COLUMNS}", asked, now_ms, tags, grouped)
+        kind = SPEND_POINTS.get(by)
+        if kind is not None and not wanted.keys() - POINT_FILTERS:
+            table, where, errors = "points", f"kind = '{'each' if asked.labels else kind}'", "errors"
+        else:
+            table, where = "rollups CROSS JOIN labels USING (label)", "tag > ''" if by == "tag" else "tag = ''"
+            errors = "requests * (status >= 400)"
+        sums = ", ".join(f"SUM({name}) AS {name}" for name in (*TOLD_SUMS, "cost_nanousd"))
+        columns = f"{SPEND_BY[by]} AS name, SUM({errors}) AS errors, {sums}"
+        rows = read_sums(store, table, columns, asked, now_ms, where, "GROUP BY name ORDER BY cost_nanousd DESC, name")
     return [
-        {by: row["name"], **{name: row[name] or 0 for name in TOLD_SUMS}, "cost_usd": as_usd(row["cost_nanousd"])}
+        {
+            by: row["name"],
+            **{name: row[name] or 0 for name in ("requests", "errors", *TOLD_SUMS[1:])},
+            "cost_usd": as_usd(row["cost_nanousd"]),
+        }
         for row in rows
     ]
 
@@ -16461,29 +16515,30 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
     A point is `{"ts", "name", *POINT_COUNTS, "cost_usd", "saved_usd", "latency_ms": {"p50", "p95", "p99"},
     "first_token_ms": the same}`. `ts` is the bucket's start (null for the whole span), `name` empty for the total.
     Quantiles are of answered calls and null where there are none, within 9 %; `cost_usd` is null where none was priced.
-    Buckets without calls are left out. All of it is read from sums by hour (35 days back) and by day.
+    Buckets without calls are left out. All of it is read from `points`, by hour (35 days back) and by day.
     """
-    asked = log_filter(wanted, now_ms, SPEND_FILTERS)
-    at, name = (f"start_s / {bucket_ms // 1000} * {bucket_ms}" if bucket_ms else "0"), POINTS_BY[by]
+    asked = log_filter(wanted, now_ms, POINT_FILTERS)
+    at = f"start_s / {bucket_ms // 1000} * {bucket_ms}" if bucket_ms else "0"
+    sums = ", ".join(f"SUM({name}) AS {name}" for name in POINT_SUMS)
+    columns = f"{at} AS at, {POINTS_BY[by]} AS name, {sums}, merged_steps(steps) AS steps"
+    kind, grouped = "each" if asked.labels else by, "GROUP BY at, name ORDER BY at, requests DESC"
     by_hour = bucket_ms == HOUR_S * 1000
-    columns, grouped = f"{at} AS at, {name} AS name, {_SUM_COLUMNS}", "GROUP BY at, name ORDER BY at, requests DESC"
-    rows = read_sums(store, "rollups", columns, asked, now_ms, "AND tag = ''", grouped, by_hour)
-    steps: dict[tuple[int, str], collections.Counter[int]] = {}
-    labels = f"AND label {'=' if by == 'total' and not asked.labels else '!='} {ALL_LABELS}"
-    for row in read_sums(
-        store, "spreads", f"{at} AS at, {name} AS name, steps", asked, now_ms, labels, by_hour=by_hour
-    ):
-        counts = steps.setdefault((row["at"], row["name"]), collections.Counter())
-        for step, calls in STEP.iter_unpack(row["steps"]):
-            counts[step] += calls
+    rows = read_sums(store, "points", columns, asked, now_ms, f"kind = '{kind}'", grouped, by_hour)
     return [
-        {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] or 0 for count in POINT_COUNTS},
-         "cost_usd": as_usd(row["cost_nanousd"]), "saved_usd": as_usd(row["saved_nanousd"]),
-         **{told: quantiles_of(sorted((step - first, calls) for step, calls in steps.get((row["at"], row["name"]), {}).items()
-                                      if 0 <= step - first < FIRST_TOKEN_STEPS))
-            for told, first in (("latency_ms", 0), ("first_token_ms", FIRST_TOKEN_STEPS))}}
+        {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] for count in POINT_COUNTS},
+         "cost_usd": as_usd(row["cost_nanousd"]), "saved_usd": as_usd(row["saved_nanousd"]), **times_of(row["steps"])}
         for row in rows
     ]  # fmt: skip
+
+
+def times_of(packed: bytes) -> Json:
+    """The quantiles of a point's times."""
+    steps = sorted(STEP.iter_unpack(packed))
+    split = bisect.bisect_left(steps, (FIRST_TOKEN_STEPS, 0))
+    return {
+        "latency_ms": quantiles_of(steps[:split]),
+        "first_token_ms": quantiles_of([(step - FIRST_TOKEN_STEPS, calls) for step, calls in steps[split:]]),
+    }
 
 
 class CacheShelf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import hashlib
 import http.client
 import io
 import json
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import Start
@@ -317,6 +318,51 @@ def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path
         assert (spent["key"], spent["requests"], spent["cost_usd"]) == ("key_1", 1, 123e-9)
 
 
+def digest_of(*scripts: str) -> str:
+    return hashlib.sha256("".join(scripts).encode()).hexdigest()[:16]
+
+
+def test_no_published_migration_is_edited() -> None:
+    """Databases exist that ran these: a change of the schema is a further migration, and a further line here."""
+    assert [*map(digest_of, stockyard.MIGRATIONS)] == [
+        "c024d1e93f66ec56",
+        "85d4ef7155ac8408",
+        "1d63fef0173b05d4",
+        "0c1f17006f7840b4",
+        "831e619f5c2ec385",
+        "4b3e33fd279f115d",
+        "049a3970596d5582",
+        "eb7ce4341f44c2af",
+        "60357db7258f13fe",
+        "318ffb02cb0053fb",
+    ]
+
+
+@pytest.fixture(scope="module")
+def newest_schema(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+    return schema_of(tmp_path_factory.mktemp("newest"))
+
+
+def schema_of(path: Path) -> set[tuple[str, str]]:
+    """The tables and indexes of a database after a start, white space aside."""
+    with opened(path) as store:
+        rows = store.read("SELECT name, COALESCE(sql, '') FROM sqlite_schema")
+        assert store.read("PRAGMA user_version")[0][0] == len(stockyard.MIGRATIONS)
+        return {(name, " ".join(sql.split())) for name, sql in rows}
+
+
+@pytest.mark.parametrize("version", range(len(stockyard.MIGRATIONS) + 1))
+def test_a_database_of_every_older_schema_ends_with_the_newest(
+    tmp_path: Path, version: int, newest_schema: set[tuple[str, str]]
+) -> None:
+    old = sqlite3.connect(tmp_path / "stockyard.db", isolation_level=None)
+    old.create_aggregate("merged_steps", 1, cast(Any, stockyard.MergedSteps))
+    for number, script in enumerate(stockyard.MIGRATIONS[:version], 1):
+        old.executescript(f"{script} PRAGMA user_version = {number};")
+    old.close()
+    assert schema_of(tmp_path) == newest_schema
+
+
 def test_a_newer_schema_is_refused_by_the_proxy_and_by_readers(tmp_path: Path) -> None:
     path = tmp_path / "stockyard.db"
     sqlite3.connect(path).execute("PRAGMA user_version = 99")
@@ -560,14 +606,21 @@ def test_sums_equal_those_of_the_rows(filled: tuple[LogStore, list[Call]], by: s
     assert {row[by]: [row["requests"], row["input_tokens"], row["errors"]] for row in found} == expected
 
 
+@pytest.mark.parametrize("wanted", [{}, {"provider": "p"}, {"model": "u", "key": "key_1"}])
 @pytest.mark.parametrize("bucket_ms", [0, 3_600_000, DAY_MS])
-def test_points_equal_the_sums_of_the_rows(filled: tuple[LogStore, list[Call]], bucket_ms: int) -> None:
+@pytest.mark.parametrize("by", stockyard.POINTS_BY)
+def test_points_equal_the_sums_of_the_rows(
+    filled: tuple[LogStore, list[Call]], by: str, bucket_ms: int, wanted: dict[str, str]
+) -> None:
     store, calls = filled
-    points = stockyard.find_points(store, "model", bucket_ms, {}, NOW_MS)
+    points = stockyard.find_points(store, by, bucket_ms, wanted, NOW_MS)
     expected: dict[Any, list[float]] = {}
     for call in calls:
+        if call.provider != wanted.get("provider", call.provider) or call.key_id != wanted.get("key", call.key_id):
+            continue
         at = stockyard.format_moment(call.ts_ms // bucket_ms * bucket_ms) if bucket_ms else None
-        sums = expected.setdefault((at, call.model), [0, 0, 0])
+        name = {"total": "", "model": call.model, "provider": call.provider, "key": call.key_id}[by]
+        sums = expected.setdefault((at, name), [0, 0, 0])
         for place, amount in enumerate((1, call.status >= 400, call.cache == "hit")):
             sums[place] += amount
     assert {(p["ts"], p["name"]): [p["requests"], p["errors"], p["cache_hits"]] for p in points} == expected
