@@ -1192,6 +1192,11 @@ def given(holder: Json, *names: str) -> Json:
     return {name: holder[name] for name in names if holder.get(name) is not None}
 
 
+def present(holder: Json) -> Json:
+    """The members that are not null."""
+    return {name: value for name, value in holder.items() if value is not None}
+
+
 def without(holder: Json, *names: str) -> Json:
     return {name: value for name, value in holder.items() if name not in names}
 
@@ -2453,7 +2458,7 @@ def read_tool(tool: Json, where: str) -> tuple[Json, Json]:
     if kind not in ("function", "custom"):
         return {"type": "native", "dialect": "responses", "tool": tool}, {}
     want_text(tool.get("name"), f"{where}.name")
-    inner = given(tool, *without(tool, "type"))
+    inner = present(without(tool, "type"))
     if kind == "function":
         names = ("name", "description", "parameters", "strict")
         return {"type": kind, kind: given(inner, *names)}, without(inner, *names)
@@ -2474,7 +2479,7 @@ def read_text_format(value: Any, where: str) -> Json | None:
     """The format of an answer as chat's; None for text, which is what comes unasked."""
     form = want_object(value, where)
     if form.get("type") == "json_schema":
-        return {"type": "json_schema", "json_schema": given(form, *without(form, "type"))}
+        return {"type": "json_schema", "json_schema": present(without(form, "type"))}
     return form if form and form != {"type": "text"} else None
 
 
@@ -3388,10 +3393,10 @@ class OpenAiResponses(Dialect):
         reader = ResponsesReader(want_members(body.get(ITEMS_KEY), ITEMS_KEY))
         request["messages"] = self._messages(body, reader)
         extra = reader.extra
-        for name, value in self._dotted(body):
-            ours, read = self.members.get(name, ("", want_text))
-            if ours:
-                request |= given({ours: read(value, name)}, ours)
+        for name, value in present(self._dotted(body)).items():
+            if name in self.members:
+                ours, read = self.members[name]
+                request |= present({ours: read(value, name)})
             elif name not in READ_IN_RESPONSES and value != RESPONSES_DEFAULTS.get(name):
                 extra[name] = value
         self._read_tools(body, request, extra)
@@ -3401,13 +3406,13 @@ class OpenAiResponses(Dialect):
         return request
 
     @staticmethod
-    def _dotted(body: Json) -> Iterator[tuple[str, Any]]:
+    def _dotted(body: Json) -> Json:
         """What a body says, with the members of its two groups under their paths."""
         groups = ("reasoning", "text")
         flat = without(body, *groups)
         for group in groups:
             flat |= {f"{group}.{name}": value for name, value in want_members(body.get(group), group).items()}
-        return ((name, value) for name, value in flat.items() if value is not None)
+        return flat
 
     def _messages(self, body: Json, reader: ResponsesReader) -> list[Json]:
         if body.get("instructions") is not None:
@@ -3542,7 +3547,7 @@ class OpenAiResponses(Dialect):
         want_text(function.get("name"), f"{place}.{kind}.name")
         # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
         lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
-        return {"type": "function", **lenient, **given(function, *function)}
+        return {"type": "function", **lenient, **present(function)}
 
     def _write_shape(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
         limits = [request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None]
@@ -3631,7 +3636,7 @@ class OpenAiResponses(Dialect):
         code, kind = members.get("code"), members.get("type")
         status = code if isinstance(code, int) and 400 <= code < 600 else None
         status = status or FAILURE_STATUSES.get(str(code)) or FAILURE_STATUSES.get(str(kind)) or 502
-        told = without(given(members, *members), "sequence_number", *(["type"] if kind == "error" else []))
+        told = without(present(members), "sequence_number", *(["type"] if kind == "error" else []))
         return self.read_error(status, dump_json({"error": told}))
 
     def refuse_failed(self, response: Json) -> None:
@@ -5252,7 +5257,7 @@ class GeminiRenderer:
 
     def _parts(self, delta: Json, end: Json) -> list[Json]:
         google = google_extra(delta)
-        end["google"].update({name: value for name, value in google.items() if name != "parts"})
+        end["google"].update(without(google, "parts"))
         end["blocks"] += delta.get("thinking_blocks") or ()
         end["annotations"] += delta.get("annotations") or ()
         for call in delta.get("tool_calls") or ():
@@ -6154,7 +6159,7 @@ class AnthropicParser:
         if body.get("service_tier"):
             request["service_tier"] = {"standard_only": "default"}.get(body["service_tier"], body["service_tier"])
         request |= filled(cache_control=body.get("cache_control"))
-        self._extra |= {name: value for name, value in without(body, *CLAUDE_PARSES).items() if value is not None}
+        self._extra |= present(without(body, *CLAUDE_PARSES))
         return {**request, "extra_body": {"anthropic": self._extra}} if self._extra else request
 
     def _add(self, role: str, content: Any, **members: Any) -> None:
@@ -6965,7 +6970,7 @@ def write_cohere_embed(request: Json, family: CohereFamily, dialect: str, transl
         "truncate priority max_tokens", **({"dimensions": "output_dimension"} if family.dimensions else {})
     )
     kind = want_text(request.get("input_type") or "search_document", "input_type")
-    rest = {name: value for name, value in request.items() if name != "input_type"}
+    rest = without(request, "input_type")
     texts, options = read_embedding_request(rest, dialect, plain, translation)
     body: Json = {} if options.keys() & {"images", "inputs"} else {"texts": texts}
     return {**body, **({"input_type": kind} if family.typed_inputs else {}), **options}
