@@ -1775,6 +1775,12 @@ class SerialRenderer:
     """
 
     call_prefix: ClassVar[str] = "call_"
+    _begin: Callable[[Json], None]
+    _read: Callable[[Json, Json], None]
+    _end: Callable[[], None]
+    _open_call: Callable[[QueuedCall], None]
+    _tell_call: Callable[[QueuedCall, str], None]
+    _end_call: Callable[[QueuedCall], None]
 
     def __init__(self, new_id: Callable[[str], str]) -> None:
         self._new_id = new_id
@@ -1804,24 +1810,6 @@ class SerialRenderer:
         if not self._begun:
             self._begun = True
             self._begin(chunk)
-
-    def _begin(self, chunk: Json) -> None:
-        raise NotImplementedError
-
-    def _read(self, choice: Json, delta: Json) -> None:
-        raise NotImplementedError
-
-    def _end(self) -> None:
-        raise NotImplementedError
-
-    def _open_call(self, call: QueuedCall) -> None:
-        raise NotImplementedError
-
-    def _tell_call(self, call: QueuedCall, text: str) -> None:
-        raise NotImplementedError
-
-    def _end_call(self, call: QueuedCall) -> None:
-        raise NotImplementedError
 
     def _call(self, piece: Json) -> None:
         self._extend_call(self._call_of(piece), piece)
