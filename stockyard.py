@@ -23566,7 +23566,10 @@ def key_body(options: argparse.Namespace) -> Json:
         amount, _, period = options.limit_usd.partition("/")
         body["budget"] = {"usd": read_amount(amount), "period": period or "total"}
     if options.limit_rate:
-        limit = parse_rate_limit(options.limit_rate)
+        try:
+            limit = parse_rate_limit(options.limit_rate)
+        except ValueError as error:
+            raise SettingsError(f"--limit-rate: {error}") from None
         body["rate_limit"] = {name: value for name, value in dataclasses.asdict(limit).items() if value is not None}
     return body
 
@@ -23930,12 +23933,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(given)
     try:
         return int(options.run(options))
-    except (SettingsError, StoreError, InvalidRequest) as error:
-        print(f"{paint(PROGRAM, 'bad', sys.stderr)}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (SettingsError, StoreError, InvalidRequest, OSError) as error:
+        print(f"{paint(PROGRAM, 'bad', sys.stderr)}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
