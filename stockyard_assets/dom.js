@@ -30,10 +30,12 @@ const hour = new Intl.DateTimeFormat(undefined, { month: "short", day: "2-digit"
 
 export const count = (value) => (value === null || value === undefined ? "–" : plain.format(value));
 export const compact = (value) => (value === null || value === undefined ? "–" : value < 10000 ? plain.format(value) : short.format(value));
-export function usd(value) {
+const digitsOf = (size) => (size === 0 || size >= 1 ? 2 : size >= 0.01 ? 4 : 6);
+// As many digits as all amounts of a column need, so that their points stand below each other.
+export const digitsFor = (amounts) => (amounts.some((one) => one >= 1) ? Math.min(4, Math.max(2, ...amounts.map(digitsOf))) : Math.max(2, ...amounts.map(digitsOf)));
+export function usd(value, wanted) {
   if (value === null || value === undefined) return "–";
-  const amount = Number(value), size = Math.abs(amount);
-  const digits = size === 0 || size >= 1 ? 2 : size >= 0.01 ? 4 : 6;
+  const amount = Number(value), size = Math.abs(amount), digits = wanted ?? digitsOf(size);
   return `${amount < 0 ? "−" : ""}$${size.toFixed(digits)}`;
 }
 export function ms(value) {

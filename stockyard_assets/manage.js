@@ -114,7 +114,7 @@ export function routes(place, { query: given }, signal) {
     return table("Targets in order", [
       { name: "Provider", cell: (row) => row.provider }, { name: "Model", kind: "name", cell: (row) => row.upstream_model },
       { name: "By", cell: (row) => [row.via, row.strategy].filter(Boolean).join(", ") }, { name: "State", cell: (row) => row.left_out ? badge(row.left_out, "warn") : row.rests_s ? badge(`rests ${Math.ceil(row.rests_s)} s`, "warn") : badge(row.breaker || "ready", row.breaker === "open" ? "bad" : "ok") },
-      { name: "Role", kind: "lo", cell: (row) => (row.fallback ? "fallback" : row.weight ? `weight ${row.weight}` : "–") }, { name: "USD per M tokens", kind: "wide", cell: (row) => price(row.price) }], targets);
+      { name: "Role", kind: "lo", cell: (row) => (row.fallback ? "fallback" : row.weight ? `weight ${row.weight}` : "–") }, { name: "USD/M tokens", kind: "wide", cell: (row) => price(row.price) }], targets);
   });
   swap(place, head("Routes", "Where a name goes, in order, and why."),
     panel("Ask", h("form", { class: "row", onsubmit: (event) => (event.preventDefault(), look()) }, field("Name", name), h("button", { type: "submit", class: "primary" }, "Look up")), found), content);
@@ -125,7 +125,7 @@ export function routes(place, { query: given }, signal) {
     const ask = (id) => link(`#/routes${query({ model: id })}`, id);
     return [panel("Routes and aliases", tables.length ? table("Routes and aliases", [{ name: "Name", kind: "name", cell: (row) => ask(row.id) }, { name: "Kind", cell: (row) => row.kind.replace(/(e?)s$/, (_, e) => (row.kind === "routes" ? "e" : "")) },
       { name: "Set as", kind: "wide", cell: (row) => h("code", {}, typeof row.value === "string" ? row.value : JSON.stringify(row.value)) }], tables) : empty("None. Write [routes] and [aliases] in stockyard.toml; `stockyard config example` shows how.")),
-    panel("Models", table("Models", [{ name: "Model", kind: "name", cell: (row) => ask(row.id) }, { name: "Provider", cell: (row) => row.provider || "–" }, { name: "USD per M tokens", kind: "name", cell: (row) => (row.provider ? price(row.price) : "by route") }], models.data.slice(0, 500)))];
+    panel("Models", table("Models", [{ name: "Model", kind: "name", cell: (row) => ask(row.id) }, { name: "Provider", cell: (row) => row.provider || "–" }, { name: "USD/M tokens", kind: "name", cell: (row) => (row.provider ? price(row.price) : "by route") }], models.data.slice(0, 500)))];
   });
 }
 
@@ -197,7 +197,7 @@ export function guardrails(place, _, signal) {
 
 const DEEDS = {
   admin: (row) => [h("code", {}, `${row.method} ${row.path}`), " ", badge(row.status, row.status < 400 ? "ok" : "bad"), row.body && Object.keys(row.body).length > 0 && h("small", { class: "code" }, ` ${JSON.stringify(row.body)}`)],
-  began: () => "The chain begins", calls: (row) => `${count(row.count)} calls sealed`, checkpoint: () => "Checkpoint", session: (row) => `Signed in as ${row.role}`,
+  began: () => "The chain begins", calls: (row) => `${count(row.count)} call${row.count === 1 ? "" : "s"} sealed`, checkpoint: () => "Checkpoint", session: (row) => `Signed in as ${row.role}`,
 };
 
 export function audit(place, _, signal) {

@@ -1,6 +1,6 @@
 // What was called: Overview, Live, Requests, and one request with all that is kept of it.
 
-import { api, attempt, badge, bars, button, compact, copyButton, count, empty, field, h, head, input, line, lines, link, load, ms, pages, panel, percent, query, select, slotsOf, status, swap, table, toast, usd, when } from "./dom.js";
+import { api, attempt, badge, bars, button, compact, copyButton, count, digitsFor, empty, field, h, head, input, line, lines, link, load, ms, pages, panel, percent, query, select, slotsOf, status, swap, table, toast, usd, when } from "./dom.js";
 import { conversation } from "./conversation.js";
 
 // ---- Overview
@@ -43,13 +43,13 @@ function tiles(told) {
 }
 
 function breakdown(by, rows, asked) {
-  const top = Math.max(...rows.map((row) => row.requests), 1);
+  const top = Math.max(...rows.map((row) => row.requests), 1), digits = digitsFor(rows.map((row) => row.cost_usd || 0));
   const columns = [
     { name: { model: "Model", provider: "Provider", key: "Key" }[by], kind: "name", cell: (row) => [
       link(hashOf("overview", { ...asked, [by]: row.name }), (by === "key" && names.get(row.name)) || row.name || (by === "key" ? "no key" : "none")),
       h("div", { class: "share", "aria-hidden": "true" }, h("i", { "width%": (100 * row.requests) / top }))] },
     { name: "Requests", kind: "num", cell: (row) => count(row.requests) },
-    { name: "Spend", kind: "num", cell: (row) => usd(row.cost_usd) },
+    { name: "Spend", kind: "num", cell: (row) => usd(row.cost_usd, digits) },
     { name: "Tokens", kind: "num lo", cell: (row) => compact(row.input_tokens + row.output_tokens) },
     { name: "p95", kind: "num lo", cell: (row) => ms(row.latency_ms.p95) },
     { name: "Errors", kind: "num", cell: (row) => percent(row.errors, row.requests) },
@@ -97,7 +97,7 @@ const COLUMNS = [
   { name: "Key", kind: "lo2 name", cell: (row) => row.key_id ? h("span", { title: row.key_id }, names.get(row.key_id) || row.key_id) : "–" },
   { name: "In", kind: "num lo", cell: (row) => count(row.input_tokens) },
   { name: "Out", kind: "num lo", cell: (row) => count(row.output_tokens) },
-  { name: "Cost", kind: "num", cell: (row) => (row.priced ? usd(row.cost_usd) : row.status && row.status < 400 ? "unpriced" : "–") },
+  { name: "Cost", kind: "num", cell: (row) => (row.priced ? usd(row.cost_usd, 6) : row.status && row.status < 400 ? "unpriced" : "–") },
   { name: "First token", kind: "num lo3", cell: (row) => ms(row.first_token_ms) },
   { name: "Latency", kind: "num lo", cell: (row) => ms(row.latency_ms) },
   { name: "Cache", kind: "lo2", cell: (row) => row.cache || "–" },
@@ -179,7 +179,7 @@ function waterfall(row) {
   })), tries > 0 && table("Attempts", [
     { name: "Provider", cell: (line) => line.provider }, { name: "Model", kind: "name", cell: (line) => line.model },
     { name: "Status", cell: (line) => [badge(line.status || "none", line.status && line.status < 400 ? "ok" : "bad"), line.error && ` ${line.error}`] },
-    { name: "Began", kind: "num", cell: (line) => ms(line.started_ms) }, { name: "Ended", kind: "num", cell: (line) => ms(line.ended_ms) },
+    { name: "Began", kind: "num lo", cell: (line) => ms(line.started_ms) }, { name: "Ended", kind: "num", cell: (line) => ms(line.ended_ms) },
     { name: "Billed", cell: (line) => line.billed || "–" }], row.attempt_log));
 }
 
