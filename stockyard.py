@@ -317,7 +317,11 @@ def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
 def splice_change(body: bytes, document: Json, changed: Json) -> bytes:
     """The bytes of `changed`, which is `document` but for some members: spliced where it only has one more, its last."""
     *same, last = changed
-    if len(same) == len(document) and all(changed[name] is document.get(name) for name in same):
+    if (
+        len(same) == len(document)
+        and same == [*document]
+        and all(map(operator.is_, changed.values(), document.values()))
+    ):
         return splice_member(body, document, last, changed[last])
     return dump_json(changed)
 
@@ -712,8 +716,7 @@ class Attempt:
     def to_json(self) -> Json:
         times = {"started_ms": round(self.started_ms, 3), "ended_ms": round(self.ended_ms, 3)}
         ended = {"status": self.status, "error": self.error, "billed": self.billed}
-        told = {"provider": self.provider, "model": self.model, **times, **ended}
-        return told if self.hold is None else {**told, "budget": orjson.loads(self.hold.told(self.charged_nanousd))}
+        return {"provider": self.provider, "model": self.model, **times, **ended}
 
 
 class Call:
@@ -1160,8 +1163,10 @@ class Dialect:
     def with_output_cap(self, request: Json, tokens: int) -> Json:
         """This dialect's own request with a real cap on the output, under the one name that binds."""
         names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-        name = next((name for name in names if name in request), names[0])
-        return {**{key: value for key, value in request.items() if key not in names}, name: tokens}
+        found = [name for name in names if name in request]
+        if not found:
+            return {**request, names[0]: tokens}
+        return {**{key: value for key, value in request.items() if key not in found}, found[0]: tokens}
 
     def least_output_tokens(self, request: Json, model: str) -> int:
         """What `encode` raises a lower output cap of this canonical request to, at the most: money is held for it."""
@@ -13079,22 +13084,18 @@ class Balance:
 class Hold:
     """Money set aside for one attempt; `balances` are those of the windows it was made in. Ended by the ledger only."""
 
-    __slots__ = ("at_ms", "balances", "bounded", "id", "nanousd", "open")
+    __slots__ = ("at_ms", "balances", "bounded", "id", "nanousd", "open", "places")
 
     def __init__(self, hold_id: str, nanousd: int | None, balances: Sequence[Balance], at_ms: int) -> None:
         self.id, self.balances, self.at_ms = hold_id, balances, at_ms
         self.nanousd, self.bounded = nanousd or 0, nanousd is not None
         self.open = True
-
-    @property
-    def places(self) -> str:
-        """The budgets it is in, each with its window, as JSON."""
-        return f"[{','.join([balance.place for balance in self.balances])}]"
+        #: The budgets it is in, each with its window, as JSON.
+        self.places = f"[{','.join([balance.place for balance in balances])}]"
 
     def told(self, charged_nanousd: int) -> str:
-        """What the log keeps of it, as JSON."""
-        held_usd, charged_usd = self.nanousd / NANOUSD_PER_USD, charged_nanousd / NANOUSD_PER_USD
-        return f'{{"budgets":{self.places},"held_usd":{held_usd},"charged_usd":{charged_usd}}}'
+        """What the log keeps of it, as JSON; see `show_hold`."""
+        return f'{{"budgets":{self.places},"held":{self.nanousd},"charged":{charged_nanousd}}}'
 
     @property
     def record(self) -> bytes | None:
@@ -13105,6 +13106,12 @@ class Hold:
         return (
             f'{{"op":"{op}","id":"{self.id}","budgets":{self.places},"nanousd":{nanousd},"held":{self.nanousd},"at":{at_ms}}}'
         ).encode()
+
+
+def show_hold(told: Json) -> Json:
+    """What `Hold.told` tells, with amounts in dollars as people see them."""
+    held_usd, charged_usd = told["held"] / NANOUSD_PER_USD, told["charged"] / NANOUSD_PER_USD
+    return {"budgets": told["budgets"], "held_usd": held_usd, "charged_usd": charged_usd}
 
 
 class Settlement(NamedTuple):
@@ -13335,7 +13342,9 @@ class Ledger:
         self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
     ) -> bool:
         """Whether a hard budget matches, so that the output cap must be real and every part of the input bounded."""
-        return any(one.is_hard for one in self._match(key.id if key else "", tags, model, provider, upstream_model))
+        return True in [
+            one.is_hard for one in self._match(key.id if key else "", tags, model, provider, upstream_model)
+        ]
 
     def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
         """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
@@ -13542,6 +13551,10 @@ class SlidingSum:
         return max(0, (self.used_s + RATE_SLOTS) * 1000 - now_ms) if self.total else 0
 
 
+REQUESTS_HEADERS: Final = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
+TOKENS_HEADERS: Final = tuple(f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset"))
+
+
 class Meter:
     """The counters of one scope: a key, a model pattern, or everything. `shown` are those that headers tell of."""
 
@@ -13554,8 +13567,8 @@ class Meter:
 
     def heed(self, limit: RateLimit) -> None:
         self.limit = limit
-        both = ("requests", limit.rpm, self.requests), ("tokens", limit.tpm, self.tokens)
-        self.shown = [(what, most, window) for what, most, window in both if most is not None]
+        both = (REQUESTS_HEADERS, limit.rpm, self.requests), (TOKENS_HEADERS, limit.tpm, self.tokens)
+        self.shown = [(names, most, window) for names, most, window in both if most is not None]
 
     def check(self, tokens: int, now_ms: int) -> None:
         """LimitExceeded unless one more request of so many tokens fits."""
@@ -13651,18 +13664,17 @@ class RateLimiter:
 
         `hold` is what the call has taken, if it has. Source: https://platform.openai.com/docs/guides/rate-limits
         """
-        rows: dict[str, tuple[int, int, SlidingSum]] = {}
+        rows: dict[tuple[str, ...], tuple[int, int, SlidingSum]] = {}
         for meter in self._meters(key, model, now_ms) if hold is None else hold.meters:
-            for what, limit, window in meter.shown:
+            for names, limit, window in meter.shown:
                 window.advance(now_ms // 1000)
                 left = limit - window.total
-                if what not in rows or (left, limit) < rows[what][:2]:
-                    rows[what] = left, limit, window
+                if names not in rows or (left, limit) < rows[names][:2]:
+                    rows[names] = left, limit, window
         found = {}
-        for what, (left, limit, window) in rows.items():
-            found[f"x-ratelimit-limit-{what}"] = str(limit)
-            found[f"x-ratelimit-remaining-{what}"] = str(max(0, left))
-            found[f"x-ratelimit-reset-{what}"] = format_duration(window.reset_ms(now_ms))
+        for names, (left, limit, window) in rows.items():
+            found[names[0]], found[names[1]] = str(limit), str(left if left > 0 else 0)
+            found[names[2]] = format_duration(window.reset_ms(now_ms))
         return found
 
     def _meters(self, key: VirtualKey | None, model: str, now_ms: int) -> list[Meter]:
@@ -15014,7 +15026,10 @@ def attempts_text(call: Call) -> str:
     """The attempts as JSON; empty for the usual one without a fault, whose times `call_notes` keeps."""
     attempts = call.attempts
     if len(attempts) > 1 or call.error or (attempts and attempts[0].status != 200):
-        return dump_json([attempt.to_json() for attempt in attempts]).decode()
+        return dump_json([
+            at.to_json() | ({"budget": show_hold(orjson.loads(at.hold.told(at.charged_nanousd)))} if at.hold else {})
+            for at in attempts
+        ]).decode()  # fmt: skip
     return ""
 
 
@@ -16034,7 +16049,7 @@ def find_request(store: LogStore, request_id: str) -> Json | None:
     attempts = orjson.loads(row["attempt_log"]) if row["attempt_log"] else []
     if "at" in notes and not attempts:
         started_ms, ended_ms = notes["at"]
-        budget = {"budget": notes.pop("budget")} if "budget" in notes else {}
+        budget = {"budget": show_hold(notes.pop("budget"))} if "budget" in notes else {}
         attempts = [Attempt(row["provider"], row["upstream_model"], started_ms, ended_ms, 200).to_json() | budget]
     found = public_row(row)
     return {
@@ -19416,7 +19431,7 @@ class Gateway:
             return None, None
         if call.endpoint.kind == "embeddings":
             return None, price.upper_bound(tokens_in, 0)
-        name = next((name for name in OUTPUT_CAP_FIELDS if request.get(name) is not None), OUTPUT_CAP_FIELDS[0])
+        [name, *_] = [name for name in OUTPUT_CAP_FIELDS if request.get(name) is not None] or OUTPUT_CAP_FIELDS
         least = self.dialect_for(call, target).least_output_tokens(request, target.model)
         cap = output_token_cap(request, name, price.max_output_tokens, None, least)
         if room_nanousd is not None:
