@@ -1676,16 +1676,21 @@ def write_completion(message: Json, finish: str, usage: Json | None, translation
     return {**answer, "usage": usage} if usage is not None else answer
 
 
-def join_chunks(chunks: Sequence[Json]) -> Json:
-    """Whole canonical chunks as one completion. Absent content is null beside calls or a refusal, else empty text."""
+def join_chunks(chunks: Sequence[Json], index: int = 0) -> Json:
+    """Whole canonical chunks as one completion with one choice.
+
+    Absent content is null beside calls or a refusal, else empty text.
+    """
     message: Json = {"role": "assistant", "content": None}
     calls: dict[int, Json] = {}
     completion: Json = {**chunks[0], "object": "chat.completion", "choices": []}
-    choice: Json = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    choice: Json = {"index": index, "message": message, "finish_reason": "stop", "logprobs": None}
     for chunk in chunks:
         if chunk.get("usage"):
             completion["usage"] = chunk["usage"]
         for part in chunk["choices"]:
+            if part.get("index", 0) != index:
+                continue
             choice |= given(part, "finish_reason", "stop_sequence")
             if tokens := (part.get("logprobs") or {}).get("content"):
                 before = choice["logprobs"]["content"] if choice["logprobs"] else []
@@ -1703,7 +1708,7 @@ def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
     for name, value in delta.items():
         if name == "tool_calls":
             for piece in value or ():
-                _join_call(calls, piece)
+                join_call(calls, piece)
         elif isinstance(value, list):
             message.setdefault(name, []).extend(value)
         elif isinstance(value, dict):
@@ -1712,11 +1717,13 @@ def _join_delta(message: Json, calls: dict[int, Json], delta: Json) -> None:
             message[name] = (message.get(name) or "") + value
 
 
-def _join_call(calls: dict[int, Json], piece: Json) -> None:
+def join_call(calls: dict[int, Json], piece: Json) -> None:
+    """Add one piece of a call; pieces of parallel calls may interleave, and a late id or name still counts."""
     kind, text = ("custom", "input") if "custom" in piece else ("function", "arguments")
     blank = {"id": piece.get("id"), "type": kind, kind: {"name": "", text: ""}}
     call = calls.setdefault(piece.get("index") or 0, blank)
     inner = piece.get(kind) or {}
+    call["id"] = call["id"] or piece.get("id")
     call[kind]["name"] = call[kind]["name"] or inner.get("name") or ""
     call[kind][text] += inner.get(text) or ""
     call |= given(piece, "extra_content")
@@ -3908,6 +3915,12 @@ def google_list(value: Any, where: str) -> list[Any]:
     return [value] if isinstance(value, dict) else want_list(value, where)
 
 
+def google_objects(value: Any, where: str) -> list[tuple[str, Json]]:
+    """A client's array of objects, with the place of each; null stands for an empty one."""
+    items = enumerate(google_list(value or [], where))
+    return [(f"{where}[{at}]", google_object(item, f"{where}[{at}]")) for at, item in items]
+
+
 def standard_base64(text: str) -> str:
     """Google's SDKs write the URL alphabet, which no other provider reads."""
     text = text.translate({45: "+", 95: "/"})
@@ -4561,20 +4574,18 @@ def read_gemini_citations(candidate: Json, text: str) -> list[Json]:
         segment = (support.get("segment") or {}).get("text") or ""
         start = max(text.find(segment), 0)
         for at in support.get("groundingChunkIndices") or ():
-            if isinstance(at, int) and 0 <= at < len(sources) and sources[at].get("uri"):
+            if isinstance(at, int) and 0 <= at < len(sources):
                 found.append((sources[at], start, start + len(segment)))
     if not grounding.get("groundingSupports"):
-        found += [(source, 0, 0) for source in sources if source.get("uri")]
+        found += [(source, 0, 0) for source in sources]
     citations = candidate.get("citationMetadata") or {}
     for cited in citations.get("citations") or citations.get("citationSources") or ():
-        if cited.get("uri"):
-            found.append((cited, cited.get("startIndex") or 0, cited.get("endIndex") or 0))
+        found.append((cited, cited.get("startIndex") or 0, cited.get("endIndex") or 0))
     return [
-        {"type": "url_citation", "url_citation": {
-            "url": source["uri"], "title": source.get("title") or "", "start_index": start, "end_index": end,
-        }}
+        url_citation(source["uri"], source.get("title"), start, end)
         for source, start, end in found
-    ]  # fmt: skip
+        if source.get("uri")
+    ]
 
 
 def read_gemini_message(candidate: Json, translation: Translation) -> Json:
@@ -4707,7 +4718,10 @@ class GoogleEvents:
 
 
 class GeminiDecoder:
-    """Reads a stream of partial answers. Ends are held until `close`: some models repeat their finishReason."""
+    """Reads a stream of partial answers; a plain answer is a stream of one.
+
+    Ends are held until `close`: some models repeat their finishReason.
+    """
 
     def __init__(self, dialect: GeminiGenerate, translation: Translation) -> None:
         self._dialect, self._translation = dialect, translation
@@ -4738,6 +4752,11 @@ class GeminiDecoder:
             usage = write_openai_usage(read_gemini_usage(self._usage, searches))
             chunks.append({**self._frame(), "choices": [], "usage": usage})
         return chunks
+
+    def read_whole(self, answer: Json) -> list[Json]:
+        """A plain answer, read as a stream of itself."""
+        with provider_shape():
+            return self._read_event(answer) + self.close()
 
     def _read(self, payload: bytes) -> list[Json]:
         events = read_event_json(b'{"all":%b}' % payload)["all"]
@@ -4835,37 +4854,30 @@ class GeminiParser:
     # -- contents
 
     def _system(self, value: Any) -> None:
-        if isinstance(value, str):
-            value = {"parts": [{"text": value}]}
-        parts = google_list(google_object(value, "systemInstruction").get("parts") or [], "systemInstruction.parts")
-        texts = []
-        for at, part in enumerate(parts):
-            where = f"systemInstruction.parts[{at}]"
-            texts.append(want_text(google_object(part, where).get("text"), f"{where}.text"))
-        if texts:
+        value = {"parts": {"text": value}} if isinstance(value, str) else google_object(value, "systemInstruction")
+        parts = google_objects(value.get("parts"), "systemInstruction.parts")
+        if texts := [want_text(part.get("text"), f"{where}.text") for where, part in parts]:
             self._messages.append({"role": "system", "content": "\n\n".join(texts)})
 
     def _content(self, value: Any, turn: int) -> None:
         where = f"contents[{turn}]"
         content = {"parts": [{"text": value}]} if isinstance(value, str) else google_object(value, where)
         role = content.get("role") or "user"
-        parts = google_list(content.get("parts") or [], f"{where}.parts")
-        parts = [google_object(part, f"{where}.parts[{at}]") for at, part in enumerate(parts)]
+        parts = google_objects(content.get("parts"), f"{where}.parts")
         if role == "model":
-            self._model_turn(parts, where, turn)
+            self._model_turn(parts, turn)
         elif role in ("user", "function", "tool"):
-            self._user_turn(parts, where)
+            self._user_turn(parts)
         else:
             raise InvalidRequest(f"`{where}.role` must be user or model", param=f"{where}.role")
 
-    def _user_turn(self, parts: list[Json], where: str) -> None:
+    def _user_turn(self, parts: list[tuple[str, Json]]) -> None:
         content: list[Json] = []
         opaque: list[Json] = []
-        for at, part in enumerate(parts):
-            inside = f"{where}.parts[{at}]"
+        for where, part in parts:
             if "functionResponse" in part:
-                self._messages.append(self._result(part["functionResponse"], inside))
-            elif (read := self._part(part, inside)) is not None:
+                self._messages.append(self._result(part["functionResponse"], where))
+            elif (read := self._part(part, where)) is not None:
                 content.append(read)
             else:
                 opaque.append(part)
@@ -4889,7 +4901,7 @@ class GeminiParser:
             raise InvalidRequest(f"`{where}` must hold text, inlineData, fileData or functionResponse", param=where)
         else:
             return None
-        beside = {name: value for name, value in part.items() if name not in PART_DATA}
+        beside = without(part, *PART_DATA)
         return {**read, "extra_content": {"google": beside}} if beside else read
 
     def _inline(self, value: Any, where: str) -> Json:
@@ -4915,13 +4927,13 @@ class GeminiParser:
         part_type = "media" if kind.startswith("video/") or YOUTUBE_URL.match(uri) else "file"
         return {"type": part_type, part_type: {"file_url": uri, **({"mime_type": kind} if kind else {})}}
 
-    def _model_turn(self, parts: list[Json], where: str, turn: int) -> None:
+    def _model_turn(self, parts: list[tuple[str, Json]], turn: int) -> None:
         self._pending = []
         message: Json = {"role": "assistant", "content": None}
         google: Json = {}
         blocks: list[Json] = []
-        for at, part in enumerate(parts):
-            self._model_part(part, message, google, blocks, f"{where}.parts[{at}]", turn)
+        for where, part in parts:
+            self._model_part(part, message, google, blocks, where, turn)
         if google:
             message["extra_content"] = {"google": google}
         if blocks:
@@ -4934,10 +4946,12 @@ class GeminiParser:
         packed = unpack_blocks(signature, f"{where}.thoughtSignature") if signature else None
         if packed is not None:
             blocks += packed
-            signature = ""
+            part, signature = without(part, "thoughtSignature"), ""
         if "functionCall" in part:
             calls = message.setdefault("tool_calls", [])
-            calls.append(self._call(part["functionCall"], signature, where, f"call_{turn}_{len(calls)}"))
+            calls.append(
+                {**self._call(part["functionCall"], where, f"call_{turn}_{len(calls)}"), **signature_kept(part)}
+            )
         elif part.get("thought"):
             text = want_text(part.get("text", ""), f"{where}.text")
             message["reasoning_content"] = message.get("reasoning_content", "") + text
@@ -4948,22 +4962,17 @@ class GeminiParser:
             if signature:
                 google["thought_signature"] = signature
         elif "inlineData" in part and (image := self._inline(part["inlineData"], where))["type"] == "image_url":
-            if signature:
-                image["extra_content"] = {"google": {"thought_signature": signature}}
-            message.setdefault("images", []).append(image)
+            message.setdefault("images", []).append({**image, **signature_kept(part)})
         else:
             google.setdefault("parts", []).append(part)
 
-    def _call(self, value: Any, signature: str, where: str, minted: str) -> Json:
+    def _call(self, value: Any, where: str, minted: str) -> Json:
         call = google_object(value, f"{where}.functionCall")
         name = want_text(call.get("name"), f"{where}.functionCall.name")
         args = want_object(call.get("args") or {}, f"{where}.functionCall.args")
         key = want_text(call.get("id") or minted, f"{where}.functionCall.id")
         self._pending.append((key, name))
-        read: Json = {"id": key, "type": "function", "function": {"name": name, "arguments": dump_json(args).decode()}}
-        if signature:
-            read["extra_content"] = {"google": {"thought_signature": signature}}
-        return read
+        return {"id": key, "type": "function", "function": {"name": name, "arguments": dump_json(args).decode()}}
 
     def _result(self, value: Any, where: str) -> Json:
         where += ".functionResponse"
@@ -4972,16 +4981,10 @@ class GeminiParser:
         key = self._answered(want_text(answer.get("id", ""), f"{where}.id"), name, where)
         response = want_object(answer.get("response") or {}, f"{where}.response")
         text, is_error = self._unwrap(response)
-        message: Json = {"role": "tool", "tool_call_id": key, "content": text}
-        media = []
-        for at, part in enumerate(google_list(answer.get("parts") or [], f"{where}.parts")):
-            read = self._part(google_object(part, f"{where}.parts[{at}]"), f"{where}.parts[{at}]")
-            media += [read] if read else []
-        if media:
-            message["content"] = [{"type": "text", "text": text}, *media]
-        if is_error:
-            message["is_error"] = True
-        return message
+        read = [self._part(part, place) for place, part in google_objects(answer.get("parts"), f"{where}.parts")]
+        media = [part for part in read if part]
+        content: Any = [{"type": "text", "text": text}, *media] if media else text
+        return {"role": "tool", "tool_call_id": key, "content": content, **filled(is_error=is_error)}
 
     def _unwrap(self, response: Json) -> tuple[str, bool]:
         """The text of a result; Gemini reads a lone `output` or `error` as the result itself."""
@@ -5004,12 +5007,11 @@ class GeminiParser:
 
     def _tools(self, request: Json) -> None:
         tools: list[Json] = []
-        for at, tool in enumerate(google_list(self._body.get("tools") or [], "tools")):
-            where = f"tools[{at}]"
-            for name, value in google_object(tool, where).items():
+        for where, tool in google_objects(self._body.get("tools"), "tools"):
+            for name, value in tool.items():
                 if name == "functionDeclarations":
-                    functions = google_list(value, f"{where}.{name}")
-                    tools += [self._function(item, f"{where}.{name}[{n}]") for n, item in enumerate(functions)]
+                    functions = google_objects(value, f"{where}.{name}")
+                    tools += [self._function(declaration, place) for place, declaration in functions]
                 else:
                     tools.append({"type": "native", "dialect": "gemini", "tool": {name: value}})
         if tools:
@@ -5020,8 +5022,7 @@ class GeminiParser:
         if calling is not None and any(tool["type"] == "function" for tool in tools):
             self._calling(google_object(calling, "toolConfig.functionCallingConfig"), request)
 
-    def _function(self, value: Any, where: str) -> Json:
-        declaration = google_object(value, where)
+    def _function(self, declaration: Json, where: str) -> Json:
         name = want_text(declaration.pop("name", None), f"{where}.name")
         function: Json = {"name": name}
         if "description" in declaration:
@@ -5030,8 +5031,7 @@ class GeminiParser:
         if whole is not None:
             function["parameters"] = want_object(whole, f"{where}.parametersJsonSchema")
         else:
-            empty = {"type": "object", "properties": {}}
-            function["parameters"] = read_openapi_schema(subset, f"{where}.parameters") if subset else empty
+            function["parameters"] = read_openapi_schema(subset, f"{where}.parameters") if subset else ANY_OBJECT
         if declaration:
             self._extra.setdefault("functionDeclarations", {})[name] = declaration
         return {"type": "function", "function": function}
@@ -5073,20 +5073,17 @@ class GeminiParser:
     def _format(self, config: Json, request: Json) -> None:
         kind = want_text(config.get("responseMimeType", "text/plain"), "generationConfig.responseMimeType")
         whole = config.get("responseJsonSchema")
-        if whole is not None:
-            schema = want_object(whole, "generationConfig.responseJsonSchema")
-        elif config.get("responseSchema") is not None:
+        schema = {} if whole is None else want_object(whole, "generationConfig.responseJsonSchema")
+        if whole is None and "responseSchema" in config:
             schema = read_openapi_schema(config["responseSchema"], "generationConfig.responseSchema")
-        else:
-            schema = {}
         if kind == "application/json" and schema:
             named = {"name": "response", "schema": schema}
             request["response_format"] = {"type": "json_schema", "json_schema": named}
         elif kind == "application/json":
             request["response_format"] = {"type": "json_object"}
         elif kind != "text/plain":
-            names = ("responseMimeType", "responseSchema", "responseJsonSchema")
-            self._extra.update({f"generationConfig.{name}": config[name] for name in names if name in config})
+            kept = given(config, "responseMimeType", "responseSchema", "responseJsonSchema")
+            self._extra.update({f"generationConfig.{name}": value for name, value in kept.items()})
 
     def _thinking(self, thinking: Json, request: Json) -> None:
         where = "generationConfig.thinkingConfig"
@@ -5107,8 +5104,8 @@ class GeminiParser:
         if tier is not None:
             tier = want_text(tier, "serviceTier").lower()
             request["service_tier"] = "default" if tier == "standard" else tier
-        known = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "model", "serviceTier"}
-        rest = {name: value for name, value in self._body.items() if name not in known}
+        known = ("contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "model", "serviceTier")
+        rest = without(self._body, *known)
         self._extra.update({name: value for name, value in rest.items() if name[:1] != "$"})
 
 
@@ -5126,23 +5123,17 @@ def write_gemini_usage(usage: Json) -> Json:
         "totalTokenCount": read.prompt_tokens + read.completion_tokens,
         "promptTokensDetails": [{"modality": name, "tokenCount": count} for name, count in counts.items() if count],
     }
-    optional = {"thoughtsTokenCount": thoughts, "cachedContentTokenCount": read.cached_tokens}
-    return {**meta, **{name: count for name, count in optional.items() if count}}
+    return {**meta, **filled(thoughtsTokenCount=thoughts, cachedContentTokenCount=read.cached_tokens)}
 
 
 def write_gemini_call(call: Json) -> Json:
     """A whole canonical tool call as a part."""
-    if call.get("type") == "custom":
-        custom = call.get("custom") or {}
-        name, args = custom.get("name"), {"input": custom.get("input") or ""}
-    else:
-        function = call.get("function") or {}
-        name, args = function.get("name"), read_arguments(function.get("arguments"))
-    part: Json = {"functionCall": {"name": name or "", "args": args}}
-    if call.get("id"):
-        part["functionCall"]["id"] = call["id"]
-    signature = google_extra(call).get("thought_signature")
-    return {**part, "thoughtSignature": signature} if signature else part
+    inner = call.get(call.get("type") or "function") or {}
+    args = (
+        {"input": inner.get("input") or ""} if call.get("type") == "custom" else read_arguments(inner.get("arguments"))
+    )
+    written = {"name": inner.get("name") or "", "args": args, **filled(id=call.get("id"))}
+    return {"functionCall": written, **filled(thoughtSignature=google_extra(call).get("thought_signature"))}
 
 
 def google_extra(holder: Json) -> Json:
@@ -5152,19 +5143,15 @@ def google_extra(holder: Json) -> Json:
 
 def write_gemini_media(message: Json) -> list[Json]:
     """Images and audio of an answer; one that is only named by its address is passed on as such."""
-    parts = []
+    parts: list[Json] = []
     for image in message.get("images") or ():
-        url = ((image.get("image_url") or {}).get("url") or "") if isinstance(image, dict) else ""
-        if url.startswith("data:"):
-            kind, data = read_data_uri(url, "images")
-            part: Json = {"inlineData": {"mimeType": kind, "data": data}}
-        else:
-            part = {"fileData": {"fileUri": url, "mimeType": media_type_of(url) or "image/png"}}
-        signature = google_extra(image).get("thought_signature") if isinstance(image, dict) else None
-        parts.append({**part, "thoughtSignature": signature} if signature else part)
+        url = (image.get("image_url") or {}).get("url") or ""
+        named = {"fileData": {"fileUri": url, "mimeType": media_type_of(url) or "image/png"}}
+        part = inline(*read_data_uri(url, "images")) if url.startswith("data:") else named
+        parts.append({**part, **filled(thoughtSignature=google_extra(image).get("thought_signature"))})
     audio = message.get("audio") or {}
     if audio.get("data"):
-        parts.append({"inlineData": {"mimeType": f"audio/{audio.get('format') or 'pcm'}", "data": audio["data"]}})
+        parts.append(inline(f"audio/{audio.get('format') or 'pcm'}", audio["data"]))
     return parts
 
 
@@ -5184,7 +5171,7 @@ def write_gemini_citations(message: Json) -> Json:
             supports.append({"segment": segment, "groundingChunkIndices": [len(chunks) - 1]})
     if not chunks:
         return {}
-    return {"groundingMetadata": {"groundingChunks": chunks, **({"groundingSupports": supports} if supports else {})}}
+    return {"groundingMetadata": {"groundingChunks": chunks, **filled(groundingSupports=supports)}}
 
 
 def write_gemini_logprobs(logprobs: Any) -> Json:
@@ -5212,6 +5199,29 @@ def sign_parts(parts: list[Json], calls: list[Json], signature: str, blocks: lis
     return parts + calls
 
 
+def write_gemini_parts(delta: Json, thoughts: bool) -> list[Json]:
+    """The opaque parts, the thoughts where they are wanted, and the text of a message or of a delta."""
+    parts: list[Json] = list(google_extra(delta).get("parts") or ())
+    if thoughts and delta.get("reasoning_content"):
+        parts.append({"text": delta["reasoning_content"], "thought": True})
+    text = (delta.get("content") or "") + (delta.get("refusal") or "")
+    return [*parts, {"text": text}] if text else parts
+
+
+def write_gemini_end(message: Json, parts: list[Json], choice: Json) -> Json:
+    """The candidate that ends a choice: `parts`, calls and signatures, finish reason, citations and probabilities."""
+    calls = [write_gemini_call(call) for call in message.get("tool_calls") or ()]
+    signature = google_extra(message).get("thought_signature") or ""
+    parts = sign_parts(parts, calls, signature, message.get("thinking_blocks") or [])
+    return {
+        "content": {"parts": parts, "role": "model"},
+        "finishReason": GEMINI_CLIENT_FINISHES.get(choice.get("finish_reason") or "", "STOP"),
+        "index": choice.get("index") or 0,
+        **write_gemini_citations(message),
+        **write_gemini_logprobs(choice.get("logprobs")),
+    }
+
+
 def wants_thoughts(request: Json) -> bool:
     config = request.get("generationConfig") or request.get("generation_config") or {}
     thinking = config.get("thinkingConfig") or config.get("thinking_config") or {}
@@ -5230,7 +5240,8 @@ class GeminiRenderer:
         self._began = False
         self._frame: Json = {}
         self._usage: Json | None = None
-        self._ends: dict[int, Json] = {}
+        self._ends: dict[int, Json] = {}  # what the last event tells of each choice
+        self._calls: dict[int, dict[int, Json]] = {}
 
     def feed(self, chunk: Json) -> bytes:
         if not self._frame:
@@ -5239,59 +5250,40 @@ class GeminiRenderer:
         written = []
         for choice in chunk.get("choices") or ():
             index = choice.get("index") or 0
-            blank: Json = {"calls": {}, "blocks": [], "google": {}, "annotations": [], "logprobs": [], "reason": None}
-            end = self._ends.setdefault(index, blank)
-            parts = self._parts(choice.get("delta") or {}, end)
-            end["reason"] = choice.get("finish_reason") or end["reason"]
-            end["logprobs"] += (choice.get("logprobs") or {}).get("content") or ()
-            if parts:
+            delta = choice.get("delta") or {}
+            self._keep(index, choice, delta)
+            if parts := write_gemini_parts(delta, self._thoughts) + write_gemini_media(delta):
                 written.append({"content": {"parts": parts, "role": "model"}, "index": index})
         return self._event({"candidates": written, **self._frame}) if written else b""
 
-    def _parts(self, delta: Json, end: Json) -> list[Json]:
-        google = google_extra(delta)
-        end["google"].update(without(google, "parts"))
-        end["blocks"] += delta.get("thinking_blocks") or ()
-        end["annotations"] += delta.get("annotations") or ()
+    def _keep(self, index: int, choice: Json, delta: Json) -> None:
+        blank: Json = {"google": {}, "thinking_blocks": [], "annotations": [], "logprobs": [], "finish_reason": None}
+        end = self._ends.setdefault(index, blank)
+        end["finish_reason"] = choice.get("finish_reason") or end["finish_reason"]
+        end["logprobs"] += (choice.get("logprobs") or {}).get("content") or ()
+        end["google"].update(without(google_extra(delta), "parts"))
+        for name in ("thinking_blocks", "annotations"):
+            end[name] += delta.get(name) or ()
+        calls = self._calls.setdefault(index, {})
         for call in delta.get("tool_calls") or ():
-            self._gather(end["calls"], call)
-        parts: list[Json] = list(google.get("parts") or ())
-        if self._thoughts and delta.get("reasoning_content"):
-            parts.append({"text": delta["reasoning_content"], "thought": True})
-        text = (delta.get("content") or "") + (delta.get("refusal") or "")
-        if text:
-            parts.append({"text": text})
-        return parts + write_gemini_media(delta)
-
-    def _gather(self, calls: dict[int, Json], delta: Json) -> None:
-        """Add one piece of a call; pieces of parallel calls may interleave, and a late id or name still counts."""
-        index = delta.get("index")
-        if not isinstance(index, int):  # without an index, an id begins the next call
-            index = len(calls) if delta.get("id") or not calls else max(calls)
-        call = calls.setdefault(index, {"type": "function", "function": {"arguments": ""}, "custom": {"input": ""}})
-        for name in ("id", "type", "extra_content"):
-            call[name] = delta.get(name) or call.get(name)
-        function, custom = delta.get("function") or {}, delta.get("custom") or {}
-        call["function"]["name"] = function.get("name") or call["function"].get("name")
-        call["function"]["arguments"] += function.get("arguments") or ""
-        call["custom"]["name"] = custom.get("name") or call["custom"].get("name")
-        call["custom"]["input"] += custom.get("input") or ""
+            at = call.get("index")
+            if not isinstance(at, int):  # without an index, an id begins the next call
+                at = len(calls) if call.get("id") or not calls else max(calls)
+            join_call(calls, {**call, "index": at})
 
     def close(self) -> bytes:
-        candidates = [self._end(index, end) for index, end in sorted(self._ends.items())]
-        last: Json = {"candidates": candidates}
+        last: Json = {"candidates": [self._end(index, end) for index, end in sorted(self._ends.items())]}
         if self._usage:
             last["usageMetadata"] = write_gemini_usage(self._usage)
         return self._event({**last, **self._frame}) + (b"]" if self._array else b"")
 
     def _end(self, index: int, end: Json) -> Json:
-        calls = [write_gemini_call(call) for _, call in sorted(end["calls"].items())]
-        parts = sign_parts([], calls, end["google"].get("thought_signature") or "", end["blocks"])
-        reason = GEMINI_CLIENT_FINISHES.get(end["reason"], "STOP")
-        message = {"annotations": end["annotations"], "extra_content": {"google": end["google"]}}
-        extras = {**write_gemini_citations(message), **write_gemini_logprobs({"content": end["logprobs"]})}
-        content = {"parts": parts or [{"text": ""}], "role": "model"}
-        return {"content": content, "finishReason": reason, "index": index, **extras}
+        calls = [call for _, call in sorted(self._calls[index].items())]
+        message = {**end, "tool_calls": calls, "extra_content": {"google": end["google"]}}
+        choice = {**end, "index": index, "logprobs": {"content": end["logprobs"]}}
+        candidate = write_gemini_end(message, [], choice)
+        candidate["content"]["parts"] = candidate["content"]["parts"] or [{"text": ""}]
+        return candidate
 
     def fail(self, error: GatewayError, request_id: str) -> bytes:
         return self._event(gemini_error_body(error, request_id)) + (b"]" if self._array else b"")
@@ -5362,20 +5354,8 @@ class GeminiGenerate(Dialect):
 
     def _candidate(self, choice: Json, thoughts: bool) -> Json:
         message = choice.get("message") or {}
-        google = google_extra(message)
-        parts: list[Json] = list(google.get("parts") or ())
-        if thoughts and message.get("reasoning_content"):
-            parts.append({"text": message["reasoning_content"], "thought": True})
-        text = (message.get("content") or "") + (message.get("refusal") or "")
-        if text:
-            parts.append({"text": text})
-        parts = [*write_gemini_media(message), *parts]
-        calls = [write_gemini_call(call) for call in message.get("tool_calls") or ()]
-        parts = sign_parts(parts, calls, google.get("thought_signature") or "", message.get("thinking_blocks") or [])
-        reason = GEMINI_CLIENT_FINISHES.get(choice.get("finish_reason") or "", "STOP")
-        candidate = {"content": {"parts": parts, "role": "model"}, "finishReason": reason}
-        extras = {**write_gemini_citations(message), **write_gemini_logprobs(choice.get("logprobs"))}
-        return {**candidate, "index": choice.get("index") or 0, **extras}
+        parts = [*write_gemini_media(message), *write_gemini_parts(message, thoughts)]
+        return write_gemini_end(message, parts, choice)
 
     def renderer(self, request: Json, new_id: Callable[[str], str], now_s: int) -> Renderer:
         """`request["$alt"]` is the query's `alt`: `sse` for events, anything else for a JSON array."""
@@ -5443,41 +5423,12 @@ class GeminiGenerate(Dialect):
         return GeminiEncoder(self, request, translation).build()
 
     def decode(self, answer: Json, translation: Translation) -> Json:
-        refuse_error_event(answer, self)
-        with provider_shape():
-            choices = [self._choice(candidate, translation) for candidate in answer.get("candidates") or ()]
-        if not choices:
-            choices = [self._blocked(answer)]
-        completion: Json = {
-            "id": answer.get("responseId") or translation.new_id("chatcmpl-"),
-            "object": "chat.completion",
-            "created": translation.now_s,
-            "model": answer.get("modelVersion") or translation.model,
-            "choices": choices,
-        }
-        if isinstance(answer.get("usageMetadata"), dict):
-            searches = count_searches(answer.get("candidates"), translation.model)
-            usage = read_gemini_usage(answer["usageMetadata"], searches)
-            completion["usage"] = write_openai_usage(usage)
-        return completion
-
-    def _choice(self, candidate: Json, translation: Translation) -> Json:
-        message = {"role": "assistant", "content": None, **read_gemini_message(candidate, translation)}
-        reason = read_gemini_finish(candidate, bool(message.get("tool_calls"))) or "stop"
-        if message["content"] is None and not message.get("tool_calls"):
-            message["content"] = ""
-        citations = read_gemini_citations(candidate, message["content"] or "")
-        if citations:
-            message["annotations"] = citations
-        choice = {"index": candidate.get("index") or 0, "message": message, "finish_reason": reason}
-        logprobs = read_gemini_logprobs(candidate)
-        return {**choice, "logprobs": logprobs} if logprobs else choice
-
-    def _blocked(self, answer: Json) -> Json:
-        if not (answer.get("promptFeedback") or {}).get("blockReason"):
+        chunks = GeminiDecoder(self, translation).read_whole(answer)
+        indexes = sorted({choice["index"] for chunk in chunks for choice in chunk["choices"]})
+        if not indexes:
             raise UpstreamError("the provider's answer has no `candidates`", code="upstream_malformed")
-        message = {"role": "assistant", "content": ""}
-        return {"index": 0, "message": message, "finish_reason": "content_filter"}
+        wholes = [join_chunks(chunks, index) for index in indexes]
+        return {**wholes[0], "choices": [choice for whole in wholes for choice in whole["choices"]]}
 
     def decoder(self, translation: Translation) -> GeminiDecoder:
         return GeminiDecoder(self, translation)
@@ -5536,10 +5487,10 @@ class GeminiGenerate(Dialect):
         """`:embedContent` and `:batchEmbedContents` as an OpenAI embeddings request for one or more texts."""
         body = google_object(body, "body")
         single = path.get("method") == "embedContent"
-        items = [body] if single else google_list(body.get("requests") or [], "requests")
+        items = [("body", body)] if single else google_objects(body.get("requests"), "requests")
         if not items:
             raise InvalidRequest("`requests` must be a non-empty array", param="requests")
-        reads = [self._embed_item(item, "body" if single else f"requests[{at}]") for at, item in enumerate(items)]
+        reads = [self._embed_item(dict(item), where) for where, item in items]
         options = reads[0][2]
         if any(other != options for *_, other in reads):
             raise InvalidRequest("all `requests` must have the same options", param="requests")
@@ -5547,19 +5498,17 @@ class GeminiGenerate(Dialect):
         if "outputDimensionality" in options:
             request["dimensions"] = want_whole(options.pop("outputDimensionality"), "outputDimensionality")
         if not all(plain for _, plain, _ in reads):
-            options["contents"] = [google_object(item, "requests")["content"] for item in items]
+            options["contents"] = [item["content"] for _, item in items]
         return {**request, "extra_body": {"gemini": options}} if options else request
 
-    def _embed_item(self, item: Any, where: str) -> tuple[str, bool, Json]:
+    def _embed_item(self, item: Json, where: str) -> tuple[str, bool, Json]:
         """One request's text, whether that is all of its content, and its options."""
-        item = google_object(item, where)
         content = item.pop("content", None)
         content = {"parts": [{"text": content}]} if isinstance(content, str) else content
         content = google_object(content, f"{where}.content")
         item.pop("model", None)
         nested = google_object(item.pop("embedContentConfig", {}), f"{where}.embedContentConfig")
-        parts = google_list(content.get("parts") or [], f"{where}.content.parts")
-        parts = [google_object(part, f"{where}.content.parts[{at}]") for at, part in enumerate(parts)]
+        parts = [part for _, part in google_objects(content.get("parts"), f"{where}.content.parts")]
         if not parts:
             raise InvalidRequest(f"`{where}.content` must hold a part", param=f"{where}.content")
         text = "".join(want_text(part.get("text", ""), f"{where}.content.parts.text") for part in parts)
