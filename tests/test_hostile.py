@@ -449,3 +449,19 @@ def test_waits_that_providers_tell_are_read_whatever_they_write() -> None:
         for name in ("retry-after-ms", "retry-after", "x-ratelimit-reset-requests"):
             wait_s = stockyard.read_retry_after({name: value, "x-ratelimit-remaining-requests": "0"}, 1e9)
             assert wait_s is None or 0 <= wait_s <= 3600
+
+
+def test_what_is_remembered_of_strangers_is_bounded() -> None:
+    guard = stockyard.RequestGuard(stockyard.read_settings({}, {}, ""))
+    for number in range(1500):
+        assert guard.check({"host": f"h{number}.localhost"}) is None
+    assert len(guard._good) == 1000
+
+
+def test_a_sign_in_link_works_once_and_up_to_its_last_millisecond() -> None:
+    count = iter(range(99))
+    sessions = stockyard.Sessions(lambda size: next(count).to_bytes(size))
+    first, second = sessions.offer(5), sessions.offer(5)
+    assert not sessions.redeem(first, 5 + stockyard.LINK_MS)
+    assert sessions.redeem(second, 4 + stockyard.LINK_MS)
+    assert not sessions.redeem(second, 6)
