@@ -465,3 +465,19 @@ def test_a_sign_in_link_works_once_and_up_to_its_last_millisecond() -> None:
     assert not sessions.redeem(first, 5 + stockyard.LINK_MS)
     assert sessions.redeem(second, 4 + stockyard.LINK_MS)
     assert not sessions.redeem(second, 6)
+
+
+def test_secrets_that_are_remembered_are_bounded_and_forgotten_when_a_key_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stockyard, "MAX_REMEMBERED", 3)
+    secrets = [f"sy-{number}" for number in range(5)]
+    keys = [stockyard.create_key({}, f"key_{s}", stockyard.digest_secret(s, b"p"), 0) for s in secrets]
+    ring = stockyard.KeyRing(b"p", keys)
+    for secret, key in zip(secrets, keys, strict=True):
+        assert ring.recognise(secret, 1) is None
+        assert ring.authenticate(secret, 1) is key
+        assert ring.recognise(secret, 1) is key
+    assert [ring.recognise(secret, 1) for secret in secrets] == [None, None, None, *keys[3:]]
+    ring.drop(keys[0].id)
+    assert ring.recognise(secrets[4], 1) is None
