@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from conftest import Start
+from google.protobuf import json_format
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from upstreams import COMPLETION, FakeUpstream, fake_upstream, plain
 
 import stockyard
@@ -15,6 +18,7 @@ import stockyard
 CHAT: dict[str, Any] = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi canary-text"}]}
 PATH = "/v1/chat/completions"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+IDS = {"traceId", "spanId", "parentSpanId"}
 KINDS = {"stringValue": str, "intValue": str, "doubleValue": float, "boolValue": bool, "arrayValue": dict}
 
 
@@ -54,6 +58,27 @@ def read_attributes(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_as_protobuf(sent: dict[str, Any]) -> None:
+    """Read what was sent by OpenTelemetry's own schema, which refuses unknown members; its ids are hex, not base64."""
+
+    def with_base64_ids(value: Any) -> Any:
+        if isinstance(value, list):
+            return [with_base64_ids(member) for member in value]
+        if not isinstance(value, dict):
+            return value
+        ids = {name: base64.b64encode(bytes.fromhex(value[name])).decode() for name in IDS & value.keys()}
+        return {name: with_base64_ids(member) for name, member in value.items()} | ids
+
+    read = json_format.ParseDict(with_base64_ids(sent), ExportTraceServiceRequest())
+    spans = [span for resource in read.resource_spans for scoped in resource.scope_spans for span in scoped.spans]
+    assert spans
+    for span in spans:
+        assert (len(span.trace_id), len(span.span_id), len(span.parent_span_id) % 8) == (16, 8, 0)
+        assert span.kind in (span.SPAN_KIND_SERVER, span.SPAN_KIND_CLIENT)
+        assert 0 < span.start_time_unix_nano <= span.end_time_unix_nano
+        assert all(row.value.WhichOneof("value") for row in span.attributes)
+
+
 def read_spans(collector: FakeUpstream) -> list[dict[str, Any]]:
     """Every span that was sent, in order, its shape checked strictly and its attributes read."""
     spans = []
@@ -61,6 +86,7 @@ def read_spans(collector: FakeUpstream) -> list[dict[str, Any]]:
         assert (seen.method, seen.path, seen.headers["content-type"]) == ("POST", "/v1/traces", "application/json")
         assert (seen.headers["x-api-key"], seen.headers["a"]) == ("canary collector", "b=c")
         assert seen.json.keys() == {"resourceSpans"}
+        read_as_protobuf(seen.json)
         for resource in seen.json["resourceSpans"]:
             assert resource.keys() == {"resource", "scopeSpans"} and resource["resource"].keys() == {"attributes"}
             named = read_attributes(resource["resource"]["attributes"])
