@@ -2175,8 +2175,9 @@ class OpenAiDecoder(EventDecoder):
             if reason:
                 choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
                 self.complete = True
-        if usage := self._read_usage(chunk, self._translation.provider):
-            chunk["usage"] = write_openai_usage(usage)
+        if chunk.get("usage") or "x_groq" in chunk:
+            usage = self._read_usage(chunk, self._translation.provider)
+            chunk |= {"usage": write_openai_usage(usage)} if usage else {}
         return [chunk]
 
 
@@ -2871,7 +2872,8 @@ class ResponsesDecoder(EventDecoder):
         self._out = []
         if not self.complete and payload.strip() != b"[DONE]":
             event = read_event_json(payload)
-            self.read(str(event.get("type") or name), event)
+            event["type"] = str(event.get("type") or name)
+            self.read(event["type"], event)
         return self._out
 
     def read(self, kind: str, event: Json) -> None:
@@ -2880,7 +2882,7 @@ class ResponsesDecoder(EventDecoder):
         reader = self.READERS.get(kind)
         if reader is not None:
             with provider_shape():
-                reader(self, {**event, "type": kind})
+                reader(self, event)
 
     def finish(self, response: Json) -> list[Json]:
         """Read the final response: what was not told yet, why it ended, and what it took."""
@@ -3083,6 +3085,8 @@ class OpenItem:
     at: int
     item: Json
     part: Json | None = None
+    #: The place of that part among its likes, as its events tell it.
+    place: Json = field(default_factory=dict)
     text: list[str] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     blocks: list[Json] = field(default_factory=list)
@@ -3248,21 +3252,19 @@ class ResponsesRenderer(SerialRenderer):
         prose.text.append(text)
         prose.logprobs += logprobs
         told = {"logprobs": logprobs} if kind == "output_text" else {}
-        self._tell_part(prose, f"{PART_FORMS[kind].text_event}.delta", delta=text, **told)
-
-    def _tell_part(self, prose: OpenItem, event: str, **members: Any) -> None:
-        form = PART_FORMS[prose.part["type"] if prose.part else ""]
-        self._tell(prose, event, **{form.place: len(prose.item[form.parts])}, **members)
+        self._tell(prose, f"{PART_FORMS[kind].text_event}.delta", **prose.place, delta=text, **told)
 
     def _part_of(self, kind: str) -> OpenItem:
+        prose = self._prose
+        if prose is not None and prose.part is not None and prose.part["type"] == kind:
+            return prose
         form = PART_FORMS[kind]
         prose = self._prose_of(form.item)
-        if prose.part is not None and prose.part["type"] != kind:
-            self._end_part(prose)
-        if prose.part is None:
-            notes: Json = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
-            prose.part = {"type": kind, form.text: "", **notes}
-            self._tell_part(prose, f"{form.part_event}.added", part=prose.part)
+        self._end_part(prose)
+        notes: Json = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+        prose.part = {"type": kind, form.text: "", **notes}
+        prose.place = {form.place: len(prose.item[form.parts])}
+        self._tell(prose, f"{form.part_event}.added", **prose.place, part=prose.part)
         return prose
 
     def _end_part(self, prose: OpenItem) -> None:
@@ -3273,15 +3275,15 @@ class ResponsesRenderer(SerialRenderer):
         told: Json = {form.text: "".join(prose.text)}
         told |= {"logprobs": prose.logprobs} if "logprobs" in part else {}
         part |= told
-        self._tell_part(prose, f"{form.text_event}.done", **told)
-        self._tell_part(prose, f"{form.part_event}.done", part=part)
+        self._tell(prose, f"{form.text_event}.done", **prose.place, **told)
+        self._tell(prose, f"{form.part_event}.done", **prose.place, part=part)
         prose.item[form.parts].append(part)
         prose.part, prose.text, prose.logprobs = None, [], []
 
     def _annotate(self, annotation: Json) -> None:
         prose = self._part_of("output_text")
         notes = prose.part["annotations"] if prose.part else []
-        where = {"content_index": len(prose.item["content"]), "annotation_index": len(notes)}
+        where = {**prose.place, "annotation_index": len(notes)}
         self._tell(prose, "output_text.annotation.added", **where, annotation=annotation)
         notes.append(annotation)
 
