@@ -659,3 +659,37 @@ async def test_a_slow_rider_waits_alone_until_it_is_too_far_behind(start: Any) -
         landing.set()
         await asyncio.gather(*rides)
         assert (b"".join(slow.got), slow.began) == (b"".join(quick.got), 1)
+
+
+async def test_an_answer_to_another_system_text_of_its_route_is_not_given(start: Any) -> None:
+    """Rules of a route change the question, which the client's own body does not show."""
+    request = {"model": "house", "temperature": 0, "messages": [{"role": "user", "content": "Hi"}]}
+    route = '[routes.house]\ntargets = ["openai/gpt-4o-mini"]\nsystem_prefix = "{}"\n'
+    seen = []
+    async with start(toml=route.format("Be brief.")) as proxy:
+        gateway = proxy.gateway
+        for prefix in ("Be brief.", "Be long.", "Be long."):
+            settings = s.read_settings({"data_dir": gateway.settings.data_dir}, {}, route.format(prefix))
+            s.prepare_settings(gateway, settings, gateway.environment)()
+            _, headers, _ = await proxy.post(PATH, request)
+            seen.append(headers["x-stockyard-cache"])
+    assert seen == ["miss", "miss", "hit"]
+
+
+async def test_a_shared_cache_is_not_for_keys_with_provider_keys_of_their_own(start: Any) -> None:
+    request = {"model": "gpt-4o-mini", "temperature": 0, "messages": [{"role": "user", "content": "Hi"}]}
+    own = {"provider_keys": {"openai": {"env": "OPENAI_API_KEY"}}}
+    async with start(cache_scope="shared", require_key="always") as proxy:
+        seen = []
+        for members in ({"name": "a"}, {"name": "b"}, {"name": "c", **own}, {"name": "d", **own}):
+            secret = proxy.gateway.create_key(members)[1]
+            _, headers, _ = await proxy.post(PATH, request, authorization=f"Bearer {secret}")
+            seen.append(headers["x-stockyard-cache"])
+    assert seen == ["miss", "hit", "miss", "miss"]
+
+
+async def test_guardrails_that_judge_no_answers_leave_the_cache_on(start: Any) -> None:
+    request = {"model": "gpt-4o-mini", "temperature": 0, "messages": [{"role": "user", "content": "Hi"}]}
+    async with start(guard_secrets="block") as proxy:
+        seen = [(await proxy.post(PATH, request))[1]["x-stockyard-cache"] for _ in range(2)]
+    assert seen == ["miss", "hit"]
