@@ -330,6 +330,21 @@ class MalformedStream(ValueError):
     """A stream of events that no reader can make sense of."""
 
 
+def parse_sse_block(block: bytes) -> tuple[str, bytes] | None:
+    """Read one event's lines; None for one without data (comments, heartbeats)."""
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return "", block[6:]
+    name, data = "", []
+    for line in block.split(b"\n"):
+        label, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if label == b"data":
+            data.append(value)
+        elif label == b"event":
+            name = value.decode("utf-8", "replace")
+    return (name, b"\n".join(data)) if data else None
+
+
 class SseReader:
     """An incremental reader of server-sent events: bytes in any split, `(event name, data)` pairs out.
 
@@ -337,7 +352,9 @@ class SseReader:
     `data` lines are joined. Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parse: Callable[[bytes], tuple[str, bytes] | None] = parse_sse_block) -> None:
+        """`parse` reads the lines of one event."""
+        self._parse = parse
         self._tail = b""
         self._began = self._after_cr = False
 
@@ -356,28 +373,13 @@ class SseReader:
         *blocks, self._tail = data.split(b"\n\n")
         if len(self._tail) > SSE_MAX_EVENT_BYTES:
             raise MalformedStream("the provider sent an event without end")
-        return [event for block in blocks if (event := parse_sse_block(block))]
+        return [event for block in blocks if (event := self._parse(block))]
 
     def close(self) -> list[tuple[str, bytes]]:
         """Read what an ended stream left without its blank line: some providers forget the last one."""
         tail, self._tail = self._tail, b""
-        event = parse_sse_block(tail)
+        event = self._parse(tail)
         return [event] if event else []
-
-
-def parse_sse_block(block: bytes) -> tuple[str, bytes] | None:
-    """Read one event's lines; None for one without data (comments, heartbeats)."""
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return "", block[6:]
-    name, data = "", []
-    for line in block.split(b"\n"):
-        label, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if label == b"data":
-            data.append(value)
-        elif label == b"event":
-            name = value.decode("utf-8", "replace")
-    return (name, b"\n".join(data)) if data else None
 
 
 def sse_event(value: Any, name: str = "") -> bytes:
@@ -1636,7 +1638,7 @@ class CallWriter:
 
 
 class ChunkWriter:
-    """Makes the canonical chunks of an answer with one choice: the same head on each, the role on the first."""
+    """Makes the canonical chunks of an answer: the same head on each, the role on the first."""
 
     def __init__(self, translation: Translation) -> None:
         self._translation = translation
@@ -1644,10 +1646,10 @@ class ChunkWriter:
         self.created, self.model = translation.now_s, translation.model
         self._begun = False
 
-    def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
+    def delta(self, delta: Json, finish: str | None = None, logprobs: Json | None = None, index: int = 0) -> Json:
         if not self._begun:
             self._begun, delta = True, {"role": "assistant", **delta}
-        choice: Json = {"index": 0, "delta": delta, "finish_reason": finish}
+        choice: Json = {"index": index, "delta": delta, "finish_reason": finish}
         return self._frame([{**choice, "logprobs": logprobs} if logprobs else choice])
 
     def deltas(self, deltas: Iterable[Json]) -> list[Json]:
@@ -1919,6 +1921,15 @@ def set_dotted(body: Json, path: str, value: Any) -> None:
     for step in steps:
         body = body.setdefault(step, {})
     body[last] = value
+
+
+def inner_schemas(name: str, value: Any, write: Callable[[Any], Any]) -> Any:
+    """A member of a JSON Schema, with every schema in it rewritten."""
+    if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+        return {key: write(child) for key, child in value.items()}
+    if name in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
+        return [write(child) for child in value]
+    return write(value) if name in ("items", "additionalProperties") and isinstance(value, dict) else value
 
 
 def read_blocks(message: Json) -> list[Json]:
@@ -3986,14 +3997,7 @@ class SchemaWriter:
             value = kept.pop(name)
             if name not in SCHEMA_SILENT and not (name == "additionalProperties" and value is False):
                 self._drop(name)
-        return {name: self._child(name, value) for name, value in kept.items()}
-
-    def _child(self, name: str, value: Any) -> Any:
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            return {key: self.write(child) for key, child in value.items()}
-        if name in ("anyOf", "prefixItems") and isinstance(value, list):
-            return [self.write(child) for child in value]
-        return self.write(value) if name in ("items", "additionalProperties") and isinstance(value, dict) else value
+        return {name: inner_schemas(name, value, self.write) for name, value in kept.items()}
 
     def _reference(self, schema: Json) -> Any:
         beside = {name: value for name, value in schema.items() if name != "$ref" and name not in SCHEMA_SILENT}
@@ -4695,64 +4699,42 @@ def count_searches(candidates: Any, model: str) -> int:
     return total if gemini_family(model).counts_queries else min(total, 1)
 
 
-class GoogleEvents:
-    """Reads Google's event stream; a broken one may end in bare JSON, and the wrong door answers nothing else."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        *blocks, self._tail = (self._tail + data).replace(b"\r\n", b"\n").split(b"\n\n")
-        if len(self._tail) > SSE_MAX_EVENT_BYTES:
-            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
-        return [payload for block in blocks if (payload := self._payload(block))]
-
-    def close(self) -> list[bytes]:
-        tail, self._tail = self._tail, b""
-        return [payload] if (payload := self._payload(tail)) else []
-
-    def _payload(self, block: bytes) -> bytes:
-        event = parse_sse_block(block.removeprefix(b"\xef\xbb\xbf").strip(b"\n"))
-        if event:
-            return event[1]
-        bare = block.strip()
-        return bare if bare[:1] in (b"{", b"[") else b""
+def parse_google_block(block: bytes) -> tuple[str, bytes] | None:
+    """An event, or bare JSON: a broken stream may end in it, and the wrong door answers nothing else."""
+    bare = block.strip()
+    return parse_sse_block(block.strip(b"\n")) or (("", bare) if bare[:1] in (b"{", b"[") else None)
 
 
-class GeminiDecoder:
+class GeminiDecoder(EventDecoder):
     """Reads a stream of partial answers; a plain answer is a stream of one.
 
     Ends are held until `close`: some models repeat their finishReason.
     """
 
     def __init__(self, dialect: GeminiGenerate, translation: Translation) -> None:
-        self._dialect, self._translation = dialect, translation
-        self._events = GoogleEvents()
-        self._id, self._model = "", translation.model
-        self._calls: dict[int, int] = {}  # candidate -> calls seen
+        super().__init__(dialect, translation)
+        self._events = SseReader(parse_google_block)
+        self._called: dict[int, int] = {}  # candidate -> calls seen
         self._text: dict[int, list[str]] = {}
         self._finish: dict[int, str] = {}
         self._grounded: dict[int, Json] = {}
         self._usage: Json | None = None
-        self.complete = self._closed = False
-
-    def feed(self, data: bytes) -> list[Json]:
-        return [chunk for payload in self._events.feed(data) for chunk in self._read(payload)]
+        self._closed = False
 
     def close(self) -> list[Json]:
         if self._closed:
             return []
         self._closed = True
-        chunks = [chunk for payload in self._events.close() for chunk in self._read(payload)]
+        chunks = super().close()
         for index, reason in sorted(self._finish.items()):
             with provider_shape():
                 text = "".join(self._text.get(index, ()))
                 annotations = read_gemini_citations(self._grounded.get(index, {}), text)
-            chunks.append(self._chunk(index, {"annotations": annotations} if annotations else {}, reason))
+            chunks.append(self._chunks.delta(filled(annotations=annotations), reason, index=index))
         if self._usage is not None:
             searches = count_searches(self._grounded.values(), self._translation.model)
             usage = write_openai_usage(read_gemini_usage(self._usage, searches))
-            chunks.append({**self._frame(), "choices": [], "usage": usage})
+            chunks.append(self._chunks.usage(usage))
         return chunks
 
     def read_whole(self, answer: Json) -> list[Json]:
@@ -4760,61 +4742,49 @@ class GeminiDecoder:
         with provider_shape():
             return self._read_event(answer) + self.close()
 
-    def _read(self, payload: bytes) -> list[Json]:
+    def _read(self, name: str, payload: bytes) -> list[Json]:
         events = read_event_json(b'{"all":%b}' % payload)["all"]
         with provider_shape():
             chunks = [chunk for event in google_list(events, "") for chunk in self._read_event(event)]
-        self.complete = bool(self._finish) and self._finish.keys() >= self._calls.keys()
+        self.complete = bool(self._finish) and self._finish.keys() >= self._called.keys()
         return chunks
 
     def _read_event(self, event: Json) -> list[Json]:
         refuse_error_event(event, self._dialect)
-        self._id = self._id or event.get("responseId") or ""
-        self._model = event.get("modelVersion") or self._model
+        self._chunks.id = self._chunks.id or event.get("responseId") or ""
+        self._chunks.model = event.get("modelVersion") or self._chunks.model
         if isinstance(event.get("usageMetadata"), dict):
             self._usage = event["usageMetadata"]
         chunks = [chunk for item in event.get("candidates") or () for chunk in self._read_candidate(item)]
-        if (event.get("promptFeedback") or {}).get("blockReason") and not self._calls:
+        if (event.get("promptFeedback") or {}).get("blockReason") and not self._called:
             chunks += self._open(0)
             self._finish[0] = "content_filter"
         return chunks
 
     def _open(self, index: int) -> list[Json]:
-        if index in self._calls:
+        if index in self._called:
             return []
-        self._calls[index] = 0
-        return [self._chunk(index, {"role": "assistant", "content": ""}, None)]
+        self._called[index] = 0
+        return [self._chunks.delta({"role": "assistant", "content": ""}, index=index)]
 
     def _read_candidate(self, candidate: Json) -> list[Json]:
         index = candidate.get("index") or 0
         chunks = self._open(index)
         delta = read_gemini_message(candidate, self._translation)
         for call in delta.get("tool_calls") or ():
-            call["index"] = self._calls[index]
-            self._calls[index] += 1
+            call["index"] = self._called[index]
+            self._called[index] += 1
         self._text.setdefault(index, []).append(delta.get("content") or "")
-        grounding = {name: candidate[name] for name in ("groundingMetadata", "citationMetadata") if candidate.get(name)}
-        if grounding:
-            self._grounded[index] = {**self._grounded.get(index, {}), **grounding}
+        self._grounded.setdefault(index, {}).update(given(candidate, "groundingMetadata", "citationMetadata"))
         logprobs = read_gemini_logprobs(candidate)
         if delta or logprobs:
-            chunks.append(self._chunk(index, delta, None))
-            if logprobs:
-                chunks[-1]["choices"][0]["logprobs"] = logprobs
-        reason = read_gemini_finish(candidate, self._calls[index] > 0)
+            chunks.append(self._chunks.delta(delta, logprobs=logprobs, index=index))
+        reason = read_gemini_finish(candidate, self._called[index] > 0)
         if reason:
             self._finish[index] = reason
-        elif self._finish.get(index) == "stop" and self._calls[index]:
+        elif self._finish.get(index) == "stop" and self._called[index]:
             self._finish[index] = "tool_calls"
         return chunks
-
-    def _frame(self) -> Json:
-        self._id = self._id or self._translation.new_id("chatcmpl-")
-        now_s = self._translation.now_s
-        return {"id": self._id, "object": "chat.completion.chunk", "created": now_s, "model": self._model}
-
-    def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
-        return {**self._frame(), "choices": [{"index": index, "delta": delta, "finish_reason": reason}]}
 
 
 # Client side: generateContent body -> canonical request.
@@ -5683,7 +5653,7 @@ class SchemaForClaude:
         if not isinstance(schema, dict):
             return schema
         kept = without(schema, *self.DROPPED, "$schema", "strict")
-        kept = {name: self._member(name, value) for name, value in kept.items()}
+        kept = {name: inner_schemas(name, value, self.write) for name, value in kept.items()}
         if "oneOf" in kept:
             kept["anyOf"] = kept.pop("oneOf")
         told = [f"{name}: {dump_json(schema[name]).decode()}" for name in self.DROPPED if name in schema]
@@ -5696,13 +5666,6 @@ class SchemaForClaude:
         if kept.get("type") == "object" or "properties" in kept:
             kept["additionalProperties"] = False
         return kept
-
-    def _member(self, name: str, value: Any) -> Any:
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            return {key: self.write(inner) for key, inner in value.items()}
-        if name in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
-            return [self.write(inner) for inner in value]
-        return self.write(value) if name == "items" else value
 
 
 class AnthropicEncoder:
