@@ -15535,15 +15535,15 @@ class LogStore:
         """Drop some of what is too old; where the log is too large, of its oldest bodies, then of its oldest rows."""
         delete = self._connection.execute
         cutoff_ms = int(self._now_ms() - self._keep_ms) if self._keep_ms < math.inf else 0
-        dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS, 16)).rowcount
-        gone = delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS, 1000)).rowcount
+        dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS,)).rowcount
+        gone = delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS,)).rowcount
         oldest = delete("SELECT MIN(block) FROM blocks").fetchone()[0] or self._now_ms() << BLOCK_BITS
         dropped += delete(PRUNE_PARTS, (oldest - PART_STALE,)).rowcount
         dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
         dropped += delete(PRUNE_FEEDBACK, (cutoff_ms,)).rowcount
         if not dropped and self._log_bytes() > self._max_bytes:
-            dropped = delete(PRUNE_BLOCKS, (2**62, 16)).rowcount
-            gone = 0 if dropped else delete(PRUNE_CALLS, (2**62, 1000)).rowcount
+            dropped = delete(PRUNE_BLOCKS, (2**62,)).rowcount
+            gone = 0 if dropped else delete(PRUNE_CALLS, (2**62,)).rowcount
         if gone:
             self._audit_pruned()
         return dropped + gone > 0
@@ -15718,21 +15718,20 @@ def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
     return {name: round(2 ** ((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3) for name, step in places.items()}
 
 
-PRUNE_BLOCKS: Final = (
-    "DELETE FROM blocks WHERE block IN (SELECT block FROM blocks WHERE block < ? ORDER BY block LIMIT ?)"
-)
-PRUNE_PARTS: Final = (
-    "DELETE FROM parts WHERE part IN (SELECT part FROM parts WHERE used_block < ? ORDER BY used_block LIMIT 200)"
-)
-NEWEST_AUDIT: Final = "SELECT * FROM audit ORDER BY seq DESC LIMIT 2"
-PRUNE_CALLS: Final = "DELETE FROM calls WHERE seq IN (SELECT seq FROM calls WHERE seq < ? ORDER BY seq LIMIT ?)"
+def prune_oldest(table: str, key: str, age: str, many: int) -> str:
+    """How to drop some of the oldest rows of a table, those whose `age` is below a bound."""
+    return f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE {age} < ? ORDER BY {age} LIMIT {many})"  # noqa: S608 - our names
+
+
+PRUNE_BLOCKS: Final = prune_oldest("blocks", "block", "block", 16)
+PRUNE_PARTS: Final = prune_oldest("parts", "part", "used_block", 200)
+PRUNE_CALLS: Final = prune_oldest("calls", "seq", "seq", 1000)
+PRUNE_RESPONSES: Final = prune_oldest("responses", "id", "ts_ms", 20)
 PRUNE_FEEDBACK: Final = (  # in the order in which it was said, so the oldest are looked at first
     "DELETE FROM feedback WHERE rowid IN "
     "(SELECT place FROM (SELECT rowid AS place, ts_ms FROM feedback ORDER BY rowid LIMIT 20) WHERE ts_ms < ?)"
 )
-PRUNE_RESPONSES: Final = (
-    "DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE ts_ms < ? ORDER BY ts_ms LIMIT 20)"
-)
+NEWEST_AUDIT: Final = "SELECT * FROM audit ORDER BY seq DESC LIMIT 2"
 
 #: Filters on what calls have in common, and on the row itself. `before` is the cursor.
 LABEL_FILTERS: Final[Mapping[str, str]] = {
@@ -15822,10 +15821,6 @@ class Page:
 
     rows: list[sqlite3.Row]
     cursor: int | None
-
-
-def find_requests(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[sqlite3.Row]:
-    return find_page(store, wanted, limit, now_ms).rows
 
 
 def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> Page:
@@ -16253,9 +16248,8 @@ def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
 
     The filters are those of the log; `before` is a session's `cursor`.
     """
-    where, parameters = rows_where(
-        log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
-    )
+    asked = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
+    where, parameters = rows_where(asked)
     before = wanted.get("before", "")
     rows = store.read(
         "SELECT session, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - clauses of LOG_FILTERS
@@ -16268,7 +16262,7 @@ def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
     return [
         {"session": row["session"], "first": format_time(row["first"] >> SEQ_BITS), "last": format_time(row["cursor"] >> SEQ_BITS),
          **{name: row[name] or 0 for name in ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")},
-         "cost_usd": None if row["cost_nanousd"] is None else row["cost_nanousd"] / NANOUSD_PER_USD,
+         "cost_usd": as_usd(row["cost_nanousd"]),
          "models": row["models"].split(","), "cursor": str(row["cursor"])}
         for row in rows
     ]  # fmt: skip
@@ -17272,14 +17266,9 @@ ERROR_LINES: Final = ErrorLines()
 
 
 def print_error(
-    message: str,
-    error: BaseException | None = None,
-    *,
-    event: str = "error",
-    level: str = "error",
-    request_id: str = "",
-    **more: Any,
-) -> None:
+    message: str, error: BaseException | None = None, *, event: str = "error", level: str = "error",
+    request_id: str = "", **more: Any,
+) -> None:  # fmt: skip
     """One line on stderr; the traceback's place, never its values, which may hold a client's text."""
     place = ""
     if error is not None and error.__traceback__ is not None:
@@ -17411,24 +17400,15 @@ class Alerts:
             if sum(row == to for to in self._tasks.values()) >= self.MAX_WAITING:
                 self.dropped += 1
                 continue
-            alert = {
-                "id": self._new_id("alert_"),
-                "event": event,
-                "ts": format_time(int(self._clock() * 1000)),
-                "text": text,
-                **more,
-            }
+            ts = format_time(int(self._clock() * 1000))
+            alert = {"id": self._new_id("alert_"), "event": event, "ts": ts, "text": text, **more}
             task = asyncio.get_running_loop().create_task(self._deliver(row, alert))
             self._tasks[task] = row
             task.add_done_callback(self._tasks.pop)
 
     async def _deliver(self, row: AlertRow, alert: Json) -> None:
-        entry = {
-            **{name: alert[name] for name in ("id", "event", "ts", "text")},
-            "to": row.host,
-            "tries": 0,
-            "state": "waiting",
-        }
+        known = {name: alert[name] for name in ("id", "event", "ts", "text")}
+        entry = {**known, "to": row.host, "tries": 0, "state": "waiting"}
         self._log.append(entry)
         body = dump_json(alert)
 
@@ -23065,7 +23045,8 @@ def run_demo(options: argparse.Namespace) -> int:
             print(f"{dashboard_line(gateway, url)}\n$ {curl_example(url, 'echo')}")
             print(await ask_once(url), flush=True)
             await gateway.store.flush()
-            [row] = await asyncio.to_thread(find_requests, gateway.store, {}, 1, 0)
+            page = await asyncio.to_thread(find_page, gateway.store, {}, 1, 0)
+            [row] = page.rows
             print(
                 f"\nLogged as {row['id']}: {row['status']} in {row['latency_ms']:.2f} ms, {row['input_tokens']} + {row['output_tokens']} tokens, cost $0."
             )
@@ -23218,20 +23199,17 @@ def print_rows(rows: Sequence[Json], options: argparse.Namespace, line: Callable
     return 0
 
 
-class LogReader:
+class LogReader(AuditReader):
     """The log of a data directory, read beside a running proxy; shaped as the store's readers expect."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise StoreError(f"there is no log at {path}; start Stockyard once, or set STOCKYARD_DATA_DIR")
-        self._connection = open_reader(path)
+        super().__init__(path)
         version = self.read("PRAGMA user_version")[0][0]
         if version != len(MIGRATIONS):
             which = "this Stockyard once, which brings it up to date" if version < len(MIGRATIONS) else "the newer one"
             raise StoreError(f"{path} was written by another version of Stockyard; start {which}")
-
-    def read(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
-        return self._connection.execute(sql, parameters).fetchall()
 
 
 NO_VARIABLES: Final[Mapping[str, str]] = {}

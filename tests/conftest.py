@@ -57,7 +57,9 @@ class Proxy:
     async def rows(self) -> list[dict[str, Any]]:
         """All log rows, the oldest first."""
         await self.gateway.store.flush()
-        return [stockyard.public_row(row) for row in reversed(stockyard.find_requests(self.gateway.store, {}, 1000, 0))]
+        return [
+            stockyard.public_row(row) for row in reversed(stockyard.find_page(self.gateway.store, {}, 1000, 0).rows)
+        ]
 
 
 Start = Callable[..., AbstractAsyncContextManager[Proxy]]

@@ -119,7 +119,7 @@ async def test_a_stop_that_waits_no_longer_tells_every_stream_so(tmp_path: Path)
     bad = [(number, text[-150:]) for number, text in enumerate(told) if b"shutting_down" not in text or DONE in text]
     assert not bad, bad[:4]
     store = stockyard.LogStore(tmp_path / "stockyard.db")
-    rows = stockyard.find_requests(store, {}, 100, 0)
+    rows = stockyard.find_page(store, {}, 100, 0).rows
     store.close()
     assert [(row["status"], row["error"]) for row in rows] == [(503, "shutting_down")] * 50
 

@@ -72,7 +72,7 @@ def committed(store: LogStore) -> None:
 
 
 def ids(store: LogStore, limit: int = 1000, **wanted: str) -> list[str]:
-    return [row["id"] for row in stockyard.find_requests(store, wanted, limit, NOW_MS)]
+    return [row["id"] for row in stockyard.find_page(store, wanted, limit, NOW_MS).rows]
 
 
 def until(holds: Callable[[], Any]) -> None:
@@ -100,7 +100,7 @@ def test_a_start_takes_over_what_the_last_process_only_told_its_journal(tmp_path
         committed(store)
         assert ids(store) == [refused.id, open_call.id, ended.id]
         assert store.crashed_rows == 1
-        [row] = stockyard.find_requests(store, {"error": "crashed"}, 10, NOW_MS)
+        [row] = stockyard.find_page(store, {"error": "crashed"}, 10, NOW_MS).rows
         shown = stockyard.public_row(row)
         assert (shown["id"], shown["status"], shown["session"], shown["cost_usd"]) == (open_call.id, 500, "s1", None)
         assert stockyard.public_row(stockyard.find_row(store, ended.id))["tags"] == "team=a"  # type: ignore[arg-type]
