@@ -30,6 +30,7 @@ The file is the architecture. Its sections are its layers, in order; a section u
     Lane                     the short way in for hot requests
     Server                   routes, roles, the error boundary, passthrough, admin JSON
     Process                  lock, listener, signals, assembly
+    Workers                  several processes behind one port, and the one that owns what they share
     Bench                    what the proxy costs on this machine
     Command line             verbs; `main` last
 
@@ -72,6 +73,7 @@ import dataclasses
 import datetime
 import difflib
 import email.utils
+import errno
 import fcntl
 import functools
 import gc
@@ -87,6 +89,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import marshal
 import math
 import operator
 import os
@@ -115,7 +118,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, Protocol, TextIO, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 
 import aiohttp
 import orjson
@@ -9419,7 +9422,7 @@ class Settings:
     models_ttl: float = _row(300.0, "seconds that providers' model lists are kept", _number(0, 86400))
     workers: str = _row(
         "1",
-        "processes sharing the port; auto is one per core",
+        "processes sharing the port (Linux); auto is one per core; each has its own breakers and cache memory",
         lambda text: text if text == "auto" else str(_integer(1, 256)(text)),
     )
     tables: Mapping[str, Any] = field(default_factory=dict)
@@ -9444,9 +9447,6 @@ class Settings:
 
 
 SETTING_ROWS: Final = tuple(row for row in dataclasses.fields(Settings) if row.metadata)
-#: Settings of the contract that this version does not act on yet, with the values that ask for nothing. Any other value
-#: is refused: a limit that is set and not kept would be worse than none.
-NOT_YET: Final[Mapping[str, frozenset[Any]]] = {"workers": frozenset({"1"})}
 SECRET_SETTINGS: Final = frozenset({"admin_key"})
 #: Tables of stockyard.toml beside the settings, each read by the section that owns it.
 TOML_TABLES: Final = frozenset(
@@ -9515,11 +9515,6 @@ def read_settings(
             continue
         values[row.name], sources[row.name] = read_setting(row, text, source), source
     settings = Settings(**values, tables=tables, sources=sources)
-    for name, inert in NOT_YET.items():
-        if getattr(settings, name) not in inert:
-            raise SettingsError(
-                f"{sources[name]}: {name} = {getattr(settings, name)} is not built into version {__version__} yet"
-            )
     if settings.require_key == "never" and not settings.is_loopback:
         raise SettingsError(
             f"{sources['require_key']}: require_key never is refused on {settings.host}, where others can reach this proxy; "
@@ -9628,10 +9623,14 @@ class Health:
     WINDOW_S: ClassVar[float] = 10.0
     LATENCY_S: ClassVar[float] = 10.0
 
-    __slots__ = ("_bad", "_good", "_in_row", "_measured_s", "_open_s", "_window_s", "in_flight", "is_probing", "latency_s", "open_until_s")  # fmt: skip
+    __slots__ = (
+        "_bad", "_good", "_in_row", "_measured_s", "_open_s", "_window_s", "elsewhere", "in_flight", "is_probing", "latency_s",
+        "open_until_s",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.in_flight = self._good = self._bad = self._in_row = 0
+        #: `elsewhere` are those of other processes, to be shown.
+        self.in_flight = self.elsewhere = self._good = self._bad = self._in_row = 0
         self.latency_s = self.open_until_s = self._measured_s = self._window_s = 0.0
         self._open_s = self.OPEN_S
         self.is_probing = False
@@ -9642,7 +9641,7 @@ class Health:
 
     def view(self, now_s: float) -> Json:
         latency_ms = round(self.latency_s * 1000, 1)
-        return {"breaker": self.state(now_s), "in_flight": self.in_flight, "latency_ms": latency_ms}
+        return {"breaker": self.state(now_s), "in_flight": self.in_flight + self.elsewhere, "latency_ms": latency_ms}
 
     def admits(self, now_s: float) -> bool:
         return not self.open_until_s or (now_s >= self.open_until_s and not self.is_probing)
@@ -9992,6 +9991,26 @@ class Router:
         if before is not None:
             router.retries, router._rests = before.retries, before._rests
         return router
+
+    # -- several processes, whose clock is one
+
+    def told(self) -> tuple[list[Any], list[Any]]:
+        """What this process knows of targets and of keys that rest, for `hear` of another."""
+        health = [(*at, seen.open_until_s, seen.latency_s, seen.in_flight) for at, seen in self.health.items()]
+        return health, [(*at, until_s) for at, until_s in self._rests.items()]
+
+    def hear(self, told: Iterable[tuple[list[Any], list[Any]]]) -> None:
+        """Know what others know, the worst of it, in place of what was heard before."""
+        for seen in self.health.values():
+            seen.open_until_s, seen.latency_s, seen.elsewhere = 0.0, 0.0, 0
+        for health, rests in told:
+            for provider, model, open_until_s, latency_s, in_flight in health:
+                if known := self.health.get((provider, model)):
+                    known.open_until_s = max(known.open_until_s, open_until_s)
+                    known.latency_s = max(known.latency_s, latency_s)
+                    known.elsewhere += in_flight
+            for provider, key, until_s in rests:
+                self._rests[provider, key] = max(until_s, self._rests.get((provider, key), 0.0))
 
     # -- names
 
@@ -13291,6 +13310,10 @@ class Ledger:
 
     # -- views, start
 
+    @property
+    def budgets(self) -> list[Budget]:
+        return [account.budget for account in self._accounts.values()]
+
     def snapshot(self, now_ms: int) -> list[Json]:
         """The budgets as GET /api/budgets shows them: amounts as decimal dollars and as nano-dollars."""
         now_ms = self._now(now_ms)
@@ -14889,6 +14912,11 @@ def log_row(call: Call) -> LogRow:
 def row_line(row: LogRow) -> bytes:
     """A row as one line of JSON: of the journal, and what the audit chain has the digest of."""
     return dump_kept(tuple(row))  # orjson takes no named tuples
+
+
+def read_row(line: bytes) -> LogRow:
+    seq, label, own = orjson.loads(line)
+    return LogRow(seq, tuple(label), tuple(own))
 
 
 def intent_line(call: Call) -> bytes:
@@ -18272,6 +18300,7 @@ class Gateway:
 
     MAX_SHADOWS: ClassVar[int] = 64
     STORE: ClassVar[type[LogStore]] = LogStore
+    CACHE: ClassVar[type[Cache]] = Cache
 
     def __init__(
         self, settings: Settings, router: Router, prices: PriceBook, store: LogStore, upstream: Upstream, admin_key: str,
@@ -18285,7 +18314,7 @@ class Gateway:
         self.tick = time.monotonic  # uvloop's own clock moves in whole milliseconds
         self.new_id = IdSource(lambda: int(clock() * 1000), self.random.getrandbits)
         self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
-        self.cache = Cache(settings, store, lambda: int(clock() * 1000))
+        self.cache = self.CACHE(settings, store, lambda: int(clock() * 1000))
         self.draining = False
         #: Set once a stop waits no longer: calls that are cancelled now are told so.
         self.is_ending = False
@@ -22755,6 +22784,1026 @@ def run_loop(program: Awaitable[None]) -> None:
         runner.run(cast(Any, program))
 
 
+# ===== Workers ========================================================================================================
+# Several processes behind one port. The supervisor owns what there may be one of only: listener, SQLite, money, rate
+# windows, keys, sessions. It is a whole Gateway, whose server takes all that is no model call. Workers answer model
+# calls. Three socket pairs join each to the supervisor:
+#   talk   questions, answers and news, those of one turn of the loop in one write: places in rate limits, holds and
+#          their ends, keys and budgets that change. A worker whose calls touch no budget and no limit asks nothing.
+#   door   connections with what was read of them: to a worker, in turn; back, where the supervisor must answer or where
+#          the worker is about to end, so that a restart drops none
+#   rows   groups of the log: the log writer of a worker hands them over, and goes on once SQLite has them
+# A worker's journal lies in a directory of its own. Of one that dies the supervisor takes the rows over and charges the
+# holds whole; one that loses the supervisor ends at once. What only makes calls faster (memory tier of the cache, equal
+# calls that wait for one answer, breakers, latencies, resting keys) every worker has of its own.
+
+FOR_SUPERVISOR: Final = b"s"
+FOR_COLLEAGUE: Final = b"c"
+REPORT_S: Final = 1.0
+RESTART_REST_S: Final = 1.0
+ACCEPT_MOST: Final = 64
+CLAMP_TRIES: Final = 3
+#: A connection is passed with all that one read gave; the kernel halves what is asked for.
+DOOR_BYTES: Final = 1024 * 1024
+FAULTS: Final = {kind.__name__: kind for kind in (GatewayError, LimitExceeded, BudgetExceeded, StorageUnavailable)}
+
+
+def worker_count(settings: Settings) -> int:
+    """How many workers answer calls; 1 where the process does it all itself."""
+    is_linux = sys.platform == "linux"
+    if settings.workers == "auto":
+        return len(os.sched_getaffinity(0)) if is_linux else 1
+    if settings.workers != "1" and not is_linux:
+        raise SettingsError(f"{settings.sources['workers']}: more than one worker needs Linux")
+    return int(settings.workers)
+
+
+def worker_program(files: Iterable[int]) -> str:
+    """What a worker runs: this module, with the packages as they are found here."""
+    here = Path(__file__).resolve()
+    path = [str(here.parent), *sys.path]
+    return f"import sys; sys.path[:] = {path!r}; import {here.stem} as own; own.run_worker{(*files,)!r}"
+
+
+def fault_of(error: Exception) -> tuple[str, Json]:
+    """An error as it is told to another process, which raises it from `FAULTS`."""
+    if not isinstance(error, GatewayError):
+        print_error(f"internal error: {type(error).__name__}", error, event="internal_error")
+        error = GatewayError("Stockyard met an error of its own; its log has the details")
+    names = ("message", "status", "type", "code", "param", "fields", "retry_after_s")
+    return type(error).__name__, {name: getattr(error, name) for name in names}
+
+
+def raise_fault(name: str, members: Json) -> NoReturn:
+    raise FAULTS.get(name, GatewayError)(**members)
+
+
+class Link(asyncio.Protocol):
+    """One end of the talk. `verbs` are what the other end may say and ask; `marshal` will do, since both ends are one build."""
+
+    def __init__(self, verbs: dict[str, Callable[..., Any]], lost: Callable[[], object]) -> None:
+        self.verbs, self.lost = verbs, lost
+        self._loop = asyncio.get_running_loop()
+        self._out: list[tuple[int, str, Any]] = []
+        self._in = bytearray()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count(1)
+        self._answering: set[asyncio.Future[None]] = set()
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.transport = None
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(StorageUnavailable("the process that was asked has ended; send the request again"))
+        self.lost()
+
+    def tell(self, verb: str, *arguments: Any) -> None:
+        self._say(0, verb, arguments)
+
+    async def ask(self, verb: str, *arguments: Any) -> Any:
+        """The other end's answer, or the GatewayError that it raised."""
+        if self.transport is None:
+            raise StorageUnavailable("the process to ask has ended; send the request again")
+        number = next(self._numbers)
+        answer = self._asked[number] = self._loop.create_future()
+        self._say(number, verb, arguments)
+        try:
+            name, told = await answer
+        finally:
+            del self._asked[number]
+        return raise_fault(name, told) if name else told
+
+    def _say(self, number: int, verb: str, arguments: Any) -> None:
+        if not self._out:
+            self._loop.call_soon(self.flush)
+        self._out.append((number, verb, arguments))
+
+    def flush(self) -> None:
+        said, self._out = self._out, []
+        if said and self.transport is not None:
+            data = marshal.dumps(said)
+            self.transport.write(len(data).to_bytes(4, "big") + data)
+
+    def data_received(self, data: bytes) -> None:
+        self._in += data
+        while len(self._in) >= 4 and len(self._in) >= (end := 4 + int.from_bytes(self._in[:4], "big")):
+            said = marshal.loads(self._in[4:end])  # noqa: S302 - from our own process
+            del self._in[:end]
+            for message in said:
+                self._hear(*message)
+
+    def _hear(self, number: int, verb: str, arguments: Any) -> None:
+        """News (0), a question (a number), or the answer to one (its negative; `verb` is then the fault's name)."""
+        if number < 0:
+            answer = self._asked.get(-number)
+            if answer is not None and not answer.done():
+                answer.set_result((verb, arguments))
+        elif verb in self.verbs:
+            try:
+                told = self.verbs[verb](*arguments)
+                if asyncio.iscoroutine(told):
+                    task = self._loop.create_task(self._answer(number, told))
+                    self._answering.add(task)
+                    task.add_done_callback(self._answering.discard)
+                    return
+                name = ""
+            except Exception as error:
+                name, told = fault_of(error)
+            if number:
+                self._say(-number, name, told)
+
+    async def _answer(self, number: int, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            name, told = "", await work
+        except Exception as error:
+            name, told = fault_of(error)
+        self._say(-number, name, told)
+
+
+class Door:
+    """Passes connections to another process and takes those that come, each with what was read of it."""
+
+    def __init__(self, sock: socket.socket, taken: Callable[[socket.socket, bytes], None]) -> None:
+        self._loop, self._sock, self._taken = asyncio.get_running_loop(), sock, taken
+        self._waiting: collections.deque[tuple[socket.socket, bytes]] = collections.deque()
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DOOR_BYTES)
+        self._loop.add_reader(sock.fileno(), self.take)
+
+    def give(self, connection: socket.socket, data: bytes) -> None:
+        """Pass a connection, whose socket is closed here once it is gone. What cannot go is given back by `close`."""
+        self._waiting.append((connection, data))
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the other end has ended
+            while self._waiting:
+                connection, data = self._waiting[0]
+                try:
+                    socket.send_fds(self._sock, [data], [connection.fileno()])
+                except BlockingIOError:
+                    self._loop.add_writer(self._sock.fileno(), self._send)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EMSGSIZE:  # a system with small buffers: that connection is lost
+                        raise
+                self._waiting.popleft()
+                connection.close()
+        self._loop.remove_writer(self._sock.fileno())
+
+    def take(self) -> None:
+        """Take all that have come."""
+        with contextlib.suppress(OSError):
+            while True:
+                data, files, _, _ = socket.recv_fds(self._sock, DOOR_BYTES, 1)
+                if not data:
+                    self._loop.remove_reader(self._sock.fileno())
+                    return
+                for file in files:
+                    self._taken(socket.socket(fileno=file), data)
+
+    def close(self) -> list[tuple[socket.socket, bytes]]:
+        """Close it; what nobody took is given back."""
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        return [*self._waiting]
+
+
+class BroughtLane(Lane):
+    """A connection that another process accepted, with what that one read of it."""
+
+    __slots__ = ("read_ahead",)
+    read_ahead: bytes
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.read_ahead:
+            self.data_received(self.read_ahead)
+
+
+async def bring(make_lane: Callable[[], Lane], connection: socket.socket, data: bytes) -> None:
+    """Go on with a connection here."""
+    lane = cast(BroughtLane, make_lane())
+    lane.read_ahead = data
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: lane, connection)
+    except OSError:  # its client has gone meanwhile
+        connection.close()
+
+
+# ----- The worker's side ----------------------------------------------------------------------------------------------
+
+
+class Uncounted(Metrics):
+    """A worker's metrics: the supervisor counts the rows as it writes them."""
+
+    def add(self, rows: Iterable[Sequence[Any]]) -> None:
+        pass
+
+
+class WorkerStore(LogStore):
+    """A worker's log: a journal of its own, and a writer that hands groups to the supervisor in place of SQLite."""
+
+    def __init__(self, directory: Path, rows: socket.socket, link: Link, settings: Settings) -> None:
+        self._directory, self._rows, self._link = directory, rows.makefile("rwb"), link
+        super().__init__(
+            settings.data_path / "stockyard.db",
+            bodies=settings.log_bodies != "none",
+            full_sync=settings.durability == "full",
+        )
+        self.metrics = Uncounted((*LABEL_FIELDS, *OWN_FIELDS))
+        self.put_balances = lambda generation: None
+
+    def _open(self) -> Journal:
+        self._connection = open_reader(self.path)
+        return Journal(self._directory, 1, self.full_sync)
+
+    def _write(self, group: Group) -> None:
+        bodies = [self._bodies_of(call) if self._bodies else (b"", b"") for call in group.rows]
+        calls = [(call.line, *texts) for call, texts in zip(group.rows, bodies, strict=True)]
+        data = marshal.dumps((calls, [tuple(write) for write in group.writes], [tuple(note) for note in group.notes]))
+        try:
+            self._rows.write(len(data).to_bytes(8, "big") + data)
+            self._rows.flush()
+            if not self._rows.read(1):
+                raise OSError("closed")
+        except OSError as error:
+            raise sqlite3.OperationalError("the supervisor takes no rows") from error
+
+    def _keep_up(self) -> None:
+        self._upkeep_at_s = time.monotonic() + UPKEEP_REST_S
+
+    async def flush(self, patience_s: float = 10.0) -> None:
+        """All that any worker handed over before is committed."""
+        await self._link.ask("flush", patience_s)
+
+    async def flush_own(self, patience_s: float = 10.0) -> None:
+        await super().flush(patience_s)
+
+
+class RoomTaken(BudgetExceeded):
+    """What a clamping budget had left was taken by another call before this one had shortened its own to it."""
+
+
+class Turn(RateHold):
+    """A call's place in its rate limits, which the supervisor keeps."""
+
+    __slots__ = ("headers", "number")
+
+    def __init__(self, number: int) -> None:
+        super().__init__([], 0, [])
+        self.number = number
+        self.headers: dict[str, str] = {}
+
+
+class WorkerRates(RateLimiter):
+    def __init__(self, link: Link) -> None:
+        super().__init__(None, {}, 0)
+        self._link = link
+
+    def settle(self, hold: RateHold, tokens: int | None) -> None:
+        self._link.tell("end_turn", cast(Turn, hold).number, tokens)
+
+
+class WorkerLedger(Ledger):
+    """Knows which budgets there are; what they have left the supervisor knows."""
+
+    link: Link
+
+    def clamps(self, names: Touched, upstream_model: str) -> bool:
+        return any(account.budget.clamp for account in self._match(*wire_names(names), upstream_model))
+
+    def balances_at(self, places: Iterable[tuple[str, str]]) -> tuple[Balance, ...]:
+        return tuple(self._orphan_balance(*place) for place in places)
+
+    def _end(self, hold: Hold, op: str, cost: int, now_ms: int) -> Settlement:
+        if hold.open and hold.balances:
+            self.link.tell("end", hold.id, op, cost)
+        hold.open = False
+        return Settlement(cost, None, [])
+
+
+class Worker(Gateway):
+    """The gateway of a worker, which asks the supervisor for whatever all of them share."""
+
+    ledger: WorkerLedger
+    store: WorkerStore
+    door: Door
+
+    def __init__(self, link: Link, *parts: Any) -> None:
+        self.link = link
+        super().__init__(*parts)
+        self.ledger = WorkerLedger((), self.new_id, int(self.clock() * 1000))
+        self.ledger.link = link
+        self.is_leaving = False
+        self.lanes: set[WorkerLane] = set()
+        self._numbers = itertools.count(1)
+        if self.cache.shelf is not None:
+            self.cache.shelf.holds_until_ms = NEVER_MS  # the others put entries there as well
+
+    # -- news
+
+    def put_budget(self, budget: Budget) -> None:
+        self.ledger.put_budget(budget, int(self.clock() * 1000))
+        self.has_budgets = True
+
+    def put_key(self, record: Json) -> None:
+        self.keys.put(VirtualKey.from_record(record))
+        self.decide_keys()
+
+    def empty_cache(self) -> None:
+        self.cache.generation += 1
+        self.cache.memory.clear()
+
+    async def flush(self, patience_s: float) -> None:
+        await self.store.flush_own(patience_s)
+        self.report()
+
+    def report(self) -> None:
+        """Tell what operators are shown of this process: what is now, and what was counted since the last time."""
+        counts = []
+        for part, name in counters_of(self):
+            counts.append(getattr(part, name))
+            setattr(part, name, 0)
+        now = {"in_flight": self.in_flight, "queued_rows": self.store.queued_rows, "trouble": self.store.trouble()}
+        self.link.tell("report", now, counts, self.router.told())
+
+    # -- questions
+
+    def set_limits(self, limits: Limits) -> None:
+        super().set_limits(limits)
+        self.rates, self.takes_turns = WorkerRates(self.link), True
+
+    async def take_turn(self, call: Call, body_bytes: int | None = None) -> None:
+        if not self.has_rates and (call.key is None or call.key.rate_limit is None):
+            return
+        turn = call.rate_hold = Turn(next(self._numbers))
+        asked = call.canonical or call.request
+        cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
+        size = len(call.body) if body_bytes is None else body_bytes
+        fault, turn.headers, scopes, turn.tokens = await self.link.ask(
+            "turn", turn.number, call.key_id, call.model, size, cap
+        )
+        if fault is not None:
+            raise_fault(*fault)
+        turn.meters = [scope_meter(scope) for scope in scopes]
+
+    def answer_headers(self, call: Call) -> list[tuple[str, str]]:
+        headers = super().answer_headers(call)
+        return headers if call.rate_hold is None else [*headers, *cast(Turn, call.rate_hold).headers.items()]
+
+    async def hold(self, call: Call, target: Target, bounded: bool = True) -> Hold | None:
+        for _ in range(CLAMP_TRIES):
+            with contextlib.suppress(RoomTaken):
+                return await super().hold(call, target, bounded)
+        return await super().hold(call, target, bounded)
+
+    async def headroom(self, names: Touched, needed: int, upstream_model: str) -> int:
+        if not self.ledger.clamps(names, upstream_model):
+            return needed
+        room: int = await self.link.ask("room", *wire_names(names), needed, upstream_model)
+        return room
+
+    async def set_aside(self, names: Touched, needed: int | None, upstream_model: str) -> Hold:
+        hold_id = str(next(self._numbers))
+        try:
+            places = await self.link.ask("hold", hold_id, *wire_names(names), needed, upstream_model)
+        except asyncio.CancelledError:
+            self.link.tell("end", hold_id, "release", 0)
+            raise
+        except BudgetExceeded as error:
+            if needed and 0 < await self.headroom(names, needed, upstream_model) < needed:
+                raise RoomTaken(error.message, fields=error.fields, retry_after_s=error.retry_after_s) from error
+            raise
+        return Hold(hold_id, needed, self.ledger.balances_at(places), int(self.clock() * 1000))
+
+    def keep_signatures(self, found: Mapping[str, str]) -> None:
+        super().keep_signatures(found)
+        if found:
+            self.link.tell("signatures", dict(found))
+
+
+@functools.lru_cache(maxsize=1000)
+def scope_meter(scope: str) -> Meter:
+    """A meter that only tells its scope, for the log."""
+    return Meter(scope, RateLimit(), 0)
+
+
+def wire_names(names: Touched) -> tuple[str, dict[str, str], str, str]:
+    key, tags, model, provider = names
+    return key.id if key is not None else "", dict(tags), model, provider
+
+
+def counters_of(gateway: Gateway) -> list[tuple[object, str]]:
+    """What is counted since a process began, beside the rows: objects and their attributes."""
+    counters: list[tuple[object, str]] = [
+        (gateway.cache, name) for name in ("hits", "misses", "coalesced", "saved_nanousd")
+    ]
+    return [*counters, (gateway, "internal_errors")]
+
+
+#: Paths of model calls that workers answer themselves; a browser's calls need its session, which the supervisor has.
+WORKER_PATHS: Final = frozenset(row.path for row in ROUTES if row.handler is answer_call)
+WORKER_PREFIXES: Final = ("/v1beta/models/", "/v1/models/")
+
+
+def is_for_worker(message: Any) -> bool:
+    return (
+        message.method == "POST"
+        and (message.path in WORKER_PATHS or message.path.startswith(WORKER_PREFIXES))
+        and "cookie" not in message.headers
+    )
+
+
+class WorkerLane(BroughtLane):
+    """A client's connection at a worker. What is no model call goes to the supervisor, connection and all."""
+
+    __slots__ = ("_unread",)
+    gateway: ClassVar[Worker]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: What has come since it was idle, until it is known whose it is.
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.gateway.lanes.add(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.gateway.lanes.discard(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread = self._unread + data if self.is_idle() else b""
+        super().data_received(data)
+
+    def _sort(self, message: Any, payload: Any) -> None:
+        if isinstance(message, ErrorMessage) or is_for_worker(message):
+            self._unread = b""
+            super()._sort(message, payload)
+        elif self._unread:
+            self.give_away(FOR_SUPERVISOR)
+        elif self.transport is not None and not self.transport.is_closing():
+            error = HttpProcessingError(code=400, message="send this request after the answer to the one before")
+            self._hand_over(ErrorMessage(status=400, exc=error, message=error.message), EMPTY_PAYLOAD)
+
+    def _next(self) -> None:
+        if not self.leave():
+            super()._next()
+
+    def leave(self) -> bool:
+        """Give the connection to a colleague, where this worker is about to end and nothing of it is under way."""
+        transport = self.transport
+        if (
+            transport is None or not self.gateway.is_leaving or self._waiting or not self._keep or not self.is_idle()
+            or transport.get_write_buffer_size()
+        ):  # fmt: skip
+            return False
+        self.give_away(FOR_COLLEAGUE)
+        return True
+
+    def give_away(self, to: bytes) -> None:
+        assert self.transport is not None
+        file = os.dup(self.transport.get_extra_info("socket").fileno())
+        if not self._reading_paused:
+            self.transport.pause_reading()
+        self.gateway.door.give(socket.socket(fileno=file), to + self._unread)
+        self._unread = b""
+        self.transport.abort()
+
+
+def assemble_worker(begun: Json, link: Link, rows: socket.socket) -> Worker:
+    """A worker's gateway from what the supervisor told at its beginning."""
+    settings = Settings(**begun["settings"], **orjson.loads(begun["tables"]))
+    ERROR_LINES.adopt(settings.log_format)
+    prices = load_prices(settings)
+    worker = Worker(
+        link, settings, load_router(settings, os.environ, prices), prices,
+        WorkerStore(Path(begun["directory"]), rows, link, settings),
+        Upstream(asyncio.get_running_loop(), settings.deadlines), load_admin_key(settings),
+    )  # fmt: skip
+    worker.environment = os.environ
+    worker.keys = KeyRing(load_pepper(settings), map(VirtualKey.from_record, begun["keys"]))
+    worker.decide_keys()
+    for budget in begun["budgets"]:
+        worker.put_budget(Budget(**budget))
+    worker.set_limits(configured_limits(settings))
+    worker.placeholder_secret = begun["placeholder_secret"]
+    worker.guardrails = guardrails_of(settings, worker.placeholder_secret)
+    worker.signatures = begun["signatures"]
+    if (collector := read_collector(os.environ)) is not None:
+        worker.traces = Traces(collector, worker.poster, worker.random.randbytes)
+    link.verbs |= {
+        "key": worker.put_key, "budget": lambda budget: worker.put_budget(Budget(**budget)), "no_budget": worker.drop_budget,
+        "empty_cache": worker.empty_cache, "flush": worker.flush, "signatures": functools.partial(Gateway.keep_signatures, worker),
+    }  # fmt: skip
+    return worker
+
+
+async def serve_as_worker(talk: socket.socket, door: socket.socket, rows: socket.socket) -> None:
+    """A worker's life: until it is told to stop, or to leave its connections to others."""
+    loop = asyncio.get_running_loop()
+    begun: asyncio.Future[Worker] = loop.create_future()
+    leaving: asyncio.Future[bool] = loop.create_future()
+
+    def begin(told: Json) -> None:
+        try:
+            begun.set_result(assemble_worker(told, link, rows))
+        except Exception as error:
+            begun.set_exception(error)
+
+    def leave(stays_open: bool) -> None:
+        if not leaving.done():
+            leaving.set_result(stays_open)
+
+    # Without the supervisor nothing may be spent or kept.
+    link = Link({"begin": begin, "leave": leave}, lambda: os._exit(1))
+    await loop.create_unix_connection(lambda: link, sock=talk)
+    worker = await begun
+    async with open_server(worker, None, WorkerLane) as make_lane:
+        arriving: set[asyncio.Task[None]] = set()
+
+        def arrive(connection: socket.socket, data: bytes) -> None:
+            task = loop.create_task(bring(make_lane, connection, data[1:]))
+            arriving.add(task)
+            task.add_done_callback(arriving.discard)
+
+        worker.door = Door(door, arrive)
+        gc.collect()
+        gc.freeze()
+        link.tell("ready")
+        while not leaving.done():
+            worker.report()
+            await asyncio.wait([leaving], timeout=REPORT_S)
+        worker.is_leaving = leaving.result()
+        deadline_s = worker.tick() + worker.settings.drain_timeout
+        worker.door.take()  # all that were sent here before the word to leave
+        while (worker.lanes or arriving) and worker.is_leaving and worker.tick() < deadline_s:
+            for lane in [*worker.lanes]:
+                lane.leave()
+            await asyncio.sleep(0.01)
+    if worker.traces is not None:
+        await worker.traces.close()
+    await worker.poster.close()
+    worker.store.turn()
+    with contextlib.suppress(StorageUnavailable):  # what is not taken now stays in the journal, and is found there
+        await worker.flush(10.0)
+    await worker.upstream.close()
+    await asyncio.to_thread(worker.store.close)
+    link.flush()
+    gone = asyncio.Event()
+    link.lost = gone.set
+    if link.transport is not None:
+        link.transport.close()
+        await gone.wait()
+
+
+def run_worker(*files: int) -> None:
+    """The program of a worker's process. Signals are for the supervisor, which tells its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    harden_process()
+    try:
+        run_loop(serve_as_worker(*(socket.socket(fileno=file) for file in files)))
+    except (SettingsError, StoreError) as error:
+        print_error(str(error), event="worker_ended")
+
+
+# ----- The supervisor's side ------------------------------------------------------------------------------------------
+
+
+class SharedStore(LogStore):
+    """The one log of all workers."""
+
+    hands: Sequence[Hand] = ()
+
+    async def flush(self, patience_s: float = 10.0) -> None:
+        try:
+            async with asyncio.timeout(patience_s + 1):
+                await asyncio.gather(*(hand.flush(patience_s) for hand in self.hands if hand.is_ready.done()))
+        except TimeoutError:
+            raise StorageUnavailable("a worker does not answer") from None
+        await super().flush(patience_s)
+
+    def take(self, calls: list[Logged], others: list[Write | Note], committed: Callable[[], object]) -> None:
+        """A group of a worker; `committed` is called once SQLite has it."""
+        self._queued_bytes += sum(len(call.asked) + len(call.answered) for call in calls)
+        self._queue.extend([*calls, *others, committed])
+        self._hurry.set()
+        self._wake.set()
+
+    @property
+    def queued_rows(self) -> int:
+        return len(self._queue) + sum(int(hand.now["queued_rows"]) for hand in self.hands)
+
+    def trouble(self) -> str:
+        return super().trouble() or next((hand.now["trouble"] for hand in self.hands if hand.now["trouble"]), "")
+
+
+class SharedCache(Cache):
+    """The supervisor's cache; emptying it empties the memory of every worker as well."""
+
+    empty_others: Callable[[], None]
+
+    async def clear(self) -> None:
+        self.empty_others()
+        await self._store.flush()  # answered behind the news, and after what workers put on disk before it
+        await super().clear()
+
+
+class Supervisor(Gateway):
+    """The gateway that owns what its workers share, and tells them what changes of it."""
+
+    STORE, CACHE = SharedStore, SharedCache
+    store: SharedStore
+    cache: SharedCache
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.hands: list[Hand] = []
+        self.renew: Callable[[], None] = lambda: None
+        self.store.hands = self.hands
+        self.cache.empty_others = functools.partial(self.broadcast, "empty_cache")
+
+    def broadcast(self, *news: Any) -> None:
+        for hand in self.hands:
+            hand.link.tell(*news)
+
+    @property
+    def calls_under_way(self) -> int:
+        return self.in_flight + sum(int(hand.now["in_flight"]) for hand in self.hands)
+
+    def keep_key(self, key: VirtualKey) -> VirtualKey:
+        self.broadcast("key", super().keep_key(key).as_record())
+        return key
+
+    def declare_keys(self, keys: Iterable[VirtualKey]) -> None:
+        super().declare_keys(keys)
+        for key in self.keys.by_id.values():
+            if key.is_managed:
+                self.broadcast("key", key.as_record())
+
+    def put_budget(self, budget: Budget) -> None:
+        super().put_budget(budget)
+        self.broadcast("budget", dataclasses.asdict(budget))
+
+    def drop_budget(self, budget_id: str) -> None:
+        super().drop_budget(budget_id)
+        self.broadcast("no_budget", budget_id)
+
+    def keep_signatures(self, found: Mapping[str, str]) -> None:
+        super().keep_signatures(found)
+        self.broadcast("signatures", dict(found))
+
+    def adopt(self, settings: Settings, router: Router, prices: PriceBook, guardrails: Guardrails | None) -> None:
+        super().adopt(settings, router, prices, guardrails)
+        self.renew()
+
+
+class SupervisorLane(BroughtLane):
+    """A connection with a request that no worker answers; it ends with the answer, so that the next goes to a worker."""
+
+    __slots__ = ()
+
+    def _sort(self, message: Any, payload: Any) -> None:
+        super()._sort(message if isinstance(message, ErrorMessage) else message._replace(should_close=True), payload)
+
+
+class Hand:
+    """A worker as the supervisor has it: its process, its sockets, and all that is open for it."""
+
+    def __init__(
+        self, gateway: Supervisor, taken: Callable[[socket.socket, bytes], None], lost: Callable[[Hand], None]
+    ) -> None:
+        self.gateway, self._taken, self.is_retired = gateway, taken, False
+        self.now: Json = {"in_flight": 0, "queued_rows": 0, "trouble": ""}
+        self.told: tuple[list[Any], list[Any]] = ([], [])
+        self.is_ready: asyncio.Future[None] = gateway.loop.create_future()
+        self._holds: dict[str, Hold] = {}
+        self._turns: dict[int, Call] = {}
+        self._in_line: dict[int, asyncio.Task[Any]] = {}
+        self.link = Link(
+            {"ready": lambda: self.is_ready.set_result(None), "report": self._report, "flush": gateway.store.flush,
+             "turn": self._turn, "end_turn": self._end_turn, "room": self._room, "hold": self._hold, "end": self._end,
+             "signatures": gateway.keep_signatures}, functools.partial(lost, self),
+        )  # fmt: skip
+        self.door: Door
+        self._process: asyncio.subprocess.Process | None = None
+
+    # -- its process
+
+    async def run(self) -> int:
+        """From the start of its process to its end, and whatever it leaves behind; the exit status."""
+        gateway, loop = self.gateway, self.gateway.loop
+        directory = tempfile.mkdtemp(prefix=WORKER_PREFIX, dir=gateway.settings.data_path)
+        kinds = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_STREAM)
+        pairs = [socket.socketpair(socket.AF_UNIX, kind) for kind in kinds]
+        files = [theirs.fileno() for _, theirs in pairs]
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-c", worker_program(files), pass_fds=files, env=dict(gateway.environment)
+        )
+        for _, theirs in pairs:
+            theirs.close()
+        (talk, _), (door, _), (rows, _) = pairs
+        self.door = Door(door, self._taken)
+        await loop.create_unix_connection(lambda: self.link, sock=talk)
+        self.link.tell("begin", self._beginning(directory))
+        taking: asyncio.Future[None] = loop.create_future()
+        threading.Thread(target=self._take_rows, args=(rows, taking), daemon=True).start()
+        status = await process.wait()
+        for connection, data in self.door.close():
+            self._taken(connection, FOR_COLLEAGUE + data[1:])
+        await taking
+        self._charge_whole()
+        with contextlib.suppress(StorageUnavailable):
+            await LogStore.flush(gateway.store)
+        gateway.store.take_over(Path(directory))
+        return status
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def flush(self, patience_s: float) -> None:
+        try:
+            await self.link.ask("flush", patience_s)
+        except StorageUnavailable:
+            if self.link.transport is not None:  # one that has ended left it all in its journal
+                raise
+
+    def _beginning(self, directory: str) -> Json:
+        gateway, settings = self.gateway, self.gateway.settings
+        tables = {name: table for name, table in settings.tables.items() if name not in ("keys", "budgets", "alerts")}
+        return {
+            "settings": {row.name: getattr(settings, row.name) for row in SETTING_ROWS},
+            "tables": dump_json({"tables": tables, "sources": dict(settings.sources)}), "directory": directory,
+            "keys": [key.as_record() for key in gateway.keys.by_id.values()],
+            "budgets": [dataclasses.asdict(budget) for budget in gateway.ledger.budgets],
+            "placeholder_secret": gateway.placeholder_secret, "signatures": gateway.signatures,
+        }  # fmt: skip
+
+    def _take_rows(self, sock: socket.socket, ended: asyncio.Future[None]) -> None:
+        """A thread: groups from the worker's log writer, each acknowledged once it is committed."""
+        gateway, call_soon = self.gateway, self.gateway.loop.call_soon_threadsafe
+        with sock, sock.makefile("rwb") as stream, contextlib.suppress(OSError, EOFError, ValueError, RuntimeError):
+            while head := stream.read(8):
+                calls, writes, notes = marshal.loads(stream.read(int.from_bytes(head, "big")))  # noqa: S302
+                rows = [Logged(read_row(line), line, asked, answered) for line, asked, answered in calls]
+                others: list[Write | Note] = [*itertools.starmap(Write, writes), *itertools.starmap(Note, notes)]
+                committed = threading.Event()
+                call_soon(gateway.store.take, rows, others, committed.set)
+                for row in rows if gateway.watchers else ():
+                    call_soon(gateway.tell, row.row)
+                committed.wait()
+                stream.write(b"+")
+                stream.flush()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            call_soon(ended.set_result, None)
+
+    def _charge_whole(self) -> None:
+        """End all that is open for a worker that has ended: nobody knows what came of it."""
+        for hold_id, hold in [*self._holds.items()]:
+            self._end(hold_id, "settle", hold.nanousd)
+        for number in [*self._turns, *self._in_line]:
+            self._end_turn(number, None)
+
+    def _report(self, now: Json, counts: list[int], told: tuple[list[Any], list[Any]]) -> None:
+        self.now, self.told = now, told
+        for (part, name), count in zip(counters_of(self.gateway), counts, strict=True):
+            setattr(part, name, getattr(part, name) + count)
+        self.gateway.router.hear([hand.told for hand in self.gateway.hands])
+
+    # -- what it asks
+
+    def _key(self, key_id: str) -> VirtualKey | None:
+        return self.gateway.keys.by_id[key_id] if key_id else None
+
+    def _turn(self, number: int, key_id: str, model: str, body_bytes: int, cap: int | None) -> Any:
+        """A call's place in its rate limits: (fault or None, headers, scopes, tokens), at once or after its time in line."""
+        call = Call("", 0, 0.0, HOT_ENDPOINTS["/v1/chat/completions"], {}, b"")
+        call.key, call.key_id, call.model = self._key(key_id), key_id, model
+        call.request = {} if cap is None else {"max_tokens": cap}
+        if self.gateway.takes_turns:
+            return self._turn_in_line(number, call, body_bytes)
+        try:
+            self.gateway.limit(call, body_bytes)
+        except LimitExceeded as error:
+            return self._seated(number, call, error)
+        return self._seated(number, call)
+
+    async def _turn_in_line(self, number: int, call: Call, body_bytes: int) -> Any:
+        self._in_line[number] = cast(asyncio.Task[Any], asyncio.current_task())
+        try:
+            await self.gateway.take_turn(call, body_bytes)
+        except LimitExceeded as error:
+            return self._seated(number, call, error)
+        except asyncio.CancelledError:  # its client has gone
+            if call.rate_hold is not None:
+                self.gateway.rates.settle(call.rate_hold, 0)
+            raise
+        finally:
+            self._in_line.pop(number, None)
+        return self._seated(number, call)
+
+    def _seated(self, number: int, call: Call, error: LimitExceeded | None = None) -> Any:
+        headers = self.gateway.rates.headers(call.key, call.model, int(time.monotonic() * 1000))
+        hold = call.rate_hold
+        if hold is None:
+            return fault_of(error) if error is not None else None, headers, [], 0
+        self._turns[number] = call
+        return None, headers, [meter.scope for meter in hold.meters], hold.tokens
+
+    def _end_turn(self, number: int, tokens: int | None) -> None:
+        call, waiting = self._turns.pop(number, None), self._in_line.pop(number, None)
+        if waiting is not None:
+            waiting.cancel()
+        if call is not None and call.rate_hold is not None:
+            self.gateway.rates.settle(call.rate_hold, tokens)
+            if self.gateway.lines:
+                self.gateway.serve_lines()
+
+    def _room(self, key_id: str, tags: Json, model: str, provider: str, needed: int, upstream_model: str) -> int:
+        now_ms = int(self.gateway.clock() * 1000)
+        return self.gateway.ledger.headroom(self._key(key_id), tags, model, provider, needed, now_ms, upstream_model)
+
+    def _hold(
+        self, hold_id: str, key_id: str, tags: Json, model: str, provider: str, needed: int | None, upstream_model: str
+    ) -> Any:
+        """A hold in every budget that an attempt touches, in the journal; those budgets, each with its window."""
+        gateway, now_ms = self.gateway, int(self.gateway.clock() * 1000)
+        hold = gateway.ledger.admit(self._key(key_id), tags, model, provider, needed, now_ms, upstream_model)
+        if hold.record is not None:
+            if not gateway.store.journal.keep(hold.record):
+                gateway.record_end(gateway.ledger.release(hold, now_ms))
+                raise StorageUnavailable(
+                    "spending cannot be recorded, so calls under a budget are refused; see the disk"
+                )
+            self._holds[hold_id] = hold
+        places = [(balance.budget.id, balance.window) for balance in hold.balances]
+        return self._synced(places) if gateway.store.full_sync and places else places
+
+    async def _synced(self, places: Any) -> Any:
+        await self.gateway.store.journal.synced()
+        return places
+
+    def _end(self, hold_id: str, op: str, cost: int) -> None:
+        hold, ledger = self._holds.pop(hold_id, None), self.gateway.ledger
+        if hold is not None:
+            now_ms = int(self.gateway.clock() * 1000)
+            self.gateway.record_end(
+                ledger.settle(hold, cost, now_ms) if op == "settle" else ledger.release(hold, now_ms)
+            )
+
+
+class Crew:
+    """The workers of a supervisor: hires, replaces and renews them, and gives each connection to the next in turn."""
+
+    def __init__(self, gateway: Supervisor, listener: socket.socket, make_lane: Callable[[], Lane]) -> None:
+        self.gateway, self.listener, self._make_lane = gateway, listener, make_lane
+        self.serving: collections.deque[Hand] = collections.deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_stale = self._is_renewing = self.is_closing = False
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.gateway.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def hire(self) -> None:
+        """One more worker, once it can serve; StoreError where it cannot."""
+        hand = Hand(self.gateway, self.taken, self.lost)
+        self.gateway.hands.append(hand)
+        self.begin(self._keep(hand))
+        await hand.is_ready
+        if hand.link.transport is not None:
+            self.serving.append(hand)
+        if self.is_closing:
+            self.retire(hand, stays_open=False)
+
+    async def _keep(self, hand: Hand) -> None:
+        """A worker to its end; another in its place where it was not told to end."""
+        try:
+            how = f"with status {await hand.run()}"
+        except OSError as error:
+            how = f"before it began ({error.strerror})"
+        self.gateway.hands.remove(hand)
+        if not hand.is_ready.done():
+            hand.is_ready.set_exception(StoreError(f"a worker ended {how} and could not serve"))
+        elif not hand.is_retired and not self.is_closing:
+            print_error(f"a worker ended {how}; another takes its place", event="worker_ended")
+            while not self.is_closing and not await self.has_hired():
+                await asyncio.sleep(RESTART_REST_S)
+
+    async def has_hired(self) -> bool:
+        try:
+            await self.hire()
+        except StoreError as error:
+            print_error(str(error), event="worker_ended")
+            return False
+        return True
+
+    def retire(self, hand: Hand, stays_open: bool) -> None:
+        """Let a worker end: it finishes its calls and, where the port stays open, gives its connections to others."""
+        hand.is_retired = True
+        self.lost(hand)
+        hand.link.tell("leave", stays_open)
+
+    def lost(self, hand: Hand) -> None:
+        """Give it no more connections."""
+        if hand in self.serving:
+            self.serving.remove(hand)
+
+    def renew(self) -> None:
+        """Replace every worker by one with the settings as they are now, one after another."""
+        self._is_stale = True
+        if not self._is_renewing:
+            self._is_renewing = True
+            self.begin(self._renew())
+
+    async def _renew(self) -> None:
+        while self._is_stale and not self.is_closing:
+            self._is_stale = False
+            for hand in [*self.serving]:
+                if await self.has_hired():
+                    self.retire(hand, stays_open=True)
+        self._is_renewing = False
+
+    # -- connections
+
+    def open(self) -> None:
+        self.listener.listen(1024)
+        self.gateway.loop.add_reader(self.listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPT_MOST):
+            try:
+                connection, _ = self.listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # no files left, most likely: those that end make room
+                self.gateway.loop.remove_reader(self.listener.fileno())
+                self.gateway.loop.call_later(RESTART_REST_S, self.open)
+                return
+            self.place(connection, b"")
+
+    def place(self, connection: socket.socket, data: bytes) -> None:
+        """Give a connection to the next worker, or serve it here where there is none."""
+        if self.serving:
+            self.serving.rotate(-1)
+            self.serving[-1].door.give(connection, FOR_COLLEAGUE + data)
+        else:
+            self.begin(bring(self._make_lane, connection, data))
+
+    def taken(self, connection: socket.socket, data: bytes) -> None:
+        """What a worker gives back."""
+        if data[:1] == FOR_COLLEAGUE:
+            self.place(connection, data[1:])
+        else:
+            self.begin(bring(self._make_lane, connection, data[1:]))
+
+    async def close(self) -> None:
+        """Stop listening, and let all workers finish."""
+        self.is_closing = self.gateway.draining = True
+        self.gateway.loop.remove_reader(self.listener.fileno())
+        self.listener.close()
+        deadline_s = self.gateway.tick() + self.gateway.settings.drain_timeout + 15
+        for hand in self.gateway.hands:
+            self.retire(hand, stays_open=False)
+        while self.gateway.hands and self.gateway.tick() < deadline_s:
+            await asyncio.sleep(0.02)
+        for hand in self.gateway.hands:
+            hand.kill()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def open_crew(gateway: Supervisor, listener: socket.socket) -> AsyncIterator[None]:
+    """Serve on a bound socket with workers until the block ends; then let them finish."""
+    async with open_server(gateway, None, SupervisorLane) as make_lane:
+        crew = Crew(gateway, listener, make_lane)
+        try:
+            await asyncio.gather(*(crew.hire() for _ in range(worker_count(gateway.settings))))
+            gateway.renew = crew.renew
+            crew.open()
+            yield
+        finally:
+            await crew.close()
+
+
+async def serve_all(settings: Settings, *how: Any) -> None:
+    """`serve`, with as many workers as the settings ask for."""
+    several: Json = {"kind": Supervisor, "open_front": open_crew} if worker_count(settings) > 1 else {}
+    await serve(settings, *how, **several)
+
+
 # ===== Bench ==========================================================================================================
 # What the proxy costs on this machine: the same load on a provider that answers at once, direct and through a Stockyard
 # of its own (a temporary data directory, log with bodies on, cache off). Three processes, so that CPU time can be told
@@ -23026,7 +24075,7 @@ def given_flags(options: argparse.Namespace) -> dict[str, str | None]:
 def run_serve(options: argparse.Namespace) -> int:
     settings = load_settings(options)
     harden_process()
-    run_loop(serve(settings, os.environ, print_banner, given_flags(options)))
+    run_loop(serve_all(settings, os.environ, print_banner, given_flags(options)))
     return 0
 
 
@@ -23057,7 +24106,7 @@ def run_demo(options: argparse.Namespace) -> int:
             if options.once:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        run_loop(serve(settings, environment, show, given_flags(options)))
+        run_loop(serve_all(settings, environment, show, given_flags(options)))
     return 0
 
 
@@ -23086,6 +24135,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     try:
         settings = load_settings(options)
         note("settings", True, "understood")
+        workers, cores = worker_count(settings), os.cpu_count() or 1
+        note("workers", None if workers > cores else True, f"{workers}, on {cores} cores")
         prepare_data_dir(settings.data_path)
         free_mb = shutil.disk_usage(settings.data_path).free // 1_000_000
         note(

@@ -297,7 +297,6 @@ def test_a_stop_lets_streams_end(tmp_path: Path) -> None:
         ({"STOCKYARD_REQUIRE_KEY": "never"}, ["--host", "0.0.0.0"], "refused"),
         ({"OPENAI_BASE_URL": "ftp://x", "OPENAI_API_KEY": "k"}, [], "OPENAI_BASE_URL"),
         ({"STOCKYARD_DATA_DIR": "/proc/nothing"}, [], "STOCKYARD_DATA_DIR"),
-        ({"STOCKYARD_WORKERS": "2"}, [], "not built"),
     ],
 )
 def test_wrong_starts_are_one_sentence(
