@@ -17244,7 +17244,7 @@ class GoogleTokens:
         try:
             credentials = orjson.loads(await asyncio.to_thread(Path(path).read_bytes))
             uri, form = google_grant(credentials, int(self._clock()))
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
             what = f"GOOGLE_APPLICATION_CREDENTIALS cannot be used ({type(error).__name__})"
             raise UpstreamUnreached(what, code="upstream_misconfigured") from error
         parts = urllib.parse.urlsplit(uri)
@@ -17255,10 +17255,13 @@ class GoogleTokens:
         answer = PlainAnswer(self._upstream.loop)
         await self._upstream.send(self._upstream.origin(uri), request, answer)
         await answer.done
-        document = orjson.loads(answer.body) if answer.status == 200 else {}
-        if not document.get("access_token"):
-            raise UpstreamUnreached(f"Google refused a token ({answer.status})", code="upstream_authentication")
-        self._tokens[path] = (document["access_token"], self._clock() + float(document.get("expires_in") or 3600))
+        try:
+            document = orjson.loads(answer.body) if answer.status == 200 else {}
+            ends_s = self._clock() + float(document.get("expires_in") or 3600)
+            self._tokens[path] = (document["access_token"], ends_s)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            what = f"Google refused a token ({answer.status})"
+            raise UpstreamUnreached(what, code="upstream_authentication") from None
 
 
 # ===== Reports ========================================================================================================

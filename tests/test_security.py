@@ -6,8 +6,13 @@ Host and Origin alone are test_lane.py's, sessions test_api.py's, that every spe
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import inspect
+import json
+import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -274,3 +279,79 @@ def test_keys_are_compared_in_constant_time() -> None:
         assert "== secret" not in source and "secret ==" not in source
     assert stockyard.is_admin_key("a" * 40, "a" * 40)
     assert not stockyard.is_admin_key("a" * 39, "a" * 40)
+
+
+#: Made for this test alone; 1024 bits are quick, and sign nothing.
+RSA_KEY = (
+    "MIICdwIBADANBgkqhkiG9w0BAQEFAASCAmEwggJdAgEAAoGBAMRRLtsK+7KtisgzyOjKQZADDQuxa+mKC6yVTv8IVJOXHJlavxdX"
+    "YxNxrbtq6zlY+yvK+Y2iH4Y+6C/PBH8G+tbFn44o6PfdMOLD1wZCi1GOBzM5AGUST5+x/BdcGBeMhBGZgPa8+VNlX/d02lbFAOVI"
+    "OEczqgtyNnl5HdgAkV5xAgMBAAECgYEAw9QvpzS3iq7uR3LQsNZAvEUu2EEtYhLgPlHaMTDAHVGZp6gMAl6baCP3p4KqDdSjCDY6"
+    "5XuZcrKBrl8VHxl5UNCyZiLb3eEuLMGpKGEaOWlgpPDxHesClkOQs2VYDQZvNkEKoA02M3zz68PL8PtPxXEMFQGAYm7CLr5+8wKA"
+    "iCECQQDqbE2wOJnL+XvoENllz9D3cgUth9Epl0j85KwkfePRbI3rZs/zmI0E1SGqbPlFFLjf1X4jfSx896CYTvVCoU9dAkEA1mL9"
+    "2UV7sOpoMslS0H0mngvY0fQfOsG/Yy6e8EmgX1s51x866EYSx7y6pYhPxfvBg+ywRugdg7BfNyPS/IQeJQJAfmRMctHhokduVg4X"
+    "mLw2l+OjBQxwarNFyAxm//ncRkL4Nc6mGlnK1qsvTpsYvvVQRGbwbqQDw5Ejxlr0A6vDhQJBAJpTrlreitjjFNkiVcwhm1AARTd2"
+    "HZkFaclzARUGWzzphayXHaeg8dn4wP9yLcLepQJbutWAN+bZauFdl38ReEUCQFB/RVg/P9C6UeQd+oG/B324JKLdQ6ygd4lH95F0"
+    "4LFbl6OwGqbiQgecnsoZEyDUVSYna4XXN0N6vdKORrmZLe0="
+)
+
+
+def google_files(path: Path, address: str) -> dict[str, Path]:
+    pem = f"-----BEGIN PRIVATE KEY-----\n{RSA_KEY}\n-----END PRIVATE KEY-----\n"
+    documents: dict[str, Any] = {
+        "service": {"type": "service_account", "client_email": "a@b.example", "private_key": pem, "token_uri": address},
+        "user": {
+            "type": "authorized_user",
+            "client_id": "c",
+            "client_secret": "s",
+            "refresh_token": "r",
+            "token_uri": address,
+        },
+        "other": {"type": "external_account", "token_uri": address},
+        "half": {"type": "service_account", "token_uri": address},
+        "broken": [],
+    }
+    for name, document in documents.items():
+        (path / name).write_text(json.dumps(document))
+    return {name: path / name for name in (*documents, "missing")}
+
+
+async def test_google_tokens_are_asked_for_with_a_signed_claim_once_an_hour(start: Start, tmp_path: Path) -> None:
+    now_s = [1_790_000_000.0]
+    async with start() as proxy:
+        tokens = stockyard.GoogleTokens(proxy.gateway.upstream, lambda: now_s[0])
+        files = google_files(tmp_path, proxy.upstream.url + "/token")
+        proxy.upstream.answers = [plain({"access_token": "ya29.x", "expires_in": 3600})]
+        for later_s in (0, 3500, 100):
+            now_s[0] += later_s
+            await tokens.refresh(str(files["service"]))
+        assert tokens.current(str(files["service"])) == "ya29.x"
+        await tokens.refresh(str(files["user"]))
+        first, _, user = proxy.upstream.seen
+        assert urllib.parse.parse_qs(user.body.decode())["refresh_token"] == ["r"]
+        form = urllib.parse.parse_qs(first.body.decode())
+        head, claim, signature = form["assertion"][0].split(".")
+        told = json.loads(base64.urlsafe_b64decode(claim + "=="))
+        assert (told["iss"], told["aud"], told["exp"] - told["iat"]) == (
+            "a@b.example",
+            proxy.upstream.url + "/token",
+            3600,
+        )
+        modulus, _ = stockyard.read_rsa_key(json.loads(files["service"].read_text())["private_key"])
+        opened = pow(int.from_bytes(base64.urlsafe_b64decode(signature + "==")), 65537, modulus).to_bytes(128)
+        assert opened.endswith(hashlib.sha256(f"{head}.{claim}".encode()).digest())
+        assert opened.startswith(b"\x00\x01\xff\xff")
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("other", 200), ("half", 200), ("broken", 200), ("missing", 200), ("user", 400), ("user", 200)]
+)
+async def test_google_credentials_that_do_not_work_are_the_operators_fault(
+    start: Start, tmp_path: Path, name: str, status: int
+) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [plain({"error": "invalid_grant"}, status)]
+        path = google_files(tmp_path, proxy.upstream.url + "/token")[name]
+        with pytest.raises(stockyard.UpstreamError) as caught:
+            await stockyard.GoogleTokens(proxy.gateway.upstream, lambda: 0).refresh(str(path))
+    assert caught.value.code in ("upstream_misconfigured", "upstream_authentication")
+    assert caught.value.is_unbilled
