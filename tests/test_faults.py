@@ -393,3 +393,14 @@ async def test_a_broken_stream_leaves_its_connection_to_the_next_call(start: Sta
             assert told.startswith(b"HTTP/1.1 200")
             assert told.count(FAILURE["openai"]) == 1
         writer.close()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_refusal_tells_the_providers_reason(start: Start, streamed: bool) -> None:
+    async with start(cache="off") as proxy:
+        refused = {"error": {"message": "max_tokens is too large", "type": "invalid_request_error"}}
+        proxy.upstream.answers = [plain(refused, 400)]
+        path, request = request_of("openai", "gpt-4o-mini", streamed)
+        status, _, told = await proxy.post(path, request)
+    assert status == 400
+    assert "max_tokens is too large" in told["error"]["message"]
