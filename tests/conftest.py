@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import hypothesis
 import pytest
 from upstreams import FakeUpstream, fake_upstream
 
 import stockyard
 from stockyard import Provider, Translation
+
+# The same examples every time, and no clock: a busy machine must not make a test fail.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -796,7 +796,7 @@ def test_a_stream() -> None:
     assert {chunk["id"] for chunk in chunks} == {"r"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 10_000), max_size=30))
 def test_any_split_reads_the_same(cuts: list[int]) -> None:
     noisy = b"\xef\xbb\xbf: ping\r\n\r\n" + STREAM.replace(b"\r\n\r\n", b"\r\n: x\r\n\r\n\r\n")
@@ -1249,7 +1249,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return value
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(places(FULL_NATIVE)), ANY_JSON)
 def test_wrong_json_from_a_client_is_only_an_invalid_request(path: tuple[Any, ...], new: Any) -> None:
     try:
@@ -1258,7 +1258,7 @@ def test_wrong_json_from_a_client_is_only_an_invalid_request(path: tuple[Any, ..
         assert error.message
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(places(FULL_CANONICAL)), ANY_JSON, st.sampled_from(["gemini-3-flash", "gemini-2.0-flash"]))
 def test_wrong_canonical_json_is_only_an_invalid_request(path: tuple[Any, ...], new: Any, model: str) -> None:
     try:

@@ -268,7 +268,7 @@ PLACES = st.lists(st.integers(0, 10_000), max_size=12)
 @given(
     sayings=st.tuples(*[SAYINGS] * len(SLOTS)), deltas=PLACES, chunks=PLACES, order=st.randoms(use_true_random=False)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_stream_says_what_the_plain_answer_would_however_it_is_cut(
     write: Any, frame: Any, read: Any, sayings: tuple[str, ...], deltas: list[int], chunks: list[int], order: Any
 ) -> None:
@@ -530,7 +530,7 @@ WORDS = st.lists(
 
 
 @given(words=WORDS, deltas=st.lists(st.integers(0, 5000), max_size=30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_watched_stream_hides_what_a_plain_answer_hides(words: list[str], deltas: list[int]) -> None:
     text = " ".join(words)
     rules = [

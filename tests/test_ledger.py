@@ -56,9 +56,6 @@ from stockyard import (
 
 PEPPER = b"pepper" * 6
 
-settings.register_profile("offline", deadline=None, derandomize=True, database=None)
-settings.load_profile("offline")
-
 
 def moment_ms(text: str) -> int:
     return int(datetime.datetime.fromisoformat(text).timestamp() * 1000)
@@ -844,7 +841,7 @@ class LedgerMachine(RuleBasedStateMachine):
 TestLedgerMachine = LedgerMachine.TestCase
 # LEDGER_STEPS=50000 in the environment makes a long run of it.
 TestLedgerMachine.settings = settings(
-    max_examples=int(os.environ.get("LEDGER_STEPS", "1800")) // 30, stateful_step_count=30, deadline=None
+    max_examples=int(os.environ.get("LEDGER_STEPS", "1800")) // 30, stateful_step_count=30
 )
 
 

@@ -392,7 +392,7 @@ BODY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(BODY)
 def test_any_wrong_json_is_an_invalid_request_and_nothing_else(body: Any) -> None:
     before = json.dumps(body)
@@ -438,7 +438,7 @@ CHAT = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(CHAT)
 @example({"model": "m", "messages": [{"role": "user", "content": "a"}], "extra_body": {"responses": {"include": [[]]}}})
 def test_a_wrong_chat_body_is_an_invalid_request_too(body: Any) -> None:
@@ -852,7 +852,7 @@ def test_finish_reasons(status: str | None, reason: str | None, finish: str) -> 
     assert feed(events)[-2]["choices"][0]["finish_reason"] in (finish, "tool_calls")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
 def test_any_split_gives_the_same_chunks(seed: int, ends: str, named: bool) -> None:
     rng = random.Random(seed)
@@ -1214,7 +1214,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(PIECES, max_size=12))
 def test_any_order_of_deltas_gives_a_sound_stream(chunks: list[Any]) -> None:
     events = render([*chunks, end()])
