@@ -9417,7 +9417,11 @@ class Settings:
     total_timeout: float = _row(900.0, "seconds for one call to a provider", _number(0.01, 360000))
     body_timeout: float = _row(30.0, "seconds a client may take to send its body", _number(0.05, 36000))
     drain_timeout: float = _row(30.0, "seconds that running calls get at a stop", _number(0, 36000))
-    max_body_mb: float = _row(32.0, "largest request body in MB", _number(0.001, 4096))
+    max_body_mb: float = _row(
+        32.0,
+        "largest request body in MB; all together may take an eighth of the memory, or two such",
+        _number(0.001, 4096),
+    )
     retries: int = _row(1, "further tries of the same target after a failure that may pass", _integer(0, 10))
     models_ttl: float = _row(300.0, "seconds that providers' model lists are kept", _number(0, 86400))
     workers: str = _row(
@@ -18298,6 +18302,26 @@ class Watcher:
 Touched = tuple[VirtualKey | None, Mapping[str, str], str, str]
 
 
+def worker_count(settings: Settings) -> int:
+    """How many workers answer calls; 1 where the process does it all itself."""
+    is_linux = sys.platform == "linux"
+    if settings.workers == "auto":
+        return len(os.sched_getaffinity(0)) if is_linux else 1
+    if settings.workers != "1" and not is_linux:
+        raise SettingsError(f"{settings.sources['workers']}: more than one worker needs Linux")
+    return int(settings.workers)
+
+
+def memory_bytes() -> int:
+    """The memory that this process may use: of the machine, of its container, of its own limits."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or one with the bound `max`
+        group = Path("/proc/self/cgroup").read_text().partition("::/")[2].partition("\n")[0]
+        bounds.append(int(Path("/sys/fs/cgroup", group, "memory.max").read_text()))
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return min([*bounds, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
+
+
 class Gateway:
     """Everything one process needs to answer calls; made by `open_gateway`."""
 
@@ -18316,7 +18340,9 @@ class Gateway:
         self.loop = upstream.loop
         self.tick = time.monotonic  # uvloop's own clock moves in whole milliseconds
         self.new_id = IdSource(lambda: int(clock() * 1000), self.random.getrandbits)
-        self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        #: Of bodies that arrived in more than one read: what is kept of them until their calls end.
+        self.body_bytes = 0
+        self.heed_sizes(settings)
         self.cache = self.CACHE(settings, store, lambda: int(clock() * 1000))
         self.draining = False
         #: Set once a stop waits no longer: calls that are cancelled now are told so.
@@ -18363,13 +18389,18 @@ class Gateway:
         self.settings, self.router, self.prices, self.upstream.deadlines = settings, router, prices, settings.deadlines
         self.guardrails = guardrails
         self.upstream.heed(settings.deadlines)
-        self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        self.heed_sizes(settings)
         self.cache.ttl_ms, self.cache.is_shared = settings.cache_ttl * 1000, settings.cache_scope == "shared"
         self.decide_keys()
         self._heads.clear()
         self._models.clear()
         self._models_at_s.clear()
         self.heed_routes()
+
+    def heed_sizes(self, settings: Settings) -> None:
+        """One body has its bound, and all together an eighth of the memory: a body that is read takes several times itself."""
+        self.max_body_bytes = int(settings.max_body_mb * 1024 * 1024)
+        self.max_bodies_bytes = max(2 * self.max_body_bytes, memory_bytes() // 8 // worker_count(settings))
 
     def heed_routes(self) -> None:
         for route in self.router.routes.values():
@@ -20216,16 +20247,6 @@ HOT_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
         Endpoint("chat", "/v1/messages", "anthropic", streams=True),
     )
 }
-LATE_BODY: Final = dump_json(
-    {
-        "error": {
-            "message": "the request's body did not arrive in time",
-            "type": "invalid_request_error",
-            "param": None,
-            "code": "request_timeout",
-        }
-    }
-)
 LANE_MAX_WAITING: Final = 8
 CROWDED: Final = Reply(
     503,
@@ -20241,6 +20262,11 @@ CROWDED: Final = Reply(
         }
     ),
 )
+
+
+def late_body() -> GatewayError:
+    what = "the request's body did not arrive in time"
+    return GatewayError(what, status=408, type="invalid_request_error", code="request_timeout")
 
 
 def connection_cap(files: int) -> int:
@@ -20269,9 +20295,11 @@ class Lane(RequestHandler):
 
     __slots__ = (
         "_awaited",
+        "_body_bytes",
         "_body_timer",
         "_call",
         "_handed",
+        "_is_refused",
         "_keep",
         "_sent_head",
         "_stuck_timer",
@@ -20290,6 +20318,7 @@ class Lane(RequestHandler):
         self._waiting: list[tuple[Any, Any]] = []  # seldom any: an empty deque would be the larger
         self._awaited: tuple[Any, Any, Endpoint] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._body_bytes, self._is_refused = 0, False
         self._body_timer: asyncio.TimerHandle | None = None
         self._stuck_timer: asyncio.TimerHandle | None = None
         self._keep = True
@@ -20380,16 +20409,46 @@ class Lane(RequestHandler):
         if payload.is_eof():
             self._awaited = None  # first: reading may call back into data_received
             self._begin(message, take_buffered(payload), endpoint)
+        elif not self.keep_bytes(payload.total_bytes - self._body_bytes):
+            self._refuse_body(message, payload)
         elif self._body_timer is None:
             payload.set_read_chunk_size(
                 self.gateway.max_body_bytes
             )  # else the parser would pause before the body is whole
             self._body_timer = self._loop.call_later(self.gateway.settings.body_timeout, self._body_is_late)
 
-    def _begin(self, message: Any, body: bytes, endpoint: Endpoint) -> None:
+    def _refuse_body(self, message: Any, payload: Any) -> None:
+        """Let go of it at once, a thousand may come in one turn of the loop; aiohttp reads and throws away the rest."""
+        self._stop_waiting()
+        take_buffered(payload)
+        payload._low_water = payload._high_water = 1  # of the rest no more than one read is kept
+        self._is_refused = True
+        self.pause_reading()
+        self._hand_over(message, payload)
+
+    def keep_bytes(self, size: int) -> bool:
+        """Count more of the body that this connection brings; False, and all of it forgotten, where memory is short."""
+        if self._is_refused or self.gateway.body_bytes + size > self.gateway.max_bodies_bytes:
+            self.forget_bytes()
+            self.resume_reading()
+            return False
+        self.gateway.body_bytes += size
+        self._body_bytes += size
+        return True
+
+    def forget_bytes(self) -> None:
+        self.gateway.body_bytes -= self._body_bytes
+        self._body_bytes, self._is_refused = 0, False
+
+    def _stop_waiting(self) -> None:
+        self._awaited = None
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
+
+    def _begin(self, message: Any, body: bytes, endpoint: Endpoint) -> None:
+        if self._body_timer is not None:
+            self._stop_waiting()
         self._keep = not message.should_close
         self._sent_head = False
         call = self._call = self.gateway.begin(endpoint, message.headers, body, self._client_ip())
@@ -20400,10 +20459,11 @@ class Lane(RequestHandler):
         return str(peer[0]) if isinstance(peer, tuple) else ""
 
     def _body_is_late(self) -> None:
-        self._body_timer = None
-        if self._awaited is not None:
-            self._awaited = None
-            self._write_plain(Reply(408, [("content-type", "application/json")], LATE_BODY), keep=False)
+        assert self._awaited is not None
+        message, _, endpoint = self._awaited
+        self._stop_waiting()
+        call = self.gateway.begin(endpoint, message.headers, b"", self._client_ip())
+        self._write_plain(self.gateway.turn_away(call, late_body()), keep=False)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         if self._reading_paused:  # every finished body calls this; there is seldom anything to resume
@@ -20421,6 +20481,8 @@ class Lane(RequestHandler):
                 self._write_plain(reply, self._keep)
         finally:
             self._task = self._call = None
+            if self._body_bytes:
+                self.forget_bytes()
         self._next()
 
     def _write_plain(self, reply: Reply, keep: bool) -> None:
@@ -20472,6 +20534,7 @@ class Lane(RequestHandler):
                 timer.cancel()
         if self._task is not None:
             self._task.cancel()
+        self.forget_bytes()
         super().connection_lost(exc)
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
@@ -20665,6 +20728,11 @@ def too_large_error(gateway: Gateway) -> PayloadTooLarge:
     )
 
 
+def too_many_bodies() -> GatewayError:
+    what = "the bodies of the calls under way fill the memory that is meant for them; try again in a moment"
+    return GatewayError(what, status=503, code="too_many_bodies", retry_after_s=1)
+
+
 async def read_body(request: web.Request, gateway: Gateway) -> bytes:
     """A request's whole body within its size and its time; GatewayError otherwise."""
     if request.headers.get("content-encoding", "identity") != "identity":
@@ -20676,16 +20744,18 @@ async def read_body(request: web.Request, gateway: Gateway) -> bytes:
         )
     if (request.content_length or 0) > gateway.max_body_bytes:
         raise too_large_error(gateway)
-    body = bytearray()
+    body, piece, lane = bytearray(), b"", cast(Lane, request.protocol)
     try:
         async with asyncio.timeout(gateway.settings.body_timeout):
-            async for piece in request.content.iter_any():
+            while lane.keep_bytes(len(piece)):
                 body += piece
                 if len(body) > gateway.max_body_bytes:
                     raise too_large_error(gateway)
+                if not (piece := await request.content.readany()):
+                    return bytes(body)
     except TimeoutError:
         raise late_body() from None
-    return bytes(body)
+    raise too_many_bodies()
 
 
 def peer_ip(request: web.Request) -> str:
@@ -20898,11 +20968,6 @@ async def logged(gateway: Gateway, call: Call, work: Callable[[], Awaitable[web.
 
 
 MIN_UPLOAD_BYTES_PER_S: Final = 1024
-
-
-def late_body() -> GatewayError:
-    what = "the request's body did not arrive in time"
-    return GatewayError(what, status=408, type="invalid_request_error", code="request_timeout")
 
 
 async def paced(request: web.Request, gateway: Gateway) -> AsyncIterator[bytes]:
@@ -21135,6 +21200,7 @@ async def get_ready(request: web.Request) -> web.Response:
 GAUGES: Final = {family.name: family for family in (
     Family("build_info", "gauge", "Always 1; the version is its label.", ("version",)),
     Family("in_flight", "gauge", "Calls under way."),
+    Family("body_bytes", "gauge", "Bytes of request bodies in memory that came in more than one read."),
     Family("draining", "gauge", "1 while it shuts down."),
     Family("log_queue_rows", "gauge", "What waits for the log's writer."),
     Family("log_failing", "gauge", "1 while the log cannot be written."),
@@ -21154,7 +21220,7 @@ BREAKER_NUMBERS: Final[Mapping[str, float]] = {"closed": 0.0, "half_open": 0.5, 
 def gauge_values(gateway: Gateway, lag_s: float) -> dict[str, float]:
     store, ledger = gateway.store, gateway.ledger
     return {
-        "in_flight": gateway.calls_under_way, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
+        "in_flight": gateway.calls_under_way, "body_bytes": gateway.body_bytes, "draining": gateway.draining, "log_queue_rows": store.queued_rows,
         "log_failing": bool(store.trouble()), "lost_rows_total": store.lost_rows, "crashed_rows": store.crashed_rows,
         "uncounted_rows_total": store.metrics.uncounted,
         "spans_dropped_total": gateway.traces.dropped if gateway.traces is not None else 0,
@@ -22244,6 +22310,8 @@ async def boundary(
         raise
     except Exception as error:
         failure = gateway.internal_error(error)
+    finally:
+        cast(Lane, request.protocol).forget_bytes()
     status, body = dialect_of_path(request.path).render_error(failure, gateway.new_id("req_"))
     response = json_response(body, status)
     if failure.retry_after_s is not None:
@@ -22809,16 +22877,6 @@ CLAMP_TRIES: Final = 3
 #: A connection is passed with all that one read gave; the kernel halves what is asked for.
 DOOR_BYTES: Final = 1024 * 1024
 FAULTS: Final = {kind.__name__: kind for kind in (GatewayError, LimitExceeded, BudgetExceeded, StorageUnavailable)}
-
-
-def worker_count(settings: Settings) -> int:
-    """How many workers answer calls; 1 where the process does it all itself."""
-    is_linux = sys.platform == "linux"
-    if settings.workers == "auto":
-        return len(os.sched_getaffinity(0)) if is_linux else 1
-    if settings.workers != "1" and not is_linux:
-        raise SettingsError(f"{settings.sources['workers']}: more than one worker needs Linux")
-    return int(settings.workers)
 
 
 def worker_program(files: Iterable[int]) -> str:

@@ -304,7 +304,7 @@ async def test_a_passed_answer_that_breaks_off_breaks_off(start: Start) -> None:
 
 LITTLE = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+resource.setrlimit(resource.RLIMIT_{}, ({}, {}))
 sys.argv = ["stockyard", "serve"]
 import stockyard
 stockyard.main()
@@ -312,8 +312,8 @@ stockyard.main()
 
 
 @contextlib.contextmanager
-def little(tmp_path: Path) -> Iterator[int]:
-    """A proxy that may open 64 files, and so have 16 clients; its port."""
+def little(tmp_path: Path, kind: str = "NOFILE", limit: int = 64) -> Iterator[tuple[int, int]]:
+    """A proxy that has little of something: with 64 files, 16 clients. Its port, and its process."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
@@ -321,7 +321,7 @@ def little(tmp_path: Path) -> Iterator[int]:
         "STOCKYARD_PORT": "0",
     }
     with subprocess.Popen(
-        [sys.executable, "-c", LITTLE],
+        [sys.executable, "-c", LITTLE.format(kind, limit, limit)],
         cwd=Path(stockyard.__file__).parent,
         env=environment,
         stdout=subprocess.PIPE,
@@ -330,7 +330,7 @@ def little(tmp_path: Path) -> Iterator[int]:
     ) as run:
         assert run.stdout is not None
         try:
-            yield int(re.findall(r"http://127.0.0.1:(\d+)", run.stdout.readline())[0])
+            yield int(re.findall(r"http://127.0.0.1:(\d+)", run.stdout.readline())[0]), run.pid
             run.terminate()
             _, told = run.communicate(timeout=60)
         finally:
@@ -354,7 +354,7 @@ def until_answered(port: int, status: bytes) -> bytes:
 def test_running_out_of_files_is_survived_in_silence(tmp_path: Path) -> None:
     """More connections than files, all idle: the oldest of them make room for whoever has something to ask."""
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 200
-    with little(tmp_path) as port, contextlib.ExitStack() as held:
+    with little(tmp_path) as (port, _), contextlib.ExitStack() as held:
         for _ in range(120):
             held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
         until_answered(port, b"200")
@@ -364,7 +364,7 @@ def test_running_out_of_files_is_survived_in_silence(tmp_path: Path) -> None:
 
 def test_clients_past_the_cap_are_told_so_while_all_others_are_at_work(tmp_path: Path) -> None:
     body = b'{"model":"echo","stream":true,"chunk_ms":700,"messages":[{"role":"user","content":"%b"}]}' % (b"a " * 90)
-    with little(tmp_path) as port, contextlib.ExitStack() as held:
+    with little(tmp_path) as (port, _), contextlib.ExitStack() as held:
         at_work = []
         for _ in range(stockyard.connection_cap(64)):
             at_work.append(held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)))
@@ -375,6 +375,100 @@ def test_clients_past_the_cap_are_told_so_while_all_others_are_at_work(tmp_path:
         assert b"too_many_connections" in got
         held.close()
         until_answered(port, b"200")
+
+
+def cpu_s(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_without_a_free_file_it_waits_and_goes_on(tmp_path: Path) -> None:
+    """Every file in use, and strangers knocking: no spinning, calls under way end well, then all is as before."""
+    request = {"model": "echo", "stream": True, "chunk_ms": 100, "messages": [{"role": "user", "content": "a " * 30}]}
+    body = json.dumps(request).encode()
+    with little(tmp_path) as (port, process), contextlib.ExitStack() as held:
+        at_work = [held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(5)]
+        for client in at_work:
+            client.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        begun = [client.recv(12) for client in at_work]
+        used = len(os.listdir(f"/proc/{process}/fd"))
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (used, 64))
+        for _ in range(30):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+        before_s = cpu_s(process)
+        time.sleep(1.5)
+        assert cpu_s(process) - before_s < 0.9  # a loop that spins would take all of it
+        answers = [
+            first + b"".join(iter(lambda client=client: client.recv(65536), b""))
+            for first, client in zip(begun, at_work, strict=True)
+        ]
+        assert all(b"data: [DONE]" in answer for answer in answers)
+        held.close()
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (64, 64))
+        until_answered(port, b"200")
+
+
+def peak_kb(process: int) -> int:
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[0])
+
+
+async def half_a_body(port: int, path: bytes, size: int) -> bytes:
+    """Send the most of a large body, and wait a while for an answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = HEAD.replace(b"/v1/chat/completions", path)
+    writer.write(head + b"Content-Length: %d\r\n\r\n" % (size * 3) + b'{"a":"' + b"x" * size)
+    try:
+        async with asyncio.timeout(4):
+            await writer.drain()
+            return await reader.readuntil(b"}")
+    except (TimeoutError, ConnectionError):
+        return b""
+    finally:
+        writer.close()
+
+
+async def test_slow_bodies_of_many_clients_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """60 x 8 MB of 24 MB each, where 64 MB are meant for bodies: those that are too many are told to come back."""
+    with little(tmp_path, "DATA", 512 * 1024 * 1024) as (port, process):
+        answers = await asyncio.gather(*(half_a_body(port, b"/v1/chat/completions", 8_000_000) for _ in range(60)))
+        refused = [answer for answer in answers if answer]
+        assert 45 < len(refused) < 60
+        assert all(
+            answer.startswith(b"HTTP/1.1 503") and b"\r\nretry-after: 1\r\n" in answer.lower() for answer in refused
+        )
+        assert peak_kb(process) < 300_000
+        await asyncio.to_thread(until_answered, port, b"200")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (b"/v1/chat/completions", b'{"error":{"message":"the bodies of'),
+        (b"/v1/messages", b'{"type":"error","error":{"type":"overloaded_error"'),
+        (b"/v1beta/models/m:generateContent", b'{"error":{"code":503,"message":"the bodies of'),
+        (b"/api/session", b'{"error":{"message":"the bodies of'),
+    ],
+)
+async def test_a_body_that_finds_no_room_is_refused_and_room_comes_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch, path: bytes, told: bytes
+) -> None:
+    monkeypatch.setattr(stockyard, "memory_bytes", lambda: 0)
+    async with start(max_body_mb=1, body_timeout=0.5) as proxy:
+        port = int(proxy.url.rpartition(":")[2])
+        assert proxy.gateway.max_bodies_bytes == 2 * 1024 * 1024
+        answers = await asyncio.gather(*(half_a_body(port, path, 200_000) for _ in range(20)))
+        refused = [answer for answer in answers if told in answer]
+        assert 5 < len(refused) < 15
+        status = b"HTTP/1.1 529" if path == b"/v1/messages" else b"HTTP/1.1 503"
+        assert all(answer.startswith(status) and b"\r\nretry-after: 1\r\n" in answer.lower() for answer in refused)
+        assert all(answer.startswith((status, b"HTTP/1.1 408")) for answer in answers)
+        errors = [row["error"] for row in await proxy.rows()]
+        if path != b"/api/session":
+            assert sorted(errors) == ["request_timeout"] * (20 - len(refused)) + ["too_many_bodies"] * len(refused)
+        large = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "a " * 400_000}]}).encode()
+        for _ in range(4):
+            assert (await proxy.post("/v1/chat/completions", large))[0] == 200
+        assert proxy.gateway.body_bytes == 0
 
 
 @pytest.mark.parametrize(("files", "cap"), [(1, 1), (64, 16), (256, 96), (1024, 480), (1_048_576, 524_256)])
