@@ -13105,14 +13105,6 @@ class Books:
             for budget_id, window in record["budgets"]:
                 self.settled[budget_id, window] = self.settled.get((budget_id, window), 0) + record["nanousd"]
 
-    def held(self) -> dict[tuple[str, str], int]:
-        """What open holds take of each (budget id, window)."""
-        held: dict[tuple[str, str], int] = {}
-        for record in self.open.values():
-            for budget_id, window in record["budgets"]:
-                held[budget_id, window] = held.get((budget_id, window), 0) + record["nanousd"]
-        return held
-
 
 class Ledger:
     """Admits attempts against all matching budgets, and settles them. One per process that admits.
@@ -13489,7 +13481,7 @@ class SlidingSum:
 
     def reset_ms(self, now_ms: int) -> int:
         """Milliseconds until the sum is zero if nothing is added."""
-        return max(0, (self.used_s + RATE_SLOTS) * 1000 - now_ms) if self.total else 0
+        return (self.used_s + RATE_SLOTS) * 1000 - now_ms if self.total else 0
 
 
 REQUESTS_HEADERS: Final = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
@@ -13795,7 +13787,7 @@ def _is_dense_audio(audio: Json) -> bool:
 def _rerank_bound(request: Json) -> int:
     """Rerankers read the query once for each document."""
     query, documents = request.get("query"), request.get("documents")
-    return len(query.encode("utf-8", "replace")) * len(documents) if query and documents else 0
+    return len(str(query).encode("utf-8", "replace")) * len(documents) if query and isinstance(documents, list) else 0
 
 
 class OutputCap(NamedTuple):
