@@ -13437,10 +13437,9 @@ class SlidingSum:
 
     __slots__ = ("_newest_s", "_ring", "total", "used_s")
 
-    def __init__(self, now_s: int) -> None:
+    def __init__(self) -> None:
         self._ring = [0] * RATE_SLOTS
-        self._newest_s = self.used_s = now_s
-        self.total = 0
+        self._newest_s = self.used_s = self.total = 0
 
     def advance(self, now_s: int) -> None:
         gone = now_s - self._newest_s
@@ -13493,9 +13492,9 @@ class Meter:
 
     __slots__ = ("limit", "parallel", "requests", "scope", "shown", "tokens", "told")
 
-    def __init__(self, scope: str, limit: RateLimit, now_s: int) -> None:
+    def __init__(self, scope: str, limit: RateLimit) -> None:
         self.scope, self.parallel, self.told = scope, 0, dump_json(scope).decode()
-        self.requests, self.tokens = SlidingSum(now_s), SlidingSum(now_s)
+        self.requests, self.tokens = SlidingSum(), SlidingSum()
         self.heed(limit)
 
     def heed(self, limit: RateLimit) -> None:
@@ -13556,10 +13555,9 @@ class RateLimiter:
     Meters of keys live while the key is in use: each new one looks at the two eldest and drops them if idle.
     """
 
-    def __init__(self, everything: RateLimit | None, models: Mapping[str, RateLimit], now_ms: int) -> None:
-        now_s = now_ms // 1000
-        self._everything = [Meter("this Stockyard", everything, now_s)] if everything else []
-        self._models = [(pattern, Meter(f"the model {pattern}", limit, now_s)) for pattern, limit in models.items()]
+    def __init__(self, everything: RateLimit | None, models: Mapping[str, RateLimit]) -> None:
+        self._everything = [Meter("this Stockyard", everything)] if everything else []
+        self._models = [(pattern, Meter(f"the model {pattern}", limit)) for pattern, limit in models.items()]
         self._keys: collections.OrderedDict[str, Meter] = collections.OrderedDict()
         self.repeated_ends = 0
 
@@ -13628,7 +13626,7 @@ class RateLimiter:
                 del self._keys[eldest_id]
             else:
                 self._keys.move_to_end(eldest_id)
-        meter = self._keys[key.id] = Meter("this key", key.rate_limit or RateLimit(), now_s)
+        meter = self._keys[key.id] = Meter("this key", key.rate_limit or RateLimit())
         return meter
 
 
@@ -18351,7 +18349,7 @@ class Gateway:
         self.alerts = Alerts(self.poster, self.new_id, clock)
         self.traces: Traces | None = None
         self.ledger = Ledger((), self.new_id, int(clock() * 1000))
-        self.rates = RateLimiter(None, {}, int(time.monotonic() * 1000))
+        self.rates = RateLimiter(None, {})
         self.has_budgets = self.has_rates = False
         self.limits, self.takes_turns = Limits(), False
         self.lines: collections.OrderedDict[str, collections.deque[tuple[Call, int | None, asyncio.Future[None]]]]
@@ -18701,8 +18699,8 @@ class Gateway:
 
     def set_limits(self, limits: Limits) -> None:
         self.limits, self.has_rates = limits, limits.everything is not None or bool(limits.models)
-        self.takes_turns = limits.queue_ms > 0
-        self.rates = RateLimiter(limits.everything, limits.models, int(time.monotonic() * 1000))
+        self.takes_turns = bool(limits.queue_ms)
+        self.rates = RateLimiter(limits.everything, limits.models)
 
     async def take_turn(self, call: Call, body_bytes: int | None = None) -> None:
         """`limit`, but a call that only comes too soon waits for up to `queue_ms`, in a line of its key's calls."""
@@ -23245,7 +23243,7 @@ class Worker(Gateway):
 @functools.lru_cache(maxsize=1000)
 def scope_meter(scope: str) -> Meter:
     """A meter that only tells its scope, for the log."""
-    return Meter(scope, RateLimit(), 0)
+    return Meter(scope, RateLimit())
 
 
 def wire_names(names: Touched) -> tuple[str, dict[str, str], str, str]:

@@ -258,6 +258,14 @@ async def test_the_line_has_an_end_and_whoever_hangs_up_leaves_it(
     assert len(proxy.upstream.seen) == 2
 
 
+async def test_a_call_for_which_waiting_is_no_use_is_refused_at_once(start: Start) -> None:
+    async with start(toml="[limits]\nrpm = 1\ntpm = 200\nqueue_ms = 50000\n") as proxy, asyncio.timeout(10):
+        never = await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 500})
+        told = [await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 1}) for _ in range(2)]
+    assert [status for status, *_ in (never, *told)] == [429, 200, 429]
+    assert "never fits" in never[2]["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "toml", ["[limits]\nrps = 1", "[limits]\nqueue_ms = -1", '[limits]\nmodels."a" = {rpm = 0}', "limits = 5"]
 )

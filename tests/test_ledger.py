@@ -855,7 +855,7 @@ TestLedgerMachine.settings = settings(
 
 
 def limiter(**limit: int) -> tuple[RateLimiter, VirtualKey]:
-    return RateLimiter(None, {}, 0), make_key(rate_limit=limit)
+    return RateLimiter(None, {}), make_key(rate_limit=limit)
 
 
 def test_requests_are_limited_and_the_wait_is_right_to_the_second() -> None:
@@ -934,7 +934,7 @@ def test_places_in_parallel_come_back_exactly_once() -> None:
 
 
 def test_key_model_and_global_limits_are_taken_together_or_not_at_all() -> None:
-    rates = RateLimiter(RateLimit(rpm=10), {"gpt-*": RateLimit(rpm=3, parallel=3)}, 0)
+    rates = RateLimiter(RateLimit(rpm=10), {"gpt-*": RateLimit(rpm=3, parallel=3)})
     key, other = make_key(rate_limit={"rpm": 2}), make_key()
     for _ in range(2):
         rates.admit(key, "gpt-5", 0, 0)
@@ -993,7 +993,7 @@ def test_a_changed_limit_counts_from_what_was_used() -> None:
 
 
 def test_idle_keys_are_forgotten_and_busy_ones_are_not() -> None:
-    rates = RateLimiter(None, {}, 0)
+    rates = RateLimiter(None, {})
     busy = create_key({"rate_limit": {"parallel": 1}}, "busy", "", 0)
     rates.admit(busy, "m", 0, 0)
     largest = 0

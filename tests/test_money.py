@@ -323,6 +323,17 @@ async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Star
         assert (journal.error, provider.calls) == ("", 1)
 
 
+async def test_no_call_leaves_while_too_many_rows_wait_to_be_written(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "QUEUE_MAX_ROWS", 0)
+    async with start() as proxy:
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+        status, headers, answer = await proxy.post("/v1/chat/completions", body)
+    assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "storage_unavailable")
+    assert proxy.upstream.seen == []
+
+
 async def test_what_a_dead_process_held_for_a_key_of_the_file_counts_at_once_and_ever_after(
     start: Start, tmp_path: Path
 ) -> None:
