@@ -23115,7 +23115,7 @@ class Turn(RateHold):
 
 class WorkerRates(RateLimiter):
     def __init__(self, link: Link) -> None:
-        super().__init__(None, {}, 0)
+        super().__init__(None, {})
         self._link = link
 
     def settle(self, hold: RateHold, tokens: int | None) -> None:
