@@ -1667,20 +1667,6 @@ class ChunkWriter:
         return {**head, "model": self.model, "choices": choices}
 
 
-def write_completion(message: Json, finish: str, usage: Json | None, translation: Translation, **members: Any) -> Json:
-    """A canonical completion with one choice. Absent content is null beside tool calls, and empty text otherwise."""
-    content = message.pop("content", "") or (None if message.get("tool_calls") else "")
-    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
-    logprobs = members.pop("logprobs", None)
-    if logprobs is not None:
-        choice["logprobs"] = logprobs
-    answer = {
-        "id": members.pop("id", None) or translation.new_id("chatcmpl-"), "object": "chat.completion",
-        "created": translation.now_s, "model": translation.model, "choices": [choice], **members,
-    }  # fmt: skip
-    return {**answer, "usage": usage} if usage is not None else answer
-
-
 def join_chunks(chunks: Sequence[Json], index: int = 0) -> Json:
     """Whole canonical chunks as one completion with one choice.
 
@@ -1882,22 +1868,16 @@ def url_citation(url: str, title: Any, start: int, end: int) -> Json:
     return {"type": "url_citation", "url_citation": cited}
 
 
-def read_embedding_texts(value: Any) -> list[str]:
-    """The texts of an OpenAI embeddings input; token arrays mean nothing to another tokenizer."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("`input` must be text or an array of texts: token ids mean nothing here", param="input")
-    return texts
-
-
 def read_embedding_request(
     request: Json, dialect: str, plain: Mapping[str, str], translation: Translation
 ) -> tuple[list[str], Json]:
     """The texts of an OpenAI embeddings request, and its other members under the provider's names.
 
-    Notes the texts' estimated tokens, for answers that count none.
+    Notes the texts' estimated tokens, for answers that count none. Token ids mean nothing to another tokenizer.
     """
-    texts = read_embedding_texts(request.get("input"))
+    texts = [request["input"]] if isinstance(request.get("input"), str) else request.get("input")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("`input` must be text or an array of texts: token ids mean nothing here", param="input")
     translation.names["embedding_tokens"] = sum(-(-len(text.encode("utf-8", "replace")) // 4) for text in texts)
     options: Json = {}
     for name, value in request.items():
@@ -5623,11 +5603,6 @@ ANTHROPIC_ERRORS: Final = {
     404: "not_found_error", 409: "conflict_error", 413: "request_too_large", 429: "rate_limit_error", 500: "api_error",
     503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
 }  # fmt: skip
-#: Canonical members that this encoder reads; what else is set, and says something, is dropped by name.
-CLAUDE_READS: Final = ALWAYS_CARRIED | {
-    "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop", "parallel_tool_calls",
-    "response_format", "reasoning_effort", "user", "safety_identifier", "service_tier", "cache_control",
-}  # fmt: skip
 #: Members of a Messages body that are the same in canonical requests, and those that `AnthropicParser` reads itself.
 SAME_IN_CLAUDE: Final = ("temperature", "top_p", "top_k", "stream")
 CLAUDE_PARSES: Final = (
@@ -5671,56 +5646,38 @@ class SchemaForClaude:
         return kept
 
 
-class AnthropicEncoder:
-    """One canonical request as a Messages body."""
+class AnthropicEncoder(Encoder):
+    """Builds one Messages body."""
 
-    def __init__(self, request: Json, translation: Translation) -> None:
-        self._request, self._translation = request, translation
-        self._facts = claude_facts(translation.model)
-        self._turns: list[Json] = []
-        self._system: list[Json] = []
+    MESSAGE = CARRIED_IN_MESSAGES | {"native_blocks"}
+    CARRIED = ALWAYS_CARRIED | {
+        "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "parallel_tool_calls",
+        "reasoning_effort", "service_tier",
+    }  # fmt: skip
+    FIT_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
     def build(self) -> Json:
-        request, translation = self._request, self._translation
-        for where, message in want_objects(request.get("messages"), "messages"):
-            self._add(message, where)
-        body: Json = {"model": translation.model, "messages": self._turns}
-        self._write_limits(body)
-        self._write_tools(body)
-        self._write_thinking(body)
-        self._write_format(body)
+        self._facts = claude_facts(self._translation.model)
+        self._turns: list[Json] = []
+        self._system: list[Json] = []
+        self._body: Json = {"model": self._translation.model, "messages": self._turns}
+        self._write_messages()
+        self._write_limits()
+        self._write_members(self._body, {"cache_control": "cache_control"})
+        self._write_tools()
+        self._write_thinking()
         if self._system:
             plain = all(block.keys() == {"type", "text"} for block in self._system)
-            body["system"] = "\n\n".join(block["text"] for block in self._system) if plain else self._system
-        if translation.stream:
-            body["stream"] = True
-        if user := request.get("safety_identifier") or request.get("user"):
-            body["metadata"] = {"user_id": user}
-        if request.get("service_tier") in ("auto", "default"):
-            body["service_tier"] = "auto" if request["service_tier"] == "auto" else "standard_only"
-        elif request.get("service_tier") is not None:
-            translation.drop("service_tier")
-        body |= filled(cache_control=request.get("cache_control"))
-        merge_members(body, own_extras(request, "anthropic", translation))
-        for name, value in request.items():
-            if name not in CLAUDE_READS and not says_nothing(name, value):
-                translation.drop(name)
-        return body
+            self._body["system"] = "\n\n".join(block["text"] for block in self._system) if plain else self._system
+        if self._translation.stream:
+            self._body["stream"] = True
+        merge_members(self._body, own_extras(self._request, "anthropic", self._translation))
+        return self._body
 
     # -- conversation
 
-    def _add(self, message: Json, where: str) -> None:
-        role, content = message.get("role"), message.get("content")
-        if role in ("system", "developer"):
-            self._add_system([block for block in self._parts(content) if block.get("type") == "text"])
-        elif role in ("tool", "function"):
-            self._append("user", [self._result(message)])
-        elif role == "assistant":
-            self._append("assistant", self._assistant(message, where))
-        else:
-            self._append("user", self._parts(content))
-
-    def _add_system(self, blocks: list[Json]) -> None:
+    def _instruct(self, message: Json, where: str) -> None:
+        blocks = [block for block in self._parts(message.get("content"), where) if block.get("type") == "text"]
         if not self._turns:
             self._system += blocks
         elif self._facts.inline_system and blocks:
@@ -5740,56 +5697,55 @@ class AnthropicEncoder:
         at = sum(block["type"] == "tool_result" for block in content) if is_result else len(content)
         content[at:at] = blocks
 
-    def _result(self, message: Json) -> Json:
-        content, call_id = message.get("content"), message.get("tool_call_id") or message.get("name") or ""
-        block: Json = {"type": "tool_result", "tool_use_id": fit_claude_id(call_id)}
-        if isinstance(content, str):
-            block["content"] = content
-        elif parts := self._parts(content):
-            block["content"] = parts
-        error = {"is_error": True} if message.get("is_error") else {}
-        return {**block, **error, **cache_mark(message)}
+    def _asked(self, message: Json, where: str) -> None:
+        self._append("user", self._parts(message.get("content"), where))
 
-    def _assistant(self, message: Json, where: str) -> list[Json]:
+    def _result(self, message: Json, where: str) -> None:
+        content, call_id = message.get("content"), want_text(message.get("tool_call_id") or "", f"{where}.tool_call_id")
+        told = filled(is_error=bool(message.get("is_error")))
+        if isinstance(content, str):
+            told["content"] = content
+        else:
+            told |= filled(content=self._parts(content, where))
+        block = {"type": "tool_result", "tool_use_id": fit_claude_id(call_id), **told}
+        self._append("user", [{**block, **cache_mark(message)}])
+
+    def _assistant(self, message: Json, where: str) -> None:
         blocks: list[Json] = []
-        for block in message.get("thinking_blocks") or ():
+        for block in read_blocks(message):
             if block.get("type") in THOUGHTS and (block.get("signature") or block.get("data")):
                 blocks.append(block)
             else:
-                self._translation.drop("thinking_blocks")
+                self._drop("thinking_blocks")
         if message.get("reasoning_content") and not message.get("thinking_blocks"):
-            self._translation.drop("reasoning_content")  # without a signature it would be refused
-        for native in message.get("native_blocks") or ():
+            self._drop("reasoning_content")  # without a signature it would be refused
+        for _, native in want_objects(message.get("native_blocks"), f"{where}.native_blocks"):
             if native.get("dialect") == "anthropic":
                 blocks.append(native["block"])
             else:
-                self._translation.drop("native_blocks")
-        blocks += self._parts(message.get("content") or message.get("refusal"))
-        marks = list(map(cache_mark, message.get("tool_calls") or [{}]))
-        for (call_id, name, arguments), mark in zip(read_history_calls(message, where), marks, strict=False):
-            named = {"id": fit_claude_id(call_id), "name": name}
-            blocks.append({"type": "tool_use", **named, "input": read_arguments(arguments), **mark})
-        return blocks
+                self._drop("native_blocks")
+        blocks += self._parts(message.get("content") or message.get("refusal"), where)
+        calls = read_history_calls(message, where)
+        for (call_id, name, arguments), holder in zip(calls, message.get("tool_calls") or [{}], strict=False):
+            named = {"id": fit_claude_id(call_id), "name": self._fit_name(name)}
+            blocks.append({"type": "tool_use", **named, "input": read_arguments(arguments), **cache_mark(holder)})
+        self._append("assistant", blocks)
 
-    def _parts(self, content: Any) -> list[Json]:
-        if isinstance(content, str):
-            return [{"type": "text", "text": content}] if content.strip() else []
-        blocks = [(part, self._part(part)) for part in content or () if isinstance(part, dict)]
+    def _parts(self, content: Any, where: str) -> list[Json]:
+        parts = read_parts(content, f"{where}.content")
+        blocks = [(part, self._part(part, f"{where}.content")) for part in parts]
         return [{**block, **cache_mark(part)} for part, block in blocks if block]
 
-    def _part(self, part: Json) -> Json | None:
+    def _part(self, part: Json, where: str) -> Json | None:
         """A content part as a block, without its cache mark; None for blank text, which is refused."""
         kind = part.get("type")
-        if kind in ("text", "refusal", "input_text", "output_text"):
-            text = part.get("text") or part.get("refusal") or ""
-            return {"type": "text", "text": text} if text.strip() else None
+        if kind == "text":
+            return {"type": "text", "text": part["text"]} if part["text"].strip() else None
         if kind == "image_url":
             image = part.get("image_url")
-            return self._image(image.get("url", "") if isinstance(image, dict) else str(image))
+            return self._image(str(image.get("url") or "") if isinstance(image, dict) else str(image))
         if kind == "file":
-            return self._file(part.get("file") or {}, part)
-        if kind == "native" and part.get("dialect") == "anthropic":
-            return dict(part["block"])
+            return self._file(want_object(part.get("file"), f"{where}.file"), part)
         what = f"a content part of the type `{kind}` cannot be sent to {self._translation.model}"
         raise InvalidRequest(what, param="messages")
 
@@ -5818,44 +5774,64 @@ class AnthropicEncoder:
 
     # -- everything else
 
-    def _write_limits(self, body: Json) -> None:
+    def _write_limits(self) -> None:
         request, facts = self._request, self._facts
         cap = request.get("max_completion_tokens") or request.get("max_tokens")
-        body["max_tokens"] = cap if isinstance(cap, int) and cap > 0 else facts.default_output_tokens
+        self._body["max_tokens"] = cap if isinstance(cap, int) and cap > 0 else facts.default_output_tokens
         for name, value in given(request, "temperature", "top_p", "top_k").items():
-            if not facts.sampling or (name == "top_p" and "temperature" in body):
-                self._translation.drop(name)
+            if not facts.sampling or (name == "top_p" and "temperature" in self._body):
+                self._drop(name)
             else:
-                body[name] = min(value, 1) if name == "temperature" else value
-        if stop := request.get("stop"):
-            body["stop_sequences"] = read_stops(stop)
+                self._body[name] = min(want_number(value, name), 1) if name == "temperature" else value
+        if (tier := request.get("service_tier")) in ("auto", "default"):
+            self._body["service_tier"] = "auto" if tier == "auto" else "standard_only"
+        elif tier is not None:
+            self._drop("service_tier")
 
-    def _write_tools(self, body: Json) -> None:
+    def _stop(self, value: Any) -> None:
+        self._body["stop_sequences"] = read_stops(value)
+
+    def _user(self, value: Any) -> None:
+        self._body |= filled(metadata=filled(user_id=self._request.get("safety_identifier") or value))
+
+    def _response_format(self, value: Any) -> None:
+        form = want_object(value, "response_format")
+        if form.get("type") == "json_schema":
+            inner = want_object(form.get("json_schema") or {}, "response_format.json_schema")
+            schema = SchemaForClaude().write(inner.get("schema") or {})
+            self._body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+        elif form.get("type") == "json_object":
+            self._system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+        else:
+            self._drop("response_format")
+
+    def _write_tools(self) -> None:
         request, choice = self._request, read_chosen_tools(self._request)
         functions, native = read_tools(request, "anthropic", self._translation)
         tools = [self._tool(tool) for tool in functions] + native
         if choice.names is not None and not choice.named:
-            tools = [tool for tool in tools if tool.get("name") in choice.names]
+            fit = {self._fit_name(name) for name in choice.names}
+            tools = [tool for tool in tools if tool.get("name") in fit]
         if not tools:
             return
-        body["tools"] = tools
+        self._body["tools"] = tools
         written: Json = {"type": {"required": "any"}.get(choice.mode, choice.mode)}
         if choice.mode == "required" and self._facts.forced == "never":
-            self._translation.drop("tool_choice", "this model cannot be forced to call a tool")
+            self._drop("tool_choice", "this model cannot be forced to call a tool")
             written = {"type": "auto"}
         elif choice.named and choice.names:
-            written = {"type": "tool", "name": min(choice.names)}
+            written = {"type": "tool", "name": self._fit_name(min(choice.names))}
         if request.get("parallel_tool_calls") is False and choice.mode != "none":
             written["disable_parallel_tool_use"] = True
         if request.get("tool_choice") is not None or len(written) > 1:
-            body["tool_choice"] = written
+            self._body["tool_choice"] = written
 
     def _tool(self, tool: ToolSpec) -> Json:
         schema = SchemaForClaude().write(tool.parameters) if tool.strict else tool.parameters
         more = filled(description=tool.description, strict=tool.strict, cache_control=tool.cache_control)
-        return {"name": tool.name, "input_schema": schema, **more}
+        return {"name": self._fit_name(tool.name), "input_schema": schema, **more}
 
-    def _write_thinking(self, body: Json) -> None:
+    def _write_thinking(self) -> None:
         """Reasoning effort in the words of the model's generation."""
         effort, facts = self._request.get("reasoning_effort"), self._facts
         if effort is None:
@@ -5863,40 +5839,40 @@ class AnthropicEncoder:
         if effort == "none":
             off = next((word for word in ("disabled", "between_tools") if word in facts.thinking), "")
             if not off:
-                body["output_config"] = {"effort": "low"}
+                set_dotted(self._body, "output_config.effort", "low")
             elif facts.on:
-                body["thinking"] = {"type": off}
-            return
-        if "adaptive" in facts.thinking:
-            body["thinking"] = {"type": "adaptive", "display": "summarized"}
-        elif not self._write_budget(body, effort):
-            return
-        if facts.efforts:
-            known = {"minimal": "low"}.get(effort, effort)
-            body["output_config"] = {"effort": known if known in facts.efforts else facts.efforts[-1]}
+                self._body["thinking"] = {"type": off}
+        elif "adaptive" in facts.thinking:
+            self._body["thinking"] = {"type": "adaptive", "display": "summarized"}
+            self._write_effort(effort)
+        elif self._write_budget(effort) and facts.efforts:
+            self._write_effort(effort)
 
-    def _write_budget(self, body: Json, effort: str) -> bool:
+    def _write_effort(self, effort: str) -> None:
+        known = {"minimal": "low"}.get(effort, effort)
+        fitting = known if known in self._facts.efforts else self._facts.efforts[-1]
+        set_dotted(self._body, "output_config.effort", fitting)
+
+    def _write_budget(self, effort: str) -> bool:
         """Thinking by a number of tokens; False where there can be none."""
-        if self._facts.forced == "unthinking" and body.get("tool_choice", {}).get("type") in ("any", "tool"):
-            self._translation.drop("reasoning_effort", "it does not go with a forced tool choice")
+        if self._facts.forced == "unthinking" and self._body.get("tool_choice", {}).get("type") in ("any", "tool"):
+            self._drop("reasoning_effort", "it does not go with a forced tool choice")
             return False
-        budget = min(THINKING_BUDGETS.get(effort, 8192), max(1024, body["max_tokens"] * 3 // 4))
-        if budget >= body["max_tokens"]:  # the cap is the client's, and money may be held by it: it is never raised
-            self._translation.drop("reasoning_effort", "the output cap leaves no room to think")
+        cap = self._body["max_tokens"]
+        budget = min(THINKING_BUDGETS.get(effort, 8192), max(1024, cap * 3 // 4))
+        if budget >= cap:  # the cap is the client's, and money may be held by it: it is never raised
+            self._drop("reasoning_effort", "the output cap leaves no room to think")
             return False
-        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+        self._body["thinking"] = {"type": "enabled", "budget_tokens": budget}
         for name in ("temperature", "top_k", "top_p"):
-            if body.pop(name, None) is not None:
-                self._translation.drop(name)
+            if self._body.pop(name, None) is not None:
+                self._drop(name)
         return True
 
-    def _write_format(self, body: Json) -> None:
-        form = self._request.get("response_format") or {}
-        if form.get("type") == "json_schema":
-            schema = SchemaForClaude().write((form.get("json_schema") or {}).get("schema") or {})
-            body.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-        elif form.get("type") == "json_object":
-            self._system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+    ROLES: ClassVar = {"system": _instruct, "user": _asked, "assistant": _assistant, "tool": _result}
+    WRITERS: ClassVar = {
+        "stop": _stop, "user": _user, "safety_identifier": _user, "response_format": _response_format,
+    }  # fmt: skip
 
 
 def cache_mark(holder: Json) -> Json:
@@ -8132,10 +8108,10 @@ class ReplicatePredictions(Dialect):
     def decode(self, answer: Json, translation: Translation) -> Json:
         if answer.get("status") != "succeeded":
             raise replicate_failure(answer.get("status"), answer.get("error"))
-        usage = self.read_usage(answer)
-        written = write_openai_usage(usage) if usage else None
-        message = {"content": read_replicate_output(answer.get("output"))}
-        return write_completion(message, "stop", written, translation, id=answer.get("id"))
+        chunks, usage = ChunkWriter(translation), self.read_usage(answer)
+        chunks.id = answer.get("id") or ""
+        told = [chunks.delta({"content": read_replicate_output(answer.get("output"))}, "stop")]
+        return join_chunks([*told, *([chunks.usage(write_openai_usage(usage))] if usage else [])])
 
     def decoder(self, translation: Translation) -> ReplicateDecoder:
         return ReplicateDecoder(self, translation)

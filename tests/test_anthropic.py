@@ -425,8 +425,11 @@ def test_reasoning_nobody_signed_stays_behind() -> None:
         ("claude-sonnet-4-6", {"service_tier": "flex"}, {}, ["service_tier"]),
         ("claude-sonnet-4-6", {"response_format": {"type": "json_object"}},
          {"system": "Answer with one JSON object and nothing else."}, []),
+        ("claude-opus-5", {"reasoning": {"effort": "high"}},
+         {"thinking": {"type": "adaptive", "display": "summarized"}, "output_config": {"effort": "high"}}, []),
+        ("claude-sonnet-4-6", {"response_format": {"type": "grammar"}}, {}, ["response_format"]),
         ("claude-sonnet-4-6", {"seed": 7, "extra_body": {"gemini": {"safetySettings": []}}}, {},
-         ["safetySettings", "seed"]),
+         ["seed", "safetySettings"]),
     ],
 )  # fmt: skip
 def test_the_members_of_a_chat_request_in_claudes_words(
@@ -457,6 +460,49 @@ def test_the_choice_of_tools_in_claudes_words(model: str, choice: Any, written: 
     body, lost = sent(model, tools=tools, tool_choice=choice, reasoning_effort="low")
     assert body["tool_choice"] == written and lost == dropped
     assert [tool["name"] for tool in body["tools"]] == (["a"] if isinstance(choice, dict) else ["a", "b"])
+
+
+def test_names_of_tools_that_claude_refuses_are_made_fit_and_put_back(attempt: Attempt) -> None:
+    translation = attempt("claude-sonnet-4-6")
+    chosen = {"type": "function", "function": {"name": "files.read"}}
+    call = {"id": "c1", **chosen, "function": {"name": "files.read", "arguments": "{}"}}
+    history = [
+        USER,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "a"},
+    ]
+    body = MESSAGES.encode({"messages": history, "tools": [chosen], "tool_choice": chosen}, translation)
+    fit = body["tools"][0]["name"]
+    assert fit == "files_read" == body["tool_choice"]["name"] == body["messages"][1]["content"][0]["name"]
+    used = {"type": "tool_use", "id": "c2", "name": fit, "input": {}}
+    message = MESSAGES.decode({"content": [used], "stop_reason": "tool_use"}, translation)["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "files.read"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "critic", "content": "a"}, "messages[0].role"),
+        ({"role": "user", "content": 5}, "messages[0].content"),
+        ({"role": "user", "content": [{"type": "text", "text": 5}]}, "messages[0].content[0].text"),
+        ({"role": "user", "content": [{"type": "file", "file": "a"}]}, "messages[0].content.file"),
+        ({"role": "tool", "tool_call_id": 5, "content": "a"}, "messages[0].tool_call_id"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_refused_with_its_place(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(s.InvalidRequest) as caught:
+        sent(messages=[message])
+    assert caught.value.param == param
+
+
+def test_what_claude_has_no_place_for_in_a_message_is_named() -> None:
+    spoken = {"role": "assistant", "content": "a", "native_blocks": [{"dialect": "gemini", "block": {}}]}
+    body, dropped = sent(messages=[{**USER, "name": "ann"}, {**spoken, "audio": {"id": "x"}}])
+    assert [turn["content"] for turn in body["messages"]] == [
+        [{"type": "text", "text": "q"}],
+        [{"type": "text", "text": "a"}],
+    ]
+    assert dropped == ["messages.name", "messages.audio", "native_blocks"]
 
 
 def test_a_strict_schema_says_in_words_what_claudes_subset_cannot() -> None:

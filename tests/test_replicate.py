@@ -191,7 +191,7 @@ def test_answer(attempt: Attempt) -> None:
     )
     completion = REPLICATE.decode(done, attempt(LLAMA))
     assert completion["choices"] == [
-        {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}
+        {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop", "logprobs": None}
     ]
     assert (completion["id"], completion["usage"]["total_tokens"]) == ("x", 7)
     billed_by_time = prediction("succeeded", output="Hello", metrics={"predict_time": 1})
