@@ -139,6 +139,7 @@ T = TypeVar("T")
 NANOUSD_PER_USD: Final = 1_000_000_000
 JSON_MAX_DEPTH: Final = 100
 JSON_MAX_CONTAINERS: Final = 250_000
+MAX_COUNT: Final = 2**40
 SSE_MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 UPSTREAM_MAX_BODY_BYTES: Final = 256 * 1024 * 1024
 HEARTBEAT_S: Final = 15.0
@@ -553,10 +554,10 @@ class Usage(NamedTuple):
 
 
 def _count(value: Any) -> int:
-    """A token count from a provider: some send floats, null, or nothing."""
-    if type(value) is int:
-        return value if value > 0 else 0
-    return max(0, int(value)) if isinstance(value, float) and math.isfinite(value) else 0
+    """A token count from a provider: some send floats, null, or nothing, and what no ledger could hold is cut."""
+    if type(value) is int and 0 <= value < MAX_COUNT:
+        return value
+    return max(0, int(min(value, MAX_COUNT))) if type(value) in (int, float) and value == value else 0
 
 
 def read_openai_usage(usage: Mapping[str, Any]) -> Usage:
@@ -12979,7 +12980,7 @@ class Balance:
         """Take on a changed limit. Thresholds already told stay told."""
         self.budget = budget
         ahead = [percent for percent in ALARM_PERCENTS if percent > self.percent]
-        self.alarm_nanousd = max(1, -(-budget.limit_nanousd * ahead[0] // 100)) if ahead else NEVER_MS
+        self.alarm_nanousd = max(1, -(-budget.limit_nanousd * ahead[0] // 100)) if ahead else math.inf
 
     def crossed(self) -> list[ThresholdCrossed]:
         """The thresholds that the settled amount has newly reached."""
@@ -16825,6 +16826,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self.answered = True
                 self._payload, self._reusable = payload, not message.should_close
                 sink.head(message.code, message.headers)
+            elif message.code >= 200:  # a second answer to one request: the next would be taken for that of the next
+                self._reusable = False
         payload = self._payload
         if payload is None:
             return
@@ -20378,10 +20381,9 @@ class Lane(RequestHandler):
         elif not self.keep_bytes(payload.total_bytes - self._body_bytes):
             self._refuse_body(message, payload)
         elif self._body_timer is None:
-            payload.set_read_chunk_size(
-                self.gateway.max_body_bytes
-            )  # else the parser would pause before the body is whole
             self._body_timer = self._loop.call_later(self.gateway.settings.body_timeout, self._body_is_late)
+            payload.set_read_chunk_size(self.gateway.max_body_bytes)  # else the parser would pause before it is whole,
+            self.resume_reading()  # and has where it waited behind a call
 
     def _refuse_body(self, message: Any, payload: Any) -> None:
         """Let go of it at once, a thousand may come in one turn of the loop; aiohttp reads and throws away the rest."""
@@ -20988,7 +20990,7 @@ async def forward(
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
     timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
+        total=settings.total_timeout, sock_connect=settings.connect_timeout, sock_read=settings.first_byte_timeout
     )
     if body is not None and gateway.guardrails is not None and gateway.guardrails.covering(call, "input"):
         body = await guarded_body(request, gateway, call, read_ahead)
@@ -21071,6 +21073,8 @@ async def pass_answer(
         raise UpstreamError(
             f"the provider answered a redirect ({answer.status}), which is never followed", code="upstream_redirect"
         )
+    if not 200 <= answer.status < 600:
+        raise UpstreamError(f"the provider answered with the status {answer.status}", code="upstream_malformed")
     call.status = answer.status
     call.error = f"upstream_{answer.status}" if answer.status >= 400 else ""
     headers = {name.lower(): value for name, value in answer.headers.items() if name.lower() in PROXY_ANSWER_HEADERS}
@@ -22331,6 +22335,17 @@ def key_for_admin(gateway: Gateway, given: str) -> VirtualKey:
 ROUTES_BY_NAME: Final[Mapping[str, RouteRow]] = {f"route{number}": row for number, row in enumerate(ROUTES)}
 
 
+class QuietConnector(aiohttp.TCPConnector):
+    """Uses no kept connection again on which a provider spoke unasked: that would be taken for the next answer."""
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        kept = cast(Any, await super()._get(key, traces))
+        while kept is not None and kept.protocol.should_close:
+            kept.close()
+            kept = await super()._get(key, traces)
+        return kept
+
+
 def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
     app = web.Application(middlewares=[boundary], client_max_size=0)
     app[GATEWAY_KEY], app[GUARD_KEY] = gateway, guard
@@ -22341,7 +22356,7 @@ def make_app(gateway: Gateway, guard: RequestGuard) -> web.Application:
             resource.add_route(method, row.handler)
 
     async def uploads(app: web.Application) -> AsyncIterator[None]:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        connector = QuietConnector(limit=0, keepalive_timeout=30)
         async with aiohttp.ClientSession(
             connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar()
         ) as session:

@@ -7,6 +7,7 @@ to other targets is test_failover.py's, life before the first byte to a client (
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -404,3 +405,54 @@ async def test_a_refusal_tells_the_providers_reason(start: Start, streamed: bool
         status, _, told = await proxy.post(path, request)
     assert status == 400
     assert "max_tokens is too large" in told["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/proxy/openai/chat/completions"])
+@pytest.mark.parametrize("late", [0.0, 0.05])
+async def test_a_second_answer_to_one_request_is_nobodys(start: Start, path: str, late: float) -> None:
+    """A provider that says more than it was asked is not listened to on that connection again."""
+    answer = json.dumps(GOLDENS["openai"].plain).encode()
+    whole = head(False, f"content-length: {len(answer)}") + answer
+
+    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"}]}"):
+                writer.write(whole if late else whole + whole.replace(b"Hello", b"STALE"))
+                await asyncio.sleep(late)
+                writer.write(whole.replace(b"Hello", b"STALE") if late else b"")
+        writer.close()
+
+    server = await asyncio.start_server(twice, "127.0.0.1", 0)
+    async with start(cache="off", OPENAI_BASE_URL=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1") as proxy:
+        for _ in range(4):
+            status, _, told = await proxy.post(path, GOLDENS["openai"].request)
+            assert (status, told["choices"][0]["message"]["content"]) == (200, "Hello there")
+            await asyncio.sleep(0.1)
+    server.close()
+
+
+async def test_what_passes_through_is_bounded_in_time_and_kept_to_meaningful_statuses(start: Start) -> None:
+    processing = b"HTTP/1.1 102 Processing\r\n\r\n"
+    async with start(total_timeout=0.5, first_byte_timeout=0.4) as proxy:
+        for raw_bytes, told in (
+            (
+                b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n",
+                (502, "upstream_malformed"),
+            ),
+            (head(False, "content-length: 2", status="999 Odd") + b"{}", (502, "upstream_malformed")),
+            (processing * 3, (504, "upstream_timeout")),
+        ):
+            proxy.upstream.answers = [Answer(raw=raw_bytes, stays_s=3 if told[0] == 504 else 0)]
+            status, _, answer = await proxy.post("/proxy/openai/x", {})
+            assert (status, answer["error"]["code"]) == told
+            assert (await proxy.rows())[-1]["error"] == told[1]
+
+
+async def test_counts_that_nobody_can_have_used_are_cut(start: Start) -> None:
+    usage = {"prompt_tokens": 10**30, "completion_tokens": -5, "total_tokens": "x"}
+    async with start(cache="off", budget="100/day") as proxy:
+        proxy.upstream.answers = [plain({**GOLDENS["openai"].plain, "usage": usage})]
+        assert (await proxy.post("/v1/chat/completions", {**GOLDENS["openai"].request, "max_tokens": 5}))[0] == 200
+        [row] = await proxy.rows()
+        assert (row["input_tokens"], row["output_tokens"]) == (2**40, 0)
+        assert (await proxy.post("/v1/chat/completions", {**GOLDENS["openai"].request, "max_tokens": 5}))[0] == 429

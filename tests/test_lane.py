@@ -65,6 +65,17 @@ async def test_one_connection_serves_hot_and_other_requests_in_turn(start: Start
     assert together.index(b"Echo") < together.index(b'"status"')
 
 
+async def test_a_large_body_that_waited_behind_a_call_is_read_to_its_end(start: Start) -> None:
+    slow = {"model": "echo", "delay_ms": 300, "messages": [{"role": "user", "content": "ab"}]}
+    large = {"model": "echo", "messages": [{"role": "user", "content": "a" * 3_000_000}]}
+    bodies = [json.dumps(request).encode() for request in (slow, large, slow)]
+    async with start(body_timeout=3) as proxy:
+        got = await talk(
+            proxy, b"".join(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies), answers=3
+        )
+    assert got.count(b"HTTP/1.1 200") == 3
+
+
 ODD = {
     "two lengths": HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
     "length and chunks": HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",

@@ -551,6 +551,7 @@ def test_a_soft_budget_only_warns() -> None:
     events = ledger.settle(admit(ledger, 1000), 1000, NOW_MS).events
     assert [event.percent for event in events] == [50, 80, 100]
     assert ledger.snapshot(NOW_MS)[0]["remaining_nanousd"] == 0
+    assert ledger.settle(admit(ledger, 1), 10**18, NOW_MS).events == []  # a billion dollars cross no further one
 
 
 def test_thresholds_are_told_once_in_a_window() -> None:
