@@ -18711,7 +18711,7 @@ class Gateway:
 
     def serve_lines(self) -> None:
         """Let the first of each line in, one line after the other, as long as any fits; then look again in time."""
-        wait_s, stuck = 1.0, 0
+        stuck = 0
         while self.lines and stuck < len(self.lines):
             key_id, line = next(iter(self.lines.items()))
             self.lines.move_to_end(key_id)
@@ -18725,10 +18725,10 @@ class Gateway:
                     turn.set_result(None)
                 line.popleft()
                 stuck = 0
-            except LimitExceeded as error:
-                wait_s = min(wait_s, error.retry_after_s or wait_s)
+            except LimitExceeded:
+                continue
         if self.lines and self._next_look is None:
-            self._next_look = self.loop.call_later(wait_s, self._look_again)
+            self._next_look = self.loop.call_later(PARALLEL_RETRY_S, self._look_again)
 
     def _look_again(self) -> None:
         self._next_look = None

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,7 @@ async def test_rates_by_model_and_for_all_are_told_and_held(start: Start) -> Non
     assert [status for status, _, _ in told] == [200, 200, 429]
     assert [shown_limits(headers) for _, headers, _ in told] == [("2", "1"), ("2", "0"), ("2", "0")]
     assert (other, last[0]) == (200, 429)
+    assert re.fullmatch(r"(1m[01]|5[0-9]|60)(\.[0-9]+)?s", told[0][1]["x-ratelimit-reset-requests"])
     assert 55 <= int(told[2][1]["retry-after"]) <= 61
     assert "the model gpt-4o*" in told[2][2]["error"]["message"]
     assert "this Stockyard" in last[2]["error"]["message"]
@@ -256,6 +258,16 @@ async def test_the_line_has_an_end_and_whoever_hangs_up_leaves_it(
         status, *_ = await proxy.post("/proxy/openai/v1/chat/completions", CHAT)
         assert (status, proxy.gateway.lines) == (200, {})
     assert len(proxy.upstream.seen) == 2
+
+
+async def test_calls_in_line_get_their_turn_when_the_window_has_moved_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "RATE_SLOTS", 2)
+    async with start(toml="[limits]\nrpm = 1\nqueue_ms = 50000\n") as proxy:
+        told = await asyncio.gather(*(proxy.post(CHAT_PATH, CHAT) for _ in range(3)))
+        assert not proxy.gateway.lines
+    assert [status for status, *_ in told] == [200] * 3
 
 
 async def test_a_call_for_which_waiting_is_no_use_is_refused_at_once(start: Start) -> None:
