@@ -20,7 +20,7 @@ import pytest
 from conftest import Proxy, Start
 from test_gateway import SAMPLE_BODY, sample_paths
 from test_lane import HEAD, talk
-from upstreams import COMPLETION, STREAM, Answer, plain, stream
+from upstreams import COMPLETION, GOLDENS, STREAM, Answer, plain, stream
 
 import stockyard
 
@@ -340,6 +340,23 @@ async def test_google_tokens_are_asked_for_with_a_signed_claim_once_an_hour(star
         opened = pow(int.from_bytes(base64.urlsafe_b64decode(signature + "==")), 65537, modulus).to_bytes(128)
         assert opened.endswith(hashlib.sha256(f"{head}.{claim}".encode()).digest())
         assert opened.startswith(b"\x00\x01\xff\xff")
+
+
+async def test_calls_to_vertex_carry_the_token_of_the_credentials_file(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "service"
+    async with start(
+        GOOGLE_APPLICATION_CREDENTIALS=str(file), GOOGLE_CLOUD_PROJECT="p", VERTEX_BASE_URL="UPSTREAM"
+    ) as proxy:
+        google_files(tmp_path, proxy.upstream.url + "/token")
+        proxy.upstream.answers = [
+            plain({"access_token": "ya29.x", "expires_in": 3600}),
+            plain(GOLDENS["gemini"].plain),
+        ]
+        body = {"model": "vertex/gemini-2.5-flash", "messages": [{"role": "user", "content": "Hi"}]}
+        status, _, answer = await proxy.post("/v1/chat/completions", body)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, "Hello there")
+    token, call = proxy.upstream.seen
+    assert (token.path, call.headers["authorization"]) == ("/v1/token", "Bearer ya29.x")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ async def test_a_call_has_its_line_before_it_leaves_and_its_row_before_its_answe
     async with start(durability=durability, cache="off") as proxy:
         steps: list[str] = []
         store, upstream = proxy.gateway.store, proxy.gateway.upstream
-        for owner, name in ((store.journal, "begin"), (store.journal, "end"), (upstream, "send")):
+        for owner, name in ((store.journal, "begin"), (store.journal, "end"), (upstream, "send"), (os, "fsync")):
             real = getattr(owner, name)
 
             def note(*given: Any, _name: str = name, _real: Any = real) -> Any:
@@ -244,9 +244,10 @@ async def test_a_call_has_its_line_before_it_leaves_and_its_row_before_its_answe
 
             monkeypatch.setattr(owner, name, note)
         body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
+        expected = ["begin", "send", "end"] if durability == "process" else ["begin", "fsync", "send", "end", "fsync"]
         for streams in (False, True):
             status, _, _ = await proxy.post("/v1/chat/completions", {**body, "stream": streams})
-            assert (status, steps) == (200, ["begin", "send", "end"])
+            assert (status, steps) == (200, expected)
             steps.clear()
         assert len(await proxy.rows()) == 2
 
