@@ -2375,7 +2375,7 @@ class OpenAiChat(Dialect):
 
 # ----- OpenAI Responses -----------------------------------------------------------------------------------------------
 # Input items and chat messages tell the same conversation, cut differently: one assistant turn is several items here.
-# `ResponsesReader` and `ResponsesWriter` turn one into the other, `ResponsesDecoder` and `ResponsesRenderer` do it for
+# `ResponsesReader` and `ResponsesEncoder` turn one into the other, `ResponsesDecoder` and `ResponsesRenderer` do it for
 # streams. Upstream nothing is stored (`store: false`), so reasoning travels encrypted inside its items; these are kept
 # whole in `thinking_blocks`, with `calls_before` and `text_before` where they stood later in their turn, and go back to
 # that place. The other way round, opaque state of other providers (signatures) travels through Responses clients as the
@@ -2396,10 +2396,6 @@ READ_IN_RESPONSES: Final = (
     "model", "input", "instructions", "tools", "tool_choice", "top_logprobs", "include", "store", "stream_options",
     ITEMS_KEY,
 )  # fmt: skip
-READ_IN_CHAT: Final = SAME_IN_CHAT | SAMPLING_DEFAULTS.keys() | {
-    "model", "messages", "max_tokens", "max_completion_tokens", "reasoning_effort", "response_format", "verbosity",
-    "tools", "tool_choice", "stream", "stream_options", "stop", "extra_body",
-}  # fmt: skip
 #: Members whose default says nothing, so that they need not travel.
 RESPONSES_DEFAULTS: Final[Mapping[str, Any]] = {"background": False, "truncation": "disabled"}
 
@@ -2585,7 +2581,7 @@ class ResponsesReader:
             before = before or ([{"type": "text", "text": turn["content"]}] if turn["content"] else [])
             turn["content"] = before + parts
         if item.get("phase") is not None:
-            self.extra.setdefault("input.phase", {})[str(len(self.messages) - 1)] = item["phase"]
+            self.extra.setdefault("input.phase", {})[f"messages[{len(self.messages) - 1}]"] = item["phase"]
 
     def _parts(self, content: Any, place: str) -> list[Json]:
         if isinstance(content, str):
@@ -2681,30 +2677,56 @@ class ResponsesReader:
     }  # fmt: skip
 
 
-class ResponsesWriter:
-    """Writes canonical messages as input items; `extra` is what `ResponsesReader` left."""
+class ResponsesEncoder(Encoder):
+    """Builds one Responses body. A stricter host is a subclass with other class attributes."""
 
-    def __init__(self, dialect: OpenAiResponses, translation: Translation, extra: Json) -> None:
-        self.items: list[Json] = []
-        self._dialect, self._translation = dialect, translation
-        told = {} if dialect.closed else extra
+    MESSAGE = CARRIED_IN_MESSAGES - {"is_error", "cache_control", "function_call"}
+    CARRIED = (ALWAYS_CARRIED - {"functions", "function_call"}) | SAME_IN_CHAT | {
+        "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens",
+    }  # fmt: skip
+    PLAIN: ClassVar[Mapping[str, str]] = {"verbosity": "text.verbosity"}
+    #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
+    custom_tools: ClassVar[bool] = True
+    takes_items: ClassVar[bool] = True
+    closed: ClassVar[bool] = False
+    #: Members sent with every call that was translated.
+    fixed: ClassVar[Mapping[str, Any]] = {"store": False}
+    #: The efforts the host's schema lists; empty where the model alone decides.
+    efforts: ClassVar[frozenset[str]] = frozenset()
+    least_output_tokens: ClassVar[int] = 16
+
+    def build(self) -> Json:
+        self._facts = openai_model_facts(self._translation.model)
+        extra = own_extras(self._request, OpenAiResponses.name, self._translation)
+        self._items: list[Json] = []
+        self._customs: set[str] = set()
+        told = {} if self.closed else extra
         self._phases = want_members(told.get("input.phase"), "input.phase")
         self._namespaces = want_members(told.get("input.namespace"), "input.namespace")
-        self._customs: set[str] = set()
+        self._body: Json = {"model": self._translation.model, "input": self._items, **self.fixed}
+        self._body |= filled(stream=self._translation.stream)
+        self._write_messages()
+        self._body |= given(self._request, *sorted(SAME_IN_CHAT & self.CARRIED))
+        self._write_tools(told)
+        self._write_limit()
+        self._write_members(self._body, self.PLAIN)
+        self._write_sampling()
+        self._merge(extra)
+        return self._body
 
-    def write(self, at: int, message: Json) -> None:
-        place, role = f"messages[{at}]", message.get("role")
-        for name in filled(**given(message, "name", "audio", "images", "function_call", "is_error")):
-            self._translation.drop(f"messages.{name}")
-        self._lose(message, "cache_control")
-        if role in ("user", "system", "developer"):
-            self.items.append({"role": role, "content": self._content(message.get("content"), place)})
-        elif role == "assistant":
-            self._turn(message, place, self._phases.get(str(at)))
-        elif role == "tool":
-            self._result(message, place)
+    # -- items
+
+    def _instruct(self, message: Json, where: str) -> None:
+        """A first system message that is plain text becomes `instructions`."""
+        text = message.get("content")
+        alone = len(self._request["messages"]) == 1 or message.get("cache_control")
+        if where == "messages[0]" and isinstance(text, str) and text and not alone:
+            self._body["instructions"] = text
         else:
-            raise InvalidRequest(f"`{place}.role` {role!r} has no place in this dialect", param=f"{place}.role")
+            self._say(message, where)
+
+    def _say(self, message: Json, where: str) -> None:
+        self._items.append({"role": message["role"], "content": self._content(message.get("content"), where)})
 
     def _content(self, content: Any, place: str, text_type: str = "input_text") -> Any:
         if content is None or isinstance(content, str):
@@ -2714,7 +2736,7 @@ class ResponsesWriter:
 
     def _lose(self, holder: Json, name: str) -> None:
         if holder.get(name):
-            self._translation.drop(name)
+            self._drop(name)
 
     def _part(self, part: Json, place: str, text_type: str) -> Json | None:
         kind, mark = part.get("type"), given(part, "prompt_cache_breakpoint")
@@ -2731,10 +2753,10 @@ class ResponsesWriter:
         if kind == "file":
             file = want_object(part.get("file"), f"{place}.file")
             return {"type": "input_image" if file.get("image") else "input_file", **without(file, "image"), **mark}
-        self._translation.drop(f"content.{kind}")
+        self._drop(f"content.{kind}")
         return None
 
-    def _turn(self, message: Json, place: str, phase: Any) -> None:
+    def _turn(self, message: Json, place: str) -> None:
         """One assistant turn: reasoning where it stood, the text, then the calls with theirs in front."""
         calls = [call for _, call in want_objects(message.get("tool_calls"), f"{place}.tool_calls")]
         placed = [
@@ -2746,11 +2768,10 @@ class ResponsesWriter:
             content = [{"type": "output_text", "text": content}] if content and isinstance(content, str) else content
             content = [*(content or ()), {"type": "refusal", "refusal": message["refusal"]}]
         if content:
-            said = {"role": "assistant", "content": content}
-            placed.append((1, {**said, "phase": phase} if phase is not None else said))
+            placed.append((1, {"role": "assistant", "content": content, **present({"phase": self._phases.get(place)})}))
         for at, call in enumerate(calls):
             placed.append((2 * at + 3, self._call(call, f"{place}.tool_calls[{at}]")))
-        self.items += [item for _, item in sorted(placed, key=operator.itemgetter(0))]
+        self._items += [item for _, item in sorted(placed, key=operator.itemgetter(0))]
 
     def _blocks(self, message: Json, place: str) -> list[tuple[int, bool, Json]]:
         """The items among the opaque blocks, with where they stood. Those of another provider stay behind."""
@@ -2758,15 +2779,14 @@ class ResponsesWriter:
         for where, block in want_objects(message.get("thinking_blocks"), f"{place}.thinking_blocks"):
             item, origin = block.get("item"), block.get("provider")
             mine = origin is None or origin == self._translation.provider.id
-            if block.get("type") != "reasoning_item" or not mine or not self._dialect.takes_items:
-                self._translation.drop("thinking_blocks")
+            if block.get("type") != "reasoning_item" or not mine or not self.takes_items:
+                self._drop("thinking_blocks")
                 continue
             before = block.get("calls_before")
             at = before if isinstance(before, int) else 0
             found.append((at, bool(block.get("text_before")), want_object(item, f"{where}.item")))
         if message.get("reasoning_content") and not any(item.get("type") == "reasoning" for _, _, item in found):
-            self._translation.drop("reasoning_content")
-        self._lose(message, "extra_content")
+            self._drop("reasoning_content")
         return found
 
     def _call(self, call: Json, place: str) -> Json:
@@ -2777,7 +2797,7 @@ class ResponsesWriter:
         named = {"call_id": call_id, "name": inner.get("name")}
         if (space := self._namespaces.get(call["id"])) is not None:
             named["namespace"] = space
-        if kind == "custom" and self._dialect.custom_tools:
+        if kind == "custom" and self.custom_tools:
             self._customs.add(call_id)
             return {"type": "custom_tool_call", **named, "input": inner.get("input") or ""}
         arguments = custom_arguments(inner) if kind == "custom" else inner.get("arguments") or "{}"
@@ -2789,7 +2809,96 @@ class ResponsesWriter:
         output = self._content(message.get("content"), place)
         if isinstance(output, list) and all(part.keys() == {"type", "text"} for part in output):
             output = "\n".join(part["text"] for part in output)
-        self.items.append({"type": kind, "call_id": call_id, "output": output})
+        self._items.append({"type": kind, "call_id": call_id, "output": output})
+
+    # -- tools
+
+    def _write_tools(self, told: Json) -> None:
+        tools = [self._tool(tool, place) for place, tool in want_objects(self._request.get("tools"), "tools")]
+        written = [tool for tool in tools if tool is not None]
+        for name in [name for name in told if name.startswith("tools.")]:
+            values = want_members(told[name], name)
+            for tool in written:
+                if tool.get("type") == "function" and tool.get("name") in values:
+                    tool[name.removeprefix("tools.")] = values[tool["name"]]
+        if not written:
+            self._body.pop("parallel_tool_calls", None)
+            return
+        self._body["tools"] = written
+        if self._request.get("tool_choice") is not None:
+            self._body["tool_choice"] = self._tool_choice(write_tool_choice(self._request["tool_choice"]))
+
+    def _tool_choice(self, choice: Any) -> Any:
+        return choice
+
+    def _tool(self, tool: Json, place: str) -> Json | None:
+        kind = tool.get("type") or ("function" if "function" in tool else None)
+        self._lose(tool, "cache_control")
+        if kind == "native" and tool.get("dialect") == OpenAiResponses.name:
+            return want_object(tool.get("tool"), f"{place}.tool")
+        if kind not in ("function", "custom"):
+            self._drop(f"tools.{tool.get('dialect') or kind}")
+            return None
+        function = want_object(tool.get(kind), f"{place}.{kind}")
+        if kind == "custom" and self.custom_tools:
+            return write_custom_tool(function)
+        function = custom_as_function(function, self._translation) if kind == "custom" else function
+        want_text(function.get("name"), f"{place}.{kind}.name")
+        # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
+        return {"type": "function", "parameters": ANY_OBJECT, "strict": False, **present(function)}
+
+    # -- members
+
+    def _write_limit(self) -> None:
+        limits = given(self._request, "max_completion_tokens", "max_tokens")
+        for value in list(limits.values())[:1]:
+            limit, least = want_whole(value, "max_completion_tokens"), self.least_output_tokens
+            if limit < least:
+                self._drop("max_completion_tokens", f"the least is {least}")
+            self._body["max_output_tokens"] = max(limit, least)
+
+    def _effort(self, asked: Any) -> None:
+        effort = self._facts.effort(want_text(asked, "reasoning_effort"))
+        effort = effort if not self.efforts or effort in self.efforts else None
+        if effort != asked and not (asked == "none" and not self._facts.reasons):
+            self._drop("reasoning_effort", f"the model knows no effort `{asked}`")
+        if effort is not None:
+            self._body["reasoning"] = {"effort": effort}
+
+    def _response_format(self, value: Any) -> None:
+        set_dotted(self._body, "text.format", self._format(want_object(value, "response_format")))
+
+    @staticmethod
+    def _format(form: Json) -> Json:
+        if form.get("type") != "json_schema":
+            return form
+        inner = want_object(form.get("json_schema"), "response_format.json_schema")
+        return {"type": "json_schema", "name": "response", **inner}
+
+    def _write_sampling(self) -> None:
+        request, refused = self._request, self._facts.refused(self._request)
+        for name in refused:
+            self._body.pop(name, None)
+            if not says_nothing(name, request[name]) and request[name] != SAMPLING_DEFAULTS.get(name):
+                self._drop(name, "not while the model reasons")
+        include = ["reasoning.encrypted_content"] if self._facts.reasons and not self.closed else []
+        if "logprobs" in self.CARRIED - set(refused) and request.get("logprobs") is True:
+            include.append("message.output_text.logprobs")
+            self._body |= filled(top_logprobs=request.get("top_logprobs"))
+        self._body |= filled(include=include)
+
+    def _merge(self, extra: Json) -> None:
+        """Give back what this dialect's own clients said: whole members, and dotted ones in their group."""
+        for name, value in extra.items():
+            group, _, member = name.partition(".")
+            if group in ("input", "tools") and member:
+                continue
+            if name == "include":
+                value = list(dict.fromkeys([*self._body.get("include", ()), *want_texts(value or [], name)]))
+            set_dotted(self._body, name, value)
+
+    ROLES: ClassVar = {"system": _instruct, "user": _say, "assistant": _turn, "tool": _result}
+    WRITERS: ClassVar = {"reasoning_effort": _effort, "response_format": _response_format}
 
 
 def fit_call_id(call_id: str) -> str:
@@ -3007,7 +3116,7 @@ class ResponsesDecoder(EventDecoder):
         self._end_native(progress, item)
 
     def _end_native(self, progress: ItemProgress, item: Json) -> None:
-        if not self._responses.takes_items:
+        if not self._responses.encoder.takes_items:
             return
         block: Json = {"type": "reasoning_item", "item": item, "provider": self._translation.provider.id}
         stood = filled(calls_before=progress.calls_before, text_before=progress.text_before)
@@ -3349,23 +3458,13 @@ class SilentResponsesRenderer(ResponsesRenderer):
 
 
 class OpenAiResponses(Dialect):
-    """Both sides of OpenAI's Responses API. A stricter host is a subclass with other class attributes."""
+    """Both sides of OpenAI's Responses API."""
 
     name = "responses"
     stores_unasked = True
     foreign_marks = (STATE_MARK.encode(),)
     forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
-    #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
-    custom_tools: ClassVar[bool] = True
-    takes_items: ClassVar[bool] = True
-    closed: ClassVar[bool] = False
-    #: Members sent with every call that was translated.
-    fixed: ClassVar[Mapping[str, Any]] = {"store": False}
-    #: Chat members that are not sent.
-    unsent: ClassVar[frozenset[str]] = frozenset()
-    #: The efforts the host's schema lists; empty where the model alone decides.
-    efforts: ClassVar[frozenset[str]] = frozenset()
-    min_output_tokens: ClassVar[int] = 16
+    encoder: ClassVar[type[ResponsesEncoder]] = ResponsesEncoder
 
     # -- client side
 
@@ -3458,7 +3557,7 @@ class OpenAiResponses(Dialect):
         return {**request, "max_output_tokens": tokens}
 
     def least_output_tokens(self, request: Json, model: str) -> int:
-        return self.min_output_tokens
+        return self.encoder.least_output_tokens
 
     def render(self, completion: Json, request: Json) -> Json:
         """A canonical completion as a response. Its ids come from the completion's, which should be Stockyard's own."""
@@ -3486,123 +3585,7 @@ class OpenAiResponses(Dialect):
         return "/responses"
 
     def encode(self, request: Json, translation: Translation) -> Json:
-        facts = openai_model_facts(translation.model)
-        extra = own_extras(request, OpenAiResponses.name, translation)
-        body: Json = {"model": translation.model, **self._conversation(request, translation, extra), **self.fixed}
-        if translation.stream:
-            body["stream"] = True
-        body |= given(request, *sorted(SAME_IN_CHAT - self.unsent))
-        self._write_tools(body, request, translation, extra)
-        self._write_shape(body, request, translation, facts)
-        self._write_sampling(body, request, translation, facts)
-        self._note_losses(request, translation)
-        self._merge(body, extra, translation)
-        return body
-
-    def _conversation(self, request: Json, translation: Translation, extra: Json) -> Json:
-        """`instructions` from a first system message that is plain text, `input` from the rest."""
-        messages = want_objects(request.get("messages"), "messages")
-        writer = ResponsesWriter(self, translation, extra)
-        first = messages[0][1] if messages else {}
-        plain = isinstance(first.get("content"), str) and first["content"] and not first.get("cache_control")
-        lead = len(messages) > 1 and plain and first.get("role") in ("system", "developer")
-        for at, (_, message) in enumerate(messages):
-            if at or not lead:
-                writer.write(at, message)
-        return {**({"instructions": first["content"]} if lead else {}), "input": writer.items}
-
-    def _write_tools(self, body: Json, request: Json, translation: Translation, extra: Json) -> None:
-        tools = [self._tool(tool, place, translation) for place, tool in want_objects(request.get("tools"), "tools")]
-        body["tools"] = [tool for tool in tools if tool is not None]
-        for name in [name for name in extra if name.startswith("tools.") and not self.closed]:
-            values = want_members(extra[name], name)
-            for tool in body["tools"]:
-                if tool.get("type") == "function" and tool.get("name") in values:
-                    tool[name.removeprefix("tools.")] = values[tool["name"]]
-        if not body["tools"]:
-            del body["tools"]
-            body.pop("parallel_tool_calls", None)
-        elif request.get("tool_choice") is not None:
-            body["tool_choice"] = self._tool_choice(write_tool_choice(request["tool_choice"]))
-
-    def _tool_choice(self, choice: Any) -> Any:
-        return choice
-
-    def _tool(self, tool: Json, place: str, translation: Translation) -> Json | None:
-        kind = tool.get("type") or ("function" if "function" in tool else None)
-        if tool.get("cache_control"):
-            translation.drop("cache_control")
-        if kind == "native" and tool.get("dialect") == OpenAiResponses.name:
-            return want_object(tool.get("tool"), f"{place}.tool")
-        if kind not in ("function", "custom"):
-            translation.drop(f"tools.{tool.get('dialect') or kind}")
-            return None
-        function = want_object(tool.get(kind), f"{place}.{kind}")
-        if kind == "custom" and self.custom_tools:
-            return write_custom_tool(function)
-        function = custom_as_function(function, translation) if kind == "custom" else function
-        want_text(function.get("name"), f"{place}.{kind}.name")
-        # Chat's tools are lenient unless they say otherwise, the tools here are strict: so it is said.
-        lenient = {"parameters": {"type": "object", "properties": {}}, "strict": False}
-        return {"type": "function", **lenient, **present(function)}
-
-    def _write_shape(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
-        limits = [request[name] for name in ("max_completion_tokens", "max_tokens") if request.get(name) is not None]
-        if limits:
-            limit = want_whole(limits[0], "max_completion_tokens")
-            if limit < self.min_output_tokens:
-                translation.drop("max_completion_tokens", f"the least is {self.min_output_tokens}")
-            body["max_output_tokens"] = max(limit, self.min_output_tokens)
-        asked = request.get("reasoning_effort")
-        if asked is not None:
-            effort = facts.effort(want_text(asked, "reasoning_effort"))
-            effort = effort if not self.efforts or effort in self.efforts else None
-            if effort != asked and not (asked == "none" and not facts.reasons):
-                translation.drop("reasoning_effort", f"the model knows no effort `{asked}`")
-            if effort is not None:
-                body["reasoning"] = {"effort": effort}
-        if request.get("response_format") is not None:
-            self._write_format(body, want_object(request["response_format"], "response_format"))
-        if request.get("verbosity") is not None and "verbosity" not in self.unsent:
-            body.setdefault("text", {})["verbosity"] = request["verbosity"]
-        if facts.reasons and not self.closed:
-            body["include"] = ["reasoning.encrypted_content"]
-
-    def _write_format(self, body: Json, form: Json) -> None:
-        if form.get("type") == "json_schema":
-            inner = want_object(form.get("json_schema"), "response_format.json_schema")
-            form = {"type": "json_schema", "name": "response", **inner}
-        body.setdefault("text", {})["format"] = form
-
-    def _write_sampling(self, body: Json, request: Json, translation: Translation, facts: ModelFacts) -> None:
-        for name in facts.refused(request):
-            body.pop(name, None)
-            if not says_nothing(name, request[name]) and request[name] != SAMPLING_DEFAULTS.get(name):
-                translation.drop(name, "not while the model reasons")
-        if "logprobs" in self.unsent or "logprobs" in facts.refused(request) or request.get("logprobs") is not True:
-            return
-        body.setdefault("include", []).append("message.output_text.logprobs")
-        if request.get("top_logprobs"):
-            body["top_logprobs"] = request["top_logprobs"]
-
-    def _note_losses(self, request: Json, translation: Translation) -> None:
-        silent = {"presence_penalty", "frequency_penalty", "logit_bias", "stop"} | self.unsent
-        for name, value in request.items():
-            if (name in silent or name not in READ_IN_CHAT) and not says_nothing(name, value):
-                translation.drop(name)
-
-    def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
-        """Give back what this dialect's own clients said: whole members, and dotted ones in their group."""
-        for name, value in extra.items():
-            group, _, member = name.partition(".")
-            if group in ("input", "tools") and member:
-                continue
-            if name == "include":
-                body["include"] = list(dict.fromkeys([*body.get("include", ()), *want_texts(value or [], name)]))
-            elif member:
-                body.setdefault(group, {})[member] = value
-            else:
-                body[name] = value
+        return self.encoder(request, translation).build()
 
     def decode(self, answer: Json, translation: Translation) -> Json:
         if not isinstance(answer.get("output"), list) and not answer.get("error"):
@@ -3643,26 +3626,26 @@ class OpenAiResponses(Dialect):
             raise self.failure(response.get("error") or {"message": f"the response was {status}"})
 
 
-class PerplexityAgent(OpenAiResponses):
-    """Perplexity's Agent API: the same shape with a closed schema, where any unknown member is a 400.
+class PerplexityEncoder(ResponsesEncoder):
+    """Builds a body of Perplexity's Agent API: the same shape with a closed schema, where an unknown member is a 400."""
 
-    Source: https://docs.perplexity.ai (Agent API) and its guide for leaving Sonar chat completions.
-    """
-
-    name = "perplexity"
-    family = "perplexity"  # its schema is closed: bytes of Responses clients do not pass
-    forwarded_headers = ()
+    #: Where the search options of the retired chat API stand in the search tool.
+    FILTERS: ClassVar[tuple[str, ...]] = (
+        "last_updated_after_filter", "last_updated_before_filter", "search_after_date_filter",
+        "search_before_date_filter", "search_domain_filter", "search_recency_filter",
+    )  # fmt: skip
+    CARRIED = (ALWAYS_CARRIED - {"functions", "function_call"}) | {
+        "max_tokens", "max_completion_tokens", "metadata", "parallel_tool_calls", "temperature", "top_p",
+        "num_search_results", "web_search_options", "language_preference", *FILTERS,
+    }  # fmt: skip
+    PLAIN: ClassVar[Mapping[str, str]] = {}
     custom_tools = False
     takes_items = False
     closed = True
     fixed: ClassVar[Mapping[str, Any]] = {}
     efforts = frozenset({"minimal", "low", "medium", "high", "xhigh", "max"})
-    unsent = frozenset({
-        "logprobs", "top_logprobs", "moderation", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "safety_identifier", "service_tier", "user", "verbosity",
-    })  # fmt: skip
     #: Names of the retired chat API and what stands in their place; searching is asked for, it is not automatic.
-    models: ClassVar[Mapping[str, Json]] = {
+    MODELS: ClassVar[Mapping[str, Json]] = {
         "sonar": {"model": "perplexity/sonar", "tools": [{"type": "web_search"}]},
         "sonar-pro": {"preset": "low"},
         "sonar-reasoning": {"preset": "low"},
@@ -3670,41 +3653,35 @@ class PerplexityAgent(OpenAiResponses):
         "sonar-deep-research": {"preset": "medium"},
     }
     #: Vendors whose models need a limit, and the one sent where the client gave none.
-    needed_output_tokens: ClassVar[Mapping[str, int]] = {"anthropic": 8192}
-    #: Where the search options of the retired chat API stand in the search tool.
-    filters: ClassVar[frozenset[str]] = frozenset({
-        "search_domain_filter", "search_recency_filter", "search_after_date_filter", "search_before_date_filter",
-        "last_updated_after_filter", "last_updated_before_filter",
-    })  # fmt: skip
-    kept: ClassVar[frozenset[str]] = frozenset({
+    NEEDED_OUTPUT_TOKENS: ClassVar[Mapping[str, int]] = {"anthropic": 8192}
+    KEPT: ClassVar[frozenset[str]] = frozenset({
         "background", "language_preference", "max_steps", "max_tool_calls", "models", "preset", "previous_response_id",
         "tool_choice", "truncation",
     })  # fmt: skip
 
-    def encode(self, request: Json, translation: Translation) -> Json:
-        search = self._search_tool(request)
-        used = self.filters | {"num_search_results", "web_search_options", "language_preference"}
-        body = super().encode(without(request, *used), translation)
-        body |= given(request, "language_preference")
-        replaced = self.models.get(translation.model)
+    def build(self) -> Json:
+        body, search = super().build(), self._search_tool()
+        body |= given(self._request, "language_preference")
+        replaced = self.MODELS.get(self._translation.model)
         if replaced is not None:
             del body["model"]
             body |= without(replaced, "tools")
         wanted = [{**tool, **search} for tool in (replaced or {}).get("tools", [])] or ([search] if search else [])
         if wanted and not any(tool.get("type") == "web_search" for tool in body.get("tools", ())):
             body["tools"] = [*wanted, *body.get("tools", ())]
-        vendor = translation.model.partition("/")[0]
-        if vendor in self.needed_output_tokens:
-            body.setdefault("max_output_tokens", self.needed_output_tokens[vendor])
+        vendor = self._translation.model.partition("/")[0]
+        if vendor in self.NEEDED_OUTPUT_TOKENS:
+            body.setdefault("max_output_tokens", self.NEEDED_OUTPUT_TOKENS[vendor])
         return body
 
-    def _search_tool(self, request: Json) -> Json:
+    def _search_tool(self) -> Json:
         """The search options of a chat client, as the tool they became; empty where none was given."""
+        request = self._request
         options = want_members(request.get("web_search_options"), "web_search_options")
         tool = given(options, "search_context_size", "user_location")
         if request.get("num_search_results") is not None:
             tool["max_results"] = request["num_search_results"]
-        tool |= filled(filters=given(request, *sorted(self.filters)))
+        tool |= filled(filters=given(request, *self.FILTERS))
         return {"type": "web_search", **tool} if tool else {}
 
     def _tool_choice(self, choice: Any) -> Any:
@@ -3712,13 +3689,27 @@ class PerplexityAgent(OpenAiResponses):
         named = isinstance(choice, dict) and choice.get("type") in ("function", "custom")
         return {"name": choice["name"]} if named else choice
 
-    def _write_format(self, body: Json, form: Json) -> None:
-        body["response_format"] = form
+    def _response_format(self, value: Any) -> None:
+        self._body["response_format"] = value
 
-    def _merge(self, body: Json, extra: Json, translation: Translation) -> None:
-        for name in sorted(extra.keys() - self.kept):
-            translation.drop(name)
-        super()._merge(body, given(extra, *self.kept), translation)
+    def _merge(self, extra: Json) -> None:
+        for name in sorted(extra.keys() - self.KEPT):
+            self._drop(name)
+        super()._merge(given(extra, *self.KEPT))
+
+    WRITERS: ClassVar = {**ResponsesEncoder.WRITERS, "response_format": _response_format}
+
+
+class PerplexityAgent(OpenAiResponses):
+    """Perplexity's Agent API.
+
+    Source: https://docs.perplexity.ai (Agent API) and its guide for leaving Sonar chat completions.
+    """
+
+    name = "perplexity"
+    family = "perplexity"  # its schema is closed: bytes of Responses clients do not pass
+    forwarded_headers = ()
+    encoder = PerplexityEncoder
 
 
 # ----- Responses state ------------------------------------------------------------------------------------------------
