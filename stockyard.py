@@ -20502,6 +20502,22 @@ class Lane(RequestHandler):
             self._task.cancel()
         await super().shutdown(timeout)
 
+    def handle_error(
+        self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """aiohttp's answer to what is no HTTP, told as every other error is, without a word of what was sent."""
+        if request.writer.output_size:
+            raise ConnectionError("half an answer is out")
+        error: GatewayError = InvalidRequest(
+            f"this is no valid HTTP/1.1 request ({type(exc).__name__})", code="bad_request"
+        )
+        if not isinstance(exc, HttpProcessingError):
+            error = self.gateway.internal_error(cast(Exception, exc))
+        _, body = DIALECTS["openai"].render_error(error, self.gateway.new_id("req_"))
+        response = web.Response(status=error.status, body=dump_json(body), content_type="application/json")
+        response.force_close()
+        return response
+
     # -- Client: a streamed answer
 
     def begin_stream(self, headers: list[tuple[str, str]]) -> None:
@@ -20800,7 +20816,17 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 # Uploads, files and /proxy: bodies go through in both directions without being held; usage is read where it shows.
 
 PROXY_HEADERS: Final = frozenset(
-    {"accept", "content-type", "idempotency-key", "prefer", "range", "http-referer", "x-title", "openai-beta"}
+    {
+        "accept",
+        "content-encoding",
+        "content-type",
+        "idempotency-key",
+        "prefer",
+        "range",
+        "http-referer",
+        "x-title",
+        "openai-beta",
+    }
 )
 PROXY_HEADER_PREFIXES: Final = ("anthropic-", "x-goog-api-client", "x-amzn-bedrock-")
 PROXY_ANSWER_HEADERS: Final = frozenset(
@@ -22378,6 +22404,7 @@ async def open_server(
         logger=logging.Logger("quiet", logging.CRITICAL),  # else every malformed request prints its bytes, keys and all
         handler_cancellation=True,
         auto_decompress=False,
+        read_bufsize=65_536,  # what is kept of a body that nobody reads yet
     )
     await runner.setup()
     cap = connection_cap(resource.getrlimit(resource.RLIMIT_NOFILE)[0])

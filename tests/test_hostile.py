@@ -196,6 +196,15 @@ async def test_a_false_content_encoding_is_refused(start: Start) -> None:
         assert [row for row in await proxy.rows() if row["status"] == 200] == []
 
 
+async def test_what_passes_through_packed_is_said_to_be_packed(start: Start) -> None:
+    packed = gzip.compress(BODY)
+    async with start() as proxy:
+        proxy.upstream.answers = [Answer(200, {"content-type": "application/json"}, [b"{}"])]
+        status, _, _ = await proxy.post("/proxy/openai/chat/completions", packed, **{"content-encoding": "gzip"})
+        [seen] = proxy.upstream.seen
+    assert (status, seen.headers["content-encoding"], seen.body) == (200, "gzip", packed)
+
+
 async def test_slow_uploads_are_cut_off_and_long_ones_are_not(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nopenai/whisper-1\r\n--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
     head = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 99999\r\n\r\n"

@@ -101,6 +101,8 @@ async def test_odd_requests_are_refused(start: Start, name: str) -> None:
         got = await talk(proxy, ODD[name])
         assert got[:5] == b"HTTP/"
         assert got[8:13] == b" 400 ", got[:200]
+        told = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+        assert (told["type"], bool(told["request_id"])) == ("invalid_request_error", True)
         assert not [row for row in await proxy.rows() if row["status"] == 200]
         assert (await talk(proxy, REQUEST)).startswith(b"HTTP/1.1 200")
 
