@@ -1072,10 +1072,7 @@ class Dialect:
         return error.status, openai_error_body(error, request_id)
 
     def wants_stream(self, request: Json, path: Mapping[str, str]) -> bool:
-        stream = request.get("stream")
-        if stream is not None and not isinstance(stream, bool):
-            raise InvalidRequest("`stream` must be true or false", param="stream")
-        return bool(stream)
+        return request.get("stream") is not None and want_flag(request["stream"], "stream")
 
     def stream_type_of(self, request: Json) -> str:
         """The content type of a streamed answer."""
@@ -1142,6 +1139,10 @@ class Dialect:
     def read_usage(self, answer: Json) -> Usage | None:
         """The usage in a provider's plain answer; None where it tells none."""
         raise NotImplementedError
+
+    def read_usage_for(self, answer: Json, provider: Provider) -> Usage | None:
+        """The same where providers of one dialect count differently."""
+        return self.read_usage(answer)
 
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         """An error answer; the default reads OpenAI's, which most providers write."""
@@ -1921,6 +1922,34 @@ def read_blocks(message: Json) -> list[Json]:
     return [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
 
 
+#: How packed blocks begin; bytes of a client that hold it must not be passed through.
+PACKED_PREFIX: Final = "c3RvY2t5YXJk"
+
+
+def pack_blocks(blocks: list[Any]) -> str:
+    """Opaque blocks of one provider as text that clients of another dialect give back unchanged, as they do its own."""
+    return base64.urlsafe_b64encode(b"stockyard:" + dump_json(blocks)).decode()
+
+
+def unpack_blocks(text: str, where: str) -> list[Json] | None:
+    """The blocks in a text of ours; None for any other. Google's SDKs may have changed its alphabet and padding."""
+    if not text.startswith(PACKED_PREFIX):
+        return None
+    try:
+        blocks = orjson.loads(base64.b64decode(standard_base64(text)).removeprefix(b"stockyard:"))
+    except ValueError:
+        blocks = None
+    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
+        raise InvalidRequest(f"`{where}` is damaged: send it back as it came", param=where)
+    return blocks
+
+
+def standard_base64(text: str) -> str:
+    """Google's SDKs write the URL alphabet, which no other provider reads."""
+    text = text.translate({45: "+", 95: "/"})
+    return text + "=" * (-len(text) % 4)
+
+
 class Encoder:
     """Builds one provider's body; a subclass's tables say how each role and each member of a request is carried.
 
@@ -2209,13 +2238,8 @@ PART_EXTENSIONS: Final = ("cache_control", "extra_content", "citations")
 
 def without_extensions(request: Json, translation: Translation) -> Json:
     """A canonical request from another client dialect as plain OpenAI chat; what cannot be carried is named."""
-    body = {name: value for name, value in request.items() if name != "extra_body" and value is not None}
-    for members in (request.get("extra_body") or {}).values():
-        for name in members:
-            translation.drop(name)
-    for name in translation.provider.foreign_drops & body.keys():
-        del body[name]
-        translation.drop(name)
+    own_extras(request, "", translation)
+    body = present(without(request, "extra_body"))
     if "messages" in body:
         body["messages"] = [plain_message(message, translation) for message in body["messages"]]
     if body.get("tools"):
@@ -2264,14 +2288,8 @@ def is_plain_tool(tool: Json, translation: Translation) -> bool:
     return tool.get("type") != "native"
 
 
-def pack_floats(answer: Json) -> Json:
-    """An embeddings answer with its vectors as base64 of little-endian float32, which OpenAI's SDKs ask for."""
-    rows = [{**row, "embedding": pack_vector(row["embedding"])} for row in answer["data"]]
-    return {**answer, "data": rows}
-
-
 def pack_vector(vector: list[float] | str) -> str:
-    """Some providers pack it themselves."""
+    """A vector as base64 of little-endian float32, which OpenAI's SDKs ask for; some providers pack it themselves."""
     return vector if isinstance(vector, str) else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
@@ -2305,7 +2323,9 @@ class OpenAiChat(Dialect):
         return body
 
     def render_embeddings(self, answer: Json, request: Json, path: Mapping[str, str]) -> Json:
-        return pack_floats(answer) if request.get("encoding_format") == "base64" else answer
+        if request.get("encoding_format") != "base64":
+            return answer
+        return {**answer, "data": [{**row, "embedding": pack_vector(row["embedding"])} for row in answer["data"]]}
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         return provider.path("chat", model)
@@ -2327,7 +2347,8 @@ class OpenAiChat(Dialect):
             request = without_extensions(request, translation)
         body = {provider.renames.get(name, name): value for name, value in request.items()}
         body |= provider.aliases.get(translation.model) or {"model": translation.model}
-        for name in provider.drops & body.keys():
+        drops = provider.drops | provider.foreign_drops if translation.foreign else provider.drops
+        for name in drops & body.keys():
             del body[name]
             translation.drop(name)
         if provider.adapt is not None:
@@ -2357,10 +2378,6 @@ class OpenAiChat(Dialect):
     def decoder(self, translation: Translation) -> OpenAiDecoder:
         return OpenAiDecoder(self, translation)
 
-    def read_usage(self, answer: Json) -> Usage | None:
-        usage = answer.get("usage") or (answer.get("x_groq") or {}).get("usage")
-        return read_openai_usage(usage) if isinstance(usage, dict) else None
-
     def read_usage_for(self, answer: Json, provider: Provider) -> Usage | None:
         usage = answer.get("usage") or (answer.get("x_groq") or {}).get("usage")
         return self.usage_of(usage, provider) if isinstance(usage, dict) else None
@@ -2379,11 +2396,10 @@ class OpenAiChat(Dialect):
 # streams. Upstream nothing is stored (`store: false`), so reasoning travels encrypted inside its items; these are kept
 # whole in `thinking_blocks`, with `calls_before` and `text_before` where they stood later in their turn, and go back to
 # that place. The other way round, opaque state of other providers (signatures) travels through Responses clients as the
-# `encrypted_content` of a reasoning item, marked by STATE_MARK: bytes with that mark must not be passed through.
+# `encrypted_content` of a reasoning item, packed by `pack_blocks`: bytes with its mark must not be passed through.
 # The state behind `previous_response_id` is a list of items: see `stored_items` and `resume`.
 # Source: https://platform.openai.com/docs/api-reference/responses and recorded traffic.
 
-STATE_MARK: Final = "stockyard.1."
 #: Where the gateway puts the items an `item_reference` may name: {id: item}. Read by `parse`, never sent.
 ITEMS_KEY: Final = "stockyard_items"
 
@@ -2414,21 +2430,6 @@ FAILURE_STATUSES: Final = {
     "misalignment_policy_violation": 400, "invalid_image": 400, "invalid_image_url": 400, "image_too_large": 400,
     "invalid_api_key": 401, "authentication_error": 401,
 }  # fmt: skip
-
-
-def pack_state(blocks: list[Json]) -> str:
-    """Opaque blocks as the text of an `encrypted_content`; `unpack_state` is the inverse, byte for byte."""
-    return STATE_MARK + base64.urlsafe_b64encode(dump_json(blocks)).decode()
-
-
-def unpack_state(text: str, where: str) -> list[Json]:
-    try:
-        blocks = orjson.loads(base64.urlsafe_b64decode(text.removeprefix(STATE_MARK)))
-    except (binascii.Error, ValueError):
-        blocks = None
-    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
-        raise InvalidRequest(f"`{where}` was changed since Stockyard wrote it: give it back as it came", param=where)
-    return blocks
 
 
 def reasoning_text(item: Json) -> str:
@@ -2645,10 +2646,10 @@ class ResponsesReader:
 
     def _reasoning(self, place: str, item: Json) -> None:
         secret, turn = item.get("encrypted_content"), self._open_turn()
-        if isinstance(secret, str) and secret.startswith(STATE_MARK):
-            for block in unpack_state(secret, f"{place}.encrypted_content"):
-                self._give_back(turn, block)
-        elif secret or item.get("content"):
+        packed = unpack_blocks(secret, f"{place}.encrypted_content") if isinstance(secret, str) else None
+        for block in packed or ():
+            self._give_back(turn, block)
+        if packed is None and (secret or item.get("content")):
             self._place(turn, {"type": "reasoning_item", "item": item})
         if text := reasoning_text(item):
             before = turn.get("reasoning_content")
@@ -3317,7 +3318,7 @@ class ResponsesRenderer(SerialRenderer):
             return
         self._end_part(prose)
         if prose.blocks:
-            prose.item["encrypted_content"] = pack_state(prose.blocks)
+            prose.item["encrypted_content"] = pack_blocks(prose.blocks)
         self._end_item(prose, status if "status" in prose.item else None)
 
     def _prose_of(self, kind: str) -> OpenItem:
@@ -3462,7 +3463,7 @@ class OpenAiResponses(Dialect):
 
     name = "responses"
     stores_unasked = True
-    foreign_marks = (STATE_MARK.encode(),)
+    foreign_marks = (PACKED_PREFIX.encode(),)
     forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
     encoder: ClassVar[type[ResponsesEncoder]] = ResponsesEncoder
 
@@ -3483,7 +3484,7 @@ class OpenAiResponses(Dialect):
 
         `previous_response_id` must have been resolved by `resume`; items that `item_reference`s name stand in the
         body's ITEMS_KEY member. What only a Responses provider can carry ends in `extra_body.responses`, under its
-        dotted path; `refuse_foreign` says which of that no other provider may be asked without.
+        dotted path; `refuse_elsewhere` says which of that no other provider may be asked without.
         """
         request: Json = {"model": want_text(body.get("model"), "model")}
         reader = ResponsesReader(want_members(body.get(ITEMS_KEY), ITEMS_KEY))
@@ -3551,7 +3552,19 @@ class OpenAiResponses(Dialect):
             extra["include"] = rest
 
     def refuse_elsewhere(self, canonical: Json) -> None:
-        refuse_foreign(canonical)
+        """Refuse what is no option but the conversation itself, where none but a Responses provider has it."""
+        extra = (canonical.get("extra_body") or {}).get(self.name) or {}
+        if extra.get("previous_response_id") is not None:
+            message = f"Previous response with id '{extra['previous_response_id']}' not found."
+            raise InvalidRequest(message, code="previous_response_not_found", param="previous_response_id")
+        for name in ("conversation", "prompt", "background"):
+            if extra.get(name):
+                raise InvalidRequest(f"`{name}` needs a provider of OpenAI's Responses API", param=name)
+        for block in itertools.chain.from_iterable(map(read_blocks, canonical.get("messages") or ())):
+            kind = (block.get("item") or {}).get("type")
+            if kind is not None and block.get("type") == "reasoning_item" and kind not in HOST_ITEMS:
+                message = f"an input item `{kind}` needs a provider of OpenAI's Responses API"
+                raise InvalidRequest(message, param="input")
 
     def with_output_cap(self, request: Json, tokens: int) -> Json:
         return {**request, "max_output_tokens": tokens}
@@ -3752,26 +3765,6 @@ def referenced_ids(request: Json) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def refuse_foreign(request: Json) -> None:
-    """InvalidRequest where a canonical request holds what no provider but a Responses one may be asked without.
-
-    To be asked before a call is translated to any other dialect: these are not options but the conversation itself.
-    """
-    extra = (request.get("extra_body") or {}).get(OpenAiResponses.name) or {}
-    if extra.get("previous_response_id") is not None:
-        message = f"Previous response with id '{extra['previous_response_id']}' not found."
-        raise InvalidRequest(message, code="previous_response_not_found", param="previous_response_id")
-    for name in ("conversation", "prompt", "background"):
-        if extra.get(name):
-            raise InvalidRequest(f"`{name}` needs a provider of OpenAI's Responses API", param=name)
-    for message in request.get("messages") or ():
-        for block in message.get("thinking_blocks") or ():
-            kind = (block.get("item") or {}).get("type") if isinstance(block, dict) else None
-            if kind is not None and block.get("type") == "reasoning_item" and kind not in HOST_ITEMS:
-                message = f"an input item `{kind}` needs a provider of OpenAI's Responses API"
-                raise InvalidRequest(message, param="input")
-
-
 # ----- Gemini ---------------------------------------------------------------------------------------------------------
 # Google's generateContent, on the Developer API and on Vertex. Four things differ from every other dialect: the model
 # and the method stand in the path; a whole tool call is one part; STOP also ends an answer full of tool calls; and
@@ -3868,7 +3861,6 @@ GEMINI_STATUSES: Final[Mapping[int, str]] = {
 #: Google's documented stand-in for the signature of a call that another provider's model made.
 SIGNATURE_DUMMY: Final = "skip_thought_signature_validator"
 #: base64 of `stockyard`: how a packed signature of ours begins in either alphabet.
-PACKED_PREFIX: Final = "c3RvY2t5YXJk"
 GOOGLE_FILES: Final = "https://generativelanguage.googleapis.com/v1beta/"
 GOOGLE_FILE_URL: Final = re.compile(r"https://generativelanguage\.googleapis\.com/(?:[\w.]+/)?files/")
 YOUTUBE_URL: Final = re.compile(r"https://(?:(?:www|m)\.youtube\.com|youtube\.com|youtu\.be)/")
@@ -3907,28 +3899,6 @@ def google_objects(value: Any, where: str) -> list[tuple[str, Json]]:
     """A client's array of objects, with the place of each; null stands for an empty one."""
     items = enumerate(google_list(value or [], where))
     return [(f"{where}[{at}]", google_object(item, f"{where}[{at}]")) for at, item in items]
-
-
-def standard_base64(text: str) -> str:
-    """Google's SDKs write the URL alphabet, which no other provider reads."""
-    text = text.translate({45: "+", 95: "/"})
-    return text + "=" * (-len(text) % 4)
-
-
-def pack_blocks(blocks: list[Any]) -> str:
-    """Write another provider's opaque blocks as a signature, so that Gemini clients give them back unchanged."""
-    return base64.urlsafe_b64encode(b"stockyard:" + dump_json(blocks)).decode()
-
-
-def unpack_blocks(signature: str, where: str) -> list[Json] | None:
-    """The blocks in a signature of ours; None for a signature of Google's."""
-    if not signature.startswith(PACKED_PREFIX):
-        return None
-    try:
-        blocks = orjson.loads(base64.b64decode(standard_base64(signature)).removeprefix(b"stockyard:"))
-    except (binascii.Error, ValueError):
-        raise InvalidRequest(f"`{where}` is damaged: send it back as it came", param=where) from None
-    return [want_object(block, where) for block in want_list(blocks, where)]
 
 
 def media_type_of(name: str) -> str | None:
@@ -19554,7 +19524,7 @@ class Gateway:
             if document.get("error") and "choices" not in document:
                 refuse_error_event(document, outgoing.dialect)
             try:
-                usage = read_usage(outgoing.dialect, document, target.provider.row)
+                usage = outgoing.dialect.read_usage_for(document, target.provider.row)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 raise unforeseen_shape(error) from error
             self.learn(call, target, usage, finish_reason_of(document))
@@ -20117,10 +20087,6 @@ def plain_body(answer: PlainAnswer) -> bytes:
     if unpacker.unconsumed_tail:
         raise UpstreamError("the provider's answer is too large", code="upstream_too_large")
     return body
-
-
-def read_usage(dialect: Dialect, document: Json, row: Provider) -> Usage | None:
-    return dialect.read_usage_for(document, row) if isinstance(dialect, OpenAiChat) else dialect.read_usage(document)
 
 
 def finish_reason_of(document: Json) -> str:
@@ -21155,7 +21121,7 @@ def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str
         if content_type == "application/json":
             document = orjson.loads(body)
             if isinstance(document, dict):
-                usage, finish = read_usage(dialect, document, target.provider.row), finish_reason_of(document)
+                usage, finish = dialect.read_usage_for(document, target.provider.row), finish_reason_of(document)
                 model = document.get("model") or model
         elif content_type == "text/event-stream":
             decoder = dialect.decoder(gateway.translation(call, target))

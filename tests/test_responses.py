@@ -314,7 +314,7 @@ def test_item_references_are_read_from_the_gateways_mapping() -> None:
         ({"reasoning": "x"}, "reasoning"),
         ({"include": "x"}, "include"),
         ({"top_logprobs": "x"}, "top_logprobs"),
-        ({"input": [{"type": "reasoning", "encrypted_content": s.STATE_MARK + "!"}]}, "encrypted_content"),
+        ({"input": [{"type": "reasoning", "encrypted_content": s.PACKED_PREFIX + "!"}]}, "encrypted_content"),
     ],
 )
 def test_bad_requests_name_the_field(body: Any, named: str) -> None:
@@ -341,8 +341,8 @@ SCALARS = (
             "allowed_tools",
             "input_text",
             "x",
-            s.STATE_MARK + "W10=",
-            s.STATE_MARK + "W3t9XQ==",
+            s.pack_blocks([]),
+            s.pack_blocks([{}]),
         ]
     )
 )
@@ -1251,7 +1251,7 @@ def test_a_chain_is_stored_and_resumed() -> None:
 
 
 def test_only_conversation_that_needs_its_own_dialect_is_refused_elsewhere() -> None:
-    s.refuse_foreign(
+    DIALECT.refuse_elsewhere(
         parse(truncation="auto", tools=[{"type": "web_search"}], input=[{"role": "user", "content": "a"}, RS, WEB, MSG])
     )
     for body, named in (
@@ -1263,7 +1263,7 @@ def test_only_conversation_that_needs_its_own_dialect_is_refused_elsewhere() -> 
         ({"input": [{"type": "local_shell_call_output", "id": "x", "output": "y"}]}, "local_shell_call_output"),
     ):
         with pytest.raises(InvalidRequest, match=named):
-            s.refuse_foreign(parse(**body))
+            DIALECT.refuse_elsewhere(parse(**body))
     shell = {"type": "local_shell_call", "id": "x", "call_id": "y", "action": {}}
     assert DIALECT.encode(parse(input=[shell]), translation())["input"] == [shell]
 

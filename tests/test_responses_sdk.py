@@ -82,7 +82,7 @@ class Door:
             earlier = self.stored.get(body.get("previous_response_id") or "")
             body = s.resume(body, earlier) if earlier else body
             request = DIALECT.parse(body, {})
-            s.refuse_foreign(request)
+            DIALECT.refuse_elsewhere(request)
             self.requests.append(request)
             chunks = self._chunks(request)
         except GatewayError as error:
