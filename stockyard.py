@@ -19251,7 +19251,7 @@ class Gateway:
         if not self.has_budgets and most is None:
             return None
         names = (call.key, call.tag_map, call.model, target.provider.id)
-        cap, needed = self.cost_bound(call, target) if bounded else (None, None)
+        cap, needed = whole, _ = self.cost_bound(call, target) if bounded else (None, None)
         if most is not None:
             cap, needed = await self.clamped(call, target, cap, needed)
             if needed is None or needed > read_max_cost(most):
@@ -19262,11 +19262,9 @@ class Gateway:
         try:
             hold = await self.set_aside(names, needed, target.model)
         except BudgetExceeded:
-            asked, (cap, needed) = needed, await self.clamped(call, target, cap, needed)
-            if needed == asked:
-                raise
+            cap, needed = await self.clamped(call, target, cap, needed)
             hold = await self.set_aside(names, needed, target.model)
-        call.output_cap = call.held_tokens = None
+        call.clamped, call.output_cap, call.held_tokens = cap != whole, None, None
         if cap is not None and (most is not None or self.ledger.is_hard_limited(*names, target.model)):
             call.output_cap, call.held_tokens = cap.tokens if cap.injected else None, cap.total_tokens
         return hold
@@ -19278,7 +19276,6 @@ class Gateway:
         if needed and cap is not None:
             names = (call.key, call.tag_map, call.model, target.provider.id)
             if 0 < (room := await self.headroom(names, needed, target.model)) < needed:
-                call.clamped = True
                 return self.cost_bound(call, target, room)
         return cap, needed
 

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Start
+from upstreams import COMPLETION, plain
 
 import stockyard
 
@@ -321,6 +322,95 @@ async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Star
         assert journal.error
         assert (await proxy.post("/v1/chat/completions", body))[0] == 200
         assert (journal.error, provider.calls) == ("", 1)
+
+
+PATH = "/v1/chat/completions"
+ASK: dict[str, Any] = {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1000}
+
+
+def leave(gateway: stockyard.Gateway, nanousd: int, **more: Any) -> None:
+    """Set the limit of the only budget to what it has settled and so much more."""
+    [settled] = [row["settled_nanousd"] for row in gateway.ledger.snapshot(0)] or [0]
+    gateway.put_budget(stockyard.Budget("global:day", settled + nanousd, "day", **more))
+
+
+async def test_a_budget_that_clamps_shortens_an_answer_to_what_it_has_left(start: Start) -> None:
+    async with start(toml=PRICES, budget="0.000001/day", cache="off") as proxy:
+        gateway, now_s = proxy.gateway, proxy.gateway.clock() + 86_400
+        gateway.clock = lambda: now_s
+        _, _, refused = await proxy.post(PATH, ASK)
+        needed = refused["error"]["needed_nanousd"]
+        without_output = needed - 1000 * OUTPUT_NANOUSD
+        for tokens, spare in ((999, 0), (300, OUTPUT_NANOUSD - 1), (16, 0)):
+            leave(gateway, without_output + tokens * OUTPUT_NANOUSD + spare, clamp=True)
+            status, headers, _ = await proxy.post(PATH, ASK)
+            assert (status, headers["x-stockyard-clamped-max-tokens"]) == (200, str(tokens))
+            assert proxy.upstream.seen[-1].json["max_tokens"] == tokens
+        for room in (without_output + 16 * OUTPUT_NANOUSD - 1, without_output, 1, 0):
+            leave(gateway, room, clamp=True)
+            assert (await proxy.post(PATH, ASK))[0] == 429
+        leave(gateway, needed, clamp=True)
+        status, headers, _ = await proxy.post(PATH, ASK)
+        assert (status, "x-stockyard-clamped-max-tokens" in headers) == (200, False)
+        leave(gateway, needed - 1)
+        assert (await proxy.post(PATH, ASK))[0] == 429
+        today = stockyard.window_at("day", int(now_s * 1000)).key
+        assert (account(gateway)["window"], len(proxy.upstream.seen)) == (today, 4)
+        now_s += 86_400
+        assert (await proxy.post(PATH, ASK))[0] == 200, "a new day"
+
+
+async def test_a_call_may_say_the_most_that_it_may_cost(start: Start) -> None:
+    async with start(toml=PRICES, cache="off") as proxy:
+
+        async def ask(most: str, **more: Any) -> tuple[int, Any]:
+            status, _, told = await proxy.post(PATH, {**ASK, **more}, **{"x-stockyard-max-cost-usd": most})
+            return status, told.get("error", {})
+
+        _, error = await ask("0")
+        needed = int(float(error["message"].partition("$")[2].partition(",")[0]) * 10**9 + 0.5)
+        assert [(await ask(stockyard.format_usd(most)))[0] for most in (needed, needed - 1)] == [200, 429]
+        status, error = await ask("1", model="openai/unpriced")
+        assert (status, "is not known" in error["message"]) == (429, True)
+        assert (await ask("much"))[1]["param"] == "x-stockyard-max-cost-usd"
+        assert (await ask("1", max_tokens=None))[0] == 200
+        assert (await proxy.post(PATH, {**ASK, "max_tokens": None}))[0] == 200
+    caps = [seen.json.get("max_completion_tokens") or seen.json.get("max_tokens") for seen in proxy.upstream.seen]
+    assert caps == [1000, 4096, None]
+
+
+async def test_what_no_provider_told_is_charged_whole_where_it_was_bounded(start: Start) -> None:
+    silent = {**COMPLETION}
+    del silent["usage"]
+    async with start(toml=PRICES, budget="1/day", cache="off") as proxy:
+        proxy.upstream.answers = [plain(silent)]
+        needed = (await proxy.post(PATH, ASK, **{"x-stockyard-max-cost-usd": "0"}))[2]["error"]["message"]
+        assert (await proxy.post(PATH, ASK))[0] == 200
+        assert f"${account(proxy.gateway)['settled_usd']}," in needed
+        leave(proxy.gateway, 1, mode="soft")
+        before = account(proxy.gateway)["settled_nanousd"]
+        assert (await proxy.post(PATH, {**ASK, "model": "openai/unpriced"}))[0] == 200
+        assert account(proxy.gateway)["settled_nanousd"] == before
+        assert (await proxy.post(PATH, {"model": "openai/m", "messages": ASK["messages"]}))[0] == 200
+        assert not {"max_tokens", "max_completion_tokens"} & {*proxy.upstream.seen[-1].json}
+
+
+async def test_a_cap_of_one_targets_budget_is_not_the_next_ones(start: Start) -> None:
+    budget = '[[budgets]]\nscope = "provider"\nvalue = "openai"\nusd = 1\nperiod = "day"\n'
+    given = {"GROQ_API_KEY": "k", "GROQ_BASE_URL": "UPSTREAM"}
+    async with start(toml=PRICES + ROUTE + budget, cache="off", retries=0, **given) as proxy:
+        proxy.upstream.answers = [plain({"error": {"message": "x"}}, 500), plain({"error": {}}, 500), plain(COMPLETION)]
+        status, _, _ = await proxy.post(PATH, {"model": "r", "messages": ASK["messages"]})
+    assert status == 200
+    assert ["max_completion_tokens" in seen.json for seen in proxy.upstream.seen] == [True, True, False]
+
+
+async def test_embeddings_are_bounded_by_their_input_alone(start: Start) -> None:
+    body = {"model": "openai/m", "input": "Hi"}
+    async with start(toml=PRICES, budget="0.000001/day") as proxy:
+        _, _, told = await proxy.post("/v1/embeddings", body)
+    bound = len(json.dumps(body)) + stockyard.INPUT_BOUNDS["openai"].request
+    assert told["error"]["needed_nanousd"] == bound * INPUT_NANOUSD
 
 
 async def test_no_call_leaves_while_too_many_rows_wait_to_be_written(
