@@ -20471,9 +20471,8 @@ class Lane(RequestHandler):
         """aiohttp's answer to what is no HTTP, told as every other error is, without a word of what was sent."""
         if request.writer.output_size:
             raise ConnectionError("half an answer is out")
-        error: GatewayError = InvalidRequest(
-            f"this is no valid HTTP/1.1 request ({type(exc).__name__})", code="bad_request"
-        )
+        why = exc.message if type(exc) is HttpProcessingError else type(exc).__name__  # the plain class is ours
+        error: GatewayError = InvalidRequest(f"this is no valid HTTP/1.1 request ({why})", code="bad_request")
         if not isinstance(exc, HttpProcessingError):
             error = self.gateway.internal_error(cast(Exception, exc))
         _, body = DIALECTS["openai"].render_error(error, self.gateway.new_id("req_"))
