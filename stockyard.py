@@ -16792,17 +16792,11 @@ class UpstreamConnection(asyncio.Protocol):
         payload = self._payload
         if payload is None:
             return
-        if payload.exception() is not None:
-            self._fail(UpstreamError("the provider's answer broke off", code="upstream_truncated"))
-            return
         chunk = take_buffered(payload)
         if chunk:
             sink.data(chunk)
         if payload.is_eof() and self.sink is sink:
             self._finish()
-
-    def eof_received(self) -> bool:
-        return False
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self.sink is None:
@@ -16818,19 +16812,8 @@ class UpstreamConnection(asyncio.Protocol):
             )
         self.transport = self._parser = None
 
-    def pause_writing(self) -> None:  # a request body is written whole; its size is bounded by max_body_mb
-        pass
-
-    def resume_writing(self) -> None:
-        pass
-
-    # -- called by the parser's payload, which holds far more than one read, so that it never needs to pause
-
-    def pause_reading(self) -> None:
-        self.hold(True)
-
     def resume_reading(self, resume_parser: bool = True) -> None:
-        pass
+        """Called by the parser's payload at its end. It holds far more than one read, so that it never pauses."""
 
     # -- one exchange
 
