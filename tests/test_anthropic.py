@@ -624,3 +624,27 @@ def test_reasoning_nobody_signed_has_an_empty_signature_in_a_plain_answer() -> N
     answer = MESSAGES.render({"id": "chatcmpl-1", "choices": [{"message": message, "finish_reason": "length"}]}, {})
     assert answer["content"][0] == {"type": "thinking", "thinking": "hm", "signature": ""}
     assert (answer["id"], answer["stop_reason"]) == ("msg_1", "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (s.UpstreamError("m", status=503), 529, "overloaded_error"),
+        (s.UpstreamError("m", status=502), 502, "api_error"),
+        (s.LimitExceeded("m"), 429, "rate_limit_error"),
+        (s.InvalidRequest("m", status=422), 422, "invalid_request_error"),
+    ],
+)
+def test_an_error_has_anthropics_status_and_words(error: s.GatewayError, status: int, kind: str) -> None:
+    body = {"type": kind, "message": "m", "details": {"error_code": error.code}}
+    told = {"type": "error", "error": body, "request_id": "req_1"}
+    assert MESSAGES.render_error(error, "req_1") == (status, told)
+    written = MESSAGES.renderer({}, lambda prefix: prefix, 7).fail(error, "req_1")
+    assert written == b"event: error\ndata: " + s.dump_json(told) + b"\n\n"
+
+
+def test_a_models_older_efforts_are_met() -> None:
+    assert MESSAGES.with_output_cap({"model": "m"}, 5) == {"model": "m", "max_tokens": 5}
+    body, dropped = sent("claude-opus-4-5", reasoning_effort="max")
+    assert body["output_config"] == {"effort": "high"} and body["thinking"]["budget_tokens"] == 24_000
+    assert dropped == []

@@ -1273,3 +1273,164 @@ def test_the_chat_dialect_reads_what_parse_gives() -> None:
     target = translation(provider="groq")
     body = OpenAiChat().encode({k: v for k, v in request.items() if k != "extra_body"}, target)
     assert body["tools"][0]["function"]["strict"] is True and body["messages"][0]["role"] == "system"
+
+
+# ----- what goes through unchanged, from a Responses client to a Responses provider
+
+
+def sent(*items: Any, dialect: s.OpenAiResponses = DIALECT, **body: Any) -> Any:
+    request = parse(input=[*items, {"role": "user", "content": "q"}], **body)
+    return dialect.encode(request, translation("gpt-4.1"))["input"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "back"),
+    [
+        ([{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "no"}],
+         [{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "no"}]),
+        ([{"type": "refusal", "refusal": "no"}], [{"type": "refusal", "refusal": "no"}]),
+        ([{"type": "output_text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}],
+         [{"type": "output_text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}]),
+    ],
+)  # fmt: skip
+def test_what_an_assistant_said_comes_back_as_it_was(content: Any, back: Any) -> None:
+    assert sent({"role": "assistant", "content": content}) == [{"role": "assistant", "content": back}]
+
+
+def test_texts_of_one_turn_are_joined_and_marked_parts_stand_behind_them() -> None:
+    marked = {"type": "output_text", "text": "b", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    turn = [{"role": "assistant", "content": part} for part in ("a", [marked], [{**marked, "text": "c"}])]
+    plain = {"type": "output_text", "text": "a"}
+    assert sent(*turn) == [{"role": "assistant", "content": [plain, marked, {**marked, "text": "c"}]}]
+
+
+def test_the_namespace_of_a_call_and_a_result_in_parts_come_back() -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "namespace": "mcp", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "blue"}]}
+    assert sent(call, result) == [call, {**result, "output": "blue"}]
+    parts = {
+        "role": "tool",
+        "tool_call_id": "c1",
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+    }
+    assert encode(messages=[parts])[0]["input"] == [{**result, "output": "a\nb"}]
+
+
+def test_later_instructions_and_a_lone_one_stay_items() -> None:
+    brief = {"role": "developer", "content": "be brief"}
+    assert encode(messages=[brief])[0]["input"] == [brief]
+    assert sent({"role": "user", "content": "a"}, brief)[1] == brief
+    body, _ = encode(messages=[brief, {"role": "user", "content": "q"}])
+    assert body["instructions"] == "be brief" and body["input"] == [{"role": "user", "content": "q"}]
+
+
+def test_a_refusal_in_a_chat_history_is_a_part() -> None:
+    message = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert encode(messages=[message])[0]["input"] == [message]
+
+
+@pytest.mark.parametrize(
+    ("choice", "written"),
+    [
+        ("required", "required"),
+        ({"type": "function", "name": "look"}, {"type": "function", "name": "look"}),
+        ({"type": "web_search"}, {"type": "web_search"}),
+        (
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "look"}, {"type": "mcp"}],
+            },
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "look"}, {"type": "mcp"}],
+            },
+        ),
+    ],
+)
+def test_a_choice_of_tools_comes_back_as_it_was(choice: Any, written: Any) -> None:
+    body = DIALECT.encode(parse(tools=[TOOL, {"type": "web_search"}], tool_choice=choice), translation())
+    assert body["tool_choice"] == written
+
+
+def test_a_format_of_the_answer_is_chats() -> None:
+    assert parse(text={"format": {"type": "json_object"}})["response_format"] == {"type": "json_object"}
+    assert "response_format" not in parse(text={"format": {"type": "text"}})
+
+
+def test_the_effort_of_openrouters_clients_is_understood() -> None:
+    body, dropped = encode(reasoning={"effort": "low"})
+    assert body["reasoning"] == {"effort": "low"} and dropped == []
+
+
+def test_a_reference_to_a_reference_is_refused() -> None:
+    known = {"a": {"type": "item_reference", "id": "b"}}
+    with pytest.raises(InvalidRequest, match="another reference"):
+        parse(input=[{"type": "item_reference", "id": "a"}], **{s.ITEMS_KEY: known})
+
+
+def test_a_stored_reference_is_the_item_it_names() -> None:
+    item = {"type": "message", "id": "msg_1", "role": "user", "content": "a"}
+    request = {"input": [{"type": "item_reference", "id": "msg_1"}], s.ITEMS_KEY: {"msg_1": item}}
+    assert s.stored_items(request, {"id": "resp_1", "output": []}) == [item]
+
+
+# ----- what a stream may hold besides text and calls
+
+
+def test_the_first_kind_of_reasoning_to_come_is_told() -> None:
+    def thought(kind: str, text: str) -> Any:
+        return {
+            "type": f"response.{kind}.delta",
+            "output_index": 0,
+            "summary_index": 0,
+            "content_index": 0,
+            "delta": text,
+        }
+
+    raw = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "raw"}], "summary": []}
+    message = {
+        "type": "message",
+        "content": ["odd", {"type": "output_text", "text": "a", "annotations": [{"type": "file_citation"}]}],
+    }
+    final = {"id": "r", "status": "completed", "output": [raw, message]}
+    events = [
+        thought("reasoning_text", "raw"), thought("reasoning_summary_text", "short"), thought("reasoning_text", ""),
+        {"type": "response.completed", "response": final},
+    ]  # fmt: skip
+    told = s.join_chunks(feed(events))["choices"][0]["message"]
+    assert (told["reasoning_content"], told["content"]) == ("raw", "a")
+    assert told["annotations"] == [{"type": "file_citation"}]
+    assert [event["annotation"] for event in render([delta(content="a", annotations=told["annotations"])])
+            if event["type"] == "response.output_text.annotation.added"] == [{"type": "file_citation"}]  # fmt: skip
+
+
+def test_perplexitys_reasoning_is_text_alone() -> None:
+    answer = {"id": "r", "status": "completed", "output": [RS, MSG]}
+    message = PERPLEXITY.decode(answer, translation("sonar"))["choices"][0]["message"]
+    assert message["reasoning_content"] == "A\n\nB" and "thinking_blocks" not in message
+
+
+def test_perplexitys_search_takes_the_options_of_the_retired_chat_api() -> None:
+    asked: dict[str, Any] = {"num_search_results": 3, "search_domain_filter": ["a.org"], "language_preference": "de"}
+    asked["web_search_options"] = {"search_context_size": "low"}
+    body, dropped = encode("openai/gpt-5.5", PERPLEXITY, **asked)
+    search = {"search_context_size": "low", "max_results": 3, "filters": {"search_domain_filter": ["a.org"]}}
+    assert body["tools"] == [{"type": "web_search", **search}] and body["language_preference"] == "de"
+    assert dropped == []
+
+
+def test_a_picture_is_a_data_uri() -> None:
+    picture = {"type": "image_generation_call", "result": "QQ==", "output_format": "webp"}
+    failed = {"type": "image_generation_call", "result": None}
+    completion = DIALECT.decode({"id": "r", "status": "completed", "output": [picture, failed]}, translation())
+    [image] = completion["choices"][0]["message"]["images"]
+    assert image["image_url"] == {"url": "data:image/webp;base64,QQ=="}
+
+
+def test_caps_on_the_output() -> None:
+    assert DIALECT.with_output_cap({"a": 1}, 5) == {"a": 1, "max_output_tokens": 5}
+    body, dropped = encode(max_tokens=5)
+    assert body["max_output_tokens"] == DIALECT.least_output_tokens({}, "gpt-5.5") == 16
+    assert dropped == ["max_completion_tokens"]
