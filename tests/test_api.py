@@ -443,6 +443,51 @@ async def test_settings_change_by_the_api_and_stay_in_the_file(reloadable: Start
         assert (toml.read_text(), (await admin.get("/api/budgets"))["data"]) == ("", [])
 
 
+async def test_keys_old_secrets_and_sessions_end_in_time(start: Start) -> None:
+    async with start(require_key="always") as proxy:
+        gateway, began_s = proxy.gateway, int(proxy.gateway.clock()) + 1
+        now_s = float(began_s)
+        gateway.clock = lambda: now_s
+        admin, hour = Admin(proxy), 3600
+
+        async def works(key: Any) -> bool:
+            status, *_ = await proxy.post(CHAT_PATH, CHAT, authorization=f"Bearer {key['key']}")
+            assert status in (200, 401)
+            return bool(status == 200)
+
+        _, key = await admin.ask("POST", "/api/keys", {"name": "k", "expires_at": began_s + hour})
+        assert (key["created_at"], await works(key)) == (stockyard.format_moment(began_s * 1000), True)
+        _, other = await admin.ask("POST", f"/api/keys/{key['id']}/rotate", {"grace_s": 600})
+        now_s += 599.999
+        assert (await works(key), await works(other)) == (True, True)
+        now_s = began_s + 600
+        assert (await works(key), await works(other)) == (False, True)
+        now_s = began_s + hour - 0.001
+        assert await works(other)
+        session, _, _ = await sign_in(proxy, {"key": gateway.admin_key})
+        _, viewer = await admin.ask(
+            "POST", "/api/keys", {"name": "v", "role": "viewer", "expires_at": began_s + 9 * hour}
+        )
+        seen, _, _ = await sign_in(proxy, {"key": viewer["key"]})
+        now_s = began_s + 9 * hour - 0.001
+        assert (await works(other), (await seen.ask("GET", "/api/session"))[0]) == (False, 200)
+        now_s = began_s + 9 * hour
+        assert (await seen.ask("GET", "/api/session"))[0] == 401
+        now_s = began_s + 13 * hour - 0.01
+        assert (await session.ask("GET", "/api/session"))[0] == 200
+        now_s = began_s + 13 * hour
+        assert (await session.ask("GET", "/api/session"))[0] == 401
+
+
+async def test_budgets_that_were_set_are_there_after_a_restart(start: Start) -> None:
+    day, week = ({"scope": "global", "usd": 1, "period": period} for period in ("day", "week"))
+    async with start() as proxy:
+        for budgets in ([day, week], [week]):
+            await Admin(proxy).ask("PUT", "/api/budgets", {"budgets": budgets})
+    async with start() as proxy:
+        assert [row["id"] for row in (await Admin(proxy).get("/api/budgets"))["data"]] == ["global:week"]
+
+
 async def test_a_budget_taken_away_and_put_back_reopens_nothing(start: Start) -> None:
     async with start() as proxy:
         admin, budget = Admin(proxy), {"scope": "global", "usd": 1, "period": "day"}

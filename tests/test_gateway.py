@@ -433,7 +433,8 @@ async def test_virtual_keys_are_required_once_one_exists_and_limit_what_they_say
 )
 async def test_a_second_cap_allows_no_more_than_is_held(start: Start, body: dict[str, Any], status: int) -> None:
     async with start(budget="0.01/day") as proxy:
-        assert (await proxy.post(CHAT_PATH, {**CHAT, **body}))[0] == status
+        told = await proxy.post(CHAT_PATH, {**CHAT, **body})
+        assert (told[0], "write 90000 tokens" in json.dumps(told[2])) == (status, status == 429)
         assert len(proxy.upstream.seen) == (status == 200)
         [balance] = proxy.gateway.ledger.snapshot(0)
         assert (balance["held_nanousd"], balance["settled_nanousd"] > 0) == (0, status == 200)

@@ -332,6 +332,8 @@ def test_patch_changes_what_it_names_and_null_clears() -> None:
         ({"tags": {str(n): "x" for n in range(33)}}, "tags"),
         ({"expires_at": "soon"}, "expires_at"),
         ({"expires_at": True}, "expires_at"),
+        ({"expires_at": 0}, "expires_at"),
+        ({"expires_at": 1 << 34}, "expires_at"),
         ({"expires_at": 10**30}, "expires_at"),
         ({"expires_at": "0001-01-01T00:00:00+23:00"}, "expires_at"),
         ({"expires_at": "9999-12-31T23:59:59-23:00"}, "expires_at"),
@@ -369,6 +371,10 @@ def test_any_json_makes_a_key_or_an_invalid_request(body: dict[str, object]) -> 
         assert refused.param
     else:
         assert VirtualKey.from_record(json.loads(json.dumps(key.as_record()))) == key
+
+
+def test_a_key_takes_so_many_tags() -> None:
+    assert len(create_key({"tags": {str(n): "x" for n in range(32)}}, "key_1", "", 0).tags) == 32
 
 
 def test_budget_lists_are_read() -> None:

@@ -353,7 +353,8 @@ async def test_a_budget_that_clamps_shortens_an_answer_to_what_it_has_left(start
         status, headers, _ = await proxy.post(PATH, ASK)
         assert (status, "x-stockyard-clamped-max-tokens" in headers) == (200, False)
         leave(gateway, needed - 1)
-        assert (await proxy.post(PATH, ASK))[0] == 429
+        status, headers, _ = await proxy.post(PATH, ASK)
+        assert (status, int(headers["retry-after"]) <= 86_400) == (429, True)
         today = stockyard.window_at("day", int(now_s * 1000)).key
         assert (account(gateway)["window"], len(proxy.upstream.seen)) == (today, 4)
         now_s += 86_400
@@ -368,6 +369,7 @@ async def test_a_call_may_say_the_most_that_it_may_cost(start: Start) -> None:
             return status, told.get("error", {})
 
         _, error = await ask("0")
+        assert (await proxy.post(PATH, ASK, **{"x-stockyard-max-cost-usd": "0"}))[1]["retry-after"] == "1"
         needed = int(float(error["message"].partition("$")[2].partition(",")[0]) * 10**9 + 0.5)
         assert [(await ask(stockyard.format_usd(most)))[0] for most in (needed, needed - 1)] == [200, 429]
         status, error = await ask("1", model="openai/unpriced")
