@@ -470,6 +470,7 @@ async def test_keys_old_secrets_and_sessions_end_in_time(start: Start) -> None:
         )
         seen, _, _ = await sign_in(proxy, {"key": viewer["key"]})
         now_s = began_s + 9 * hour - 0.001
+        assert (await Admin(proxy, authorization=f"Bearer {viewer['key']}").ask("GET", "/api/requests"))[0] == 200
         assert (await works(other), (await seen.ask("GET", "/api/session"))[0]) == (False, 200)
         now_s = began_s + 9 * hour
         assert (await seen.ask("GET", "/api/session"))[0] == 401
@@ -486,6 +487,15 @@ async def test_budgets_that_were_set_are_there_after_a_restart(start: Start) -> 
             await Admin(proxy).ask("PUT", "/api/budgets", {"budgets": budgets})
     async with start() as proxy:
         assert [row["id"] for row in (await Admin(proxy).get("/api/budgets"))["data"]] == ["global:week"]
+
+
+async def test_a_keys_budget_goes_when_it_is_cleared(start: Start) -> None:
+    async with start() as proxy:
+        admin = Admin(proxy)
+        _, key = await admin.ask("POST", "/api/keys", {"name": "k", "budget": {"usd": 1, "period": "day"}})
+        for budget, periods in (({"usd": 1, "period": "week"}, ["week"]), (None, [])):
+            assert (await admin.ask("PATCH", f"/api/keys/{key['id']}", {"budget": budget}))[0] == 200
+            assert [row["period"] for row in (await admin.get("/api/budgets"))["data"]] == periods
 
 
 async def test_a_budget_taken_away_and_put_back_reopens_nothing(start: Start) -> None:

@@ -813,6 +813,7 @@ def lengths(total: int, headers: int) -> bytes:
         frame(b"\x09ab"),
         frame(header("x", 7, b"\xff\xff")),
         frame(header("x", 7, b"\0\x01\xff")),
+        frame(header("x", 6, b"\0\x05abc"), b"payload"),
         b'{"message":"not a frame at all"}',
     ],
 )

@@ -148,6 +148,8 @@ async def test_a_key_of_the_file_works_and_only_the_file_changes_it(start: Start
 async def test_keys_of_the_file_follow_it_on_a_reload(start: Start) -> None:
     async with start(toml=BY_DIGEST) as proxy:
         gateway, call = proxy.gateway, {"authorization": f"Bearer {SECRET}"}
+        now_s = gateway.clock()
+        gateway.clock = lambda: now_s
 
         def follow(toml: str) -> None:
             settings = stockyard.read_settings({"data_dir": gateway.settings.data_dir, "port": "0"}, {}, toml)
@@ -161,6 +163,8 @@ async def test_keys_of_the_file_follow_it_on_a_reload(start: Start) -> None:
         assert [row["settled_nanousd"] for row in gateway.ledger.snapshot(0)] == spent
         assert (await proxy.post(CHAT_PATH, CHAT, **call))[0] == 429
         follow("")
+        assert gateway.ledger.snapshot(0) == []
+        assert gateway.keys.by_id["key_toml_team"].revoked_at_ms == int(now_s * 1000)
         assert (await proxy.post(CHAT_PATH, CHAT, **call))[0] == 401
         assert (await proxy.post(CHAT_PATH, CHAT))[0] == 401, "removing the last key opens the proxy to nobody"
         assert gateway.keys.by_id["key_toml_team"].status(0) == "revoked"
@@ -226,6 +230,16 @@ async def test_rates_by_model_and_for_all_are_told_and_held(start: Start) -> Non
     assert 55 <= int(told[2][1]["retry-after"]) <= 61
     assert "the model gpt-4o*" in told[2][2]["error"]["message"]
     assert "this Stockyard" in last[2]["error"]["message"]
+
+
+async def test_estimated_tokens_give_way_to_those_used(start: Start) -> None:
+    async with start(toml="[limits]\ntpm = 1000\n", cache="off") as proxy:
+        body = {**CHAT, "max_tokens": 500}
+        left = 1000 - len(json.dumps(body)) // 4 - 500
+        for refused, used in ((False, 0), (False, 15), (True, 30), (False, 30)):
+            most = {"x-stockyard-max-cost-usd": "0"} if refused else {}
+            status, headers, _ = await proxy.post(CHAT_PATH, body, **most)
+            assert (status, headers["x-ratelimit-remaining-tokens"]) == (429 if refused else 200, str(left - used))
 
 
 async def test_calls_that_come_too_soon_wait_in_turns_by_key(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

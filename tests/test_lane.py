@@ -115,6 +115,7 @@ async def test_bodies_that_are_late_or_too_large_are_refused(start: Start) -> No
             proxy, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"5dc\r\n" + b" " * 1500 + b"\r\n0\r\n\r\n"
         )
         slow = await talk(proxy, HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n")
+        assert sorted(row["status"] for row in await proxy.rows()) == [408, 408, 413, 413]
     assert late.startswith(b"HTTP/1.1 408")
     assert large.startswith(b"HTTP/1.1 413")
     assert chunked.startswith(b"HTTP/1.1 413")
