@@ -979,17 +979,13 @@ def upstream_failure(
     if bad_key or status in AUTH_STATUSES:
         what = f"the provider refused Stockyard's key or account: {message}"
         return UpstreamError(what, code="upstream_authentication", fields=fields)
+    told: Json = {"param": param, "fields": fields, "retry_after_s": retry_after_s}
     if status in RETRYABLE_STATUSES and code not in SPENT_CODES:
-        error_type = type or ("rate_limit_error" if status == 429 else "upstream_error")
-        return UpstreamError(
-            message, status=CLIENT_STATUS.get(status, status), type=error_type, code=code or f"upstream_{status}",
-            param=param, fields=fields, retry_after_s=retry_after_s,
-        )  # fmt: skip
+        kind = type or ("rate_limit_error" if status == 429 else "upstream_error")
+        code = code or f"upstream_{status}"
+        return UpstreamError(message, status=CLIENT_STATUS.get(status, status), type=kind, code=code, **told)
     if 400 <= status < 500:
-        return UpstreamRefused(
-            message, status=CLIENT_STATUS.get(status, status), type=type, code=code, param=param, fields=fields,
-            retry_after_s=retry_after_s,
-        )  # fmt: skip
+        return UpstreamRefused(message, status=CLIENT_STATUS.get(status, status), type=type, code=code, **told)
     return UpstreamError(message, code=code or f"upstream_{status}", fields=fields)
 
 
@@ -1045,9 +1041,9 @@ class Dialect:
     follows: ClassVar[bool] = False
     #: Whether a request without `store` is kept by the provider; whether a stream tells its usage only when asked.
     stores_unasked: ClassVar[bool] = False
+    usage_on_request: ClassVar[bool] = False
     #: What a request holds that gives back opaque state of another provider: its bytes must not pass through.
     foreign_marks: ClassVar[tuple[bytes, ...]] = ()
-    usage_on_request: ClassVar[bool] = False
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
 
     def __init_subclass__(cls) -> None:
@@ -1730,7 +1726,7 @@ def message_deltas(message: Json) -> Iterator[Json]:
     if not any((block.get("item") or {}).get("type") == "reasoning" for block in items):
         yield {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
     yield {"thinking_blocks": [block for block in blocks if block not in late]}
-    yield given(message, "content", "refusal", "annotations", "images", "extra_content")
+    yield without(message, "role", "reasoning_content", "reasoning", "thinking_blocks", "tool_calls")
     calls = message.get("tool_calls") or ()
     for at, call in enumerate(calls):
         yield {"thinking_blocks": [block for block in late if block.get("calls_before", 0) == at]}
@@ -2006,6 +2002,8 @@ class Encoder:
 class EventDecoder:
     """What decoders of server-sent events share; a subclass reads one event at a time, and says when it was the last."""
 
+    _read: Callable[[str, bytes], list[Json]]
+
     def __init__(self, dialect: Dialect, translation: Translation) -> None:
         self._dialect, self._translation = dialect, translation
         self._events = SseReader()
@@ -2018,9 +2016,6 @@ class EventDecoder:
 
     def close(self) -> list[Json]:
         return [chunk for name, payload in self._events.close() for chunk in self._read(name, payload)]
-
-    def _read(self, name: str, payload: bytes) -> list[Json]:
-        raise NotImplementedError
 
 
 # ----- OpenAI model facts ---------------------------------------------------------------------------------------------
@@ -2150,16 +2145,15 @@ FAILED_FINISHES: Final = frozenset({"error", "network_error", "insufficient_syst
 
 def _split_content_list(parts: list[Any]) -> tuple[str, str]:
     """Mistral's content lists hold thinking and text items: their text, their reasoning."""
-    text, reasoning = [], []
+    text = reasoning = ""
     for part in parts:
-        if isinstance(part, str):
-            text.append(part)
-        elif part.get("type") == "thinking":
-            inner = part.get("thinking")
-            reasoning.append(inner if isinstance(inner, str) else "".join(p.get("text", "") for p in inner or ()))
-        elif isinstance(part.get("text"), str):
-            text.append(part["text"])
-    return "".join(text), "".join(reasoning)
+        if isinstance(part, dict) and part.get("type") == "thinking":
+            inner = part.get("thinking") or []
+            reasoning += inner if isinstance(inner, str) else _split_content_list(inner)[0]
+        else:
+            said = part.get("text") if isinstance(part, dict) else part
+            text += said if isinstance(said, str) else ""
+    return text, reasoning
 
 
 def normalise_openai_message(message: Json) -> Json:
@@ -2178,6 +2172,17 @@ def normalise_openai_message(message: Json) -> Json:
     return message
 
 
+def settle_finish(choice: Json) -> bool:
+    """Bring a streamed choice's reason to OpenAI's word, and say whether it was another; UpstreamError for a failure."""
+    reason = choice.get("finish_reason")
+    if reason in FAILED_FINISHES:
+        raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
+    if reason not in FINISH_REASONS:
+        return False
+    choice["finish_reason"] = FINISH_REASONS[reason]
+    return True
+
+
 class OpenAiDecoder(EventDecoder):
     """Reads a compatible provider's chat stream into canonical chunks. UpstreamError for an error inside the stream."""
 
@@ -2193,12 +2198,8 @@ class OpenAiDecoder(EventDecoder):
         refuse_error_event(chunk, self._dialect)
         for choice in chunk.get("choices") or ():
             normalise_openai_message(choice.get("delta") or {})
-            reason = choice.get("finish_reason")
-            if reason in FAILED_FINISHES:
-                raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
-            if reason:
-                choice["finish_reason"] = FINISH_REASONS.get(reason, reason)
-                self.complete = True
+            settle_finish(choice)
+            self.complete = self.complete or bool(choice.get("finish_reason"))
         if chunk.get("usage") or "x_groq" in chunk:
             usage = self._read_usage(chunk, self._translation.provider)
             chunk |= {"usage": write_openai_usage(usage)} if usage else {}
@@ -5571,6 +5572,11 @@ CLAUDE_PARSES: Final = (
     *SAME_IN_CLAUDE, "model", "messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "thinking",
     "output_config", "metadata", "service_tier", "cache_control",
 )  # fmt: skip
+CLAUDE_SCHEMA_DROPS: Final = (
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
+    "maxItems", "uniqueItems", "minProperties", "maxProperties",
+)  # fmt: skip
+CLAUDE_FORMATS: Final = ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
 THOUGHTS: Final = ("thinking", "redacted_thinking")
 
 
@@ -5582,30 +5588,24 @@ def claude_facts(model: str) -> ClaudeFacts:
     return CLAUDE_MODELS[max(fitting, key=len, default="claude")]
 
 
-class SchemaForClaude:
+def claude_schema(schema: Any) -> Any:
     """JSON Schema trimmed to the subset of structured outputs; what a keyword said goes into the description."""
-
-    DROPPED: ClassVar = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
-                         "maxLength", "pattern", "maxItems", "uniqueItems", "minProperties", "maxProperties")  # fmt: skip
-    FORMATS: ClassVar = frozenset("date-time time date duration email hostname uri ipv4 ipv6 uuid".split())
-
-    def write(self, schema: Any) -> Any:
-        if not isinstance(schema, dict):
-            return schema
-        kept = without(schema, *self.DROPPED, "$schema", "strict")
-        kept = {name: inner_schemas(name, value, self.write) for name, value in kept.items()}
-        if "oneOf" in kept:
-            kept["anyOf"] = kept.pop("oneOf")
-        told = [f"{name}: {dump_json(schema[name]).decode()}" for name in self.DROPPED if name in schema]
-        if kept.get("format") not in (None, *self.FORMATS):
-            told.append(f"format: {kept.pop('format')}")
-        if isinstance(kept.get("minItems"), int) and kept["minItems"] > 1:
-            told.append(f"minItems: {kept.pop('minItems')}")
-        if told:
-            kept["description"] = "; ".join([*([str(kept["description"])] if kept.get("description") else []), *told])
-        if kept.get("type") == "object" or "properties" in kept:
-            kept["additionalProperties"] = False
-        return kept
+    if not isinstance(schema, dict):
+        return schema
+    kept = without(schema, *CLAUDE_SCHEMA_DROPS, "$schema", "strict")
+    kept = {name: inner_schemas(name, value, claude_schema) for name, value in kept.items()}
+    if "oneOf" in kept:
+        kept["anyOf"] = kept.pop("oneOf")
+    told = [f"{name}: {dump_json(schema[name]).decode()}" for name in CLAUDE_SCHEMA_DROPS if name in schema]
+    if kept.get("format") not in (None, *CLAUDE_FORMATS):
+        told.append(f"format: {kept.pop('format')}")
+    if isinstance(kept.get("minItems"), int) and kept["minItems"] > 1:
+        told.append(f"minItems: {kept.pop('minItems')}")
+    if told:
+        kept["description"] = "; ".join([*([str(kept["description"])] if kept.get("description") else []), *told])
+    if kept.get("type") == "object" or "properties" in kept:
+        kept["additionalProperties"] = False
+    return kept
 
 
 class AnthropicEncoder(Encoder):
@@ -5760,7 +5760,7 @@ class AnthropicEncoder(Encoder):
         form = want_object(value, "response_format")
         if form.get("type") == "json_schema":
             inner = want_object(form.get("json_schema") or {}, "response_format.json_schema")
-            schema = SchemaForClaude().write(inner.get("schema") or {})
+            schema = claude_schema(inner.get("schema") or {})
             self._body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
         elif form.get("type") == "json_object":
             self._system.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
@@ -5789,15 +5789,15 @@ class AnthropicEncoder(Encoder):
             self._body["tool_choice"] = written
 
     def _tool(self, tool: ToolSpec) -> Json:
-        schema = SchemaForClaude().write(tool.parameters) if tool.strict else tool.parameters
+        schema = claude_schema(tool.parameters) if tool.strict else tool.parameters
         more = filled(description=tool.description, strict=tool.strict, cache_control=tool.cache_control)
         return {"name": self._fit_name(tool.name), "input_schema": schema, **more}
 
     def _write_thinking(self) -> None:
         """Reasoning effort in the words of the model's generation."""
-        effort, facts = self._request.get("reasoning_effort"), self._facts
-        if effort is None:
+        if self._request.get("reasoning_effort") is None:
             return
+        effort, facts = want_text(self._request["reasoning_effort"], "reasoning_effort"), self._facts
         if effort == "none":
             off = next((word for word in ("disabled", "between_tools") if word in facts.thinking), "")
             if not off:
@@ -6004,8 +6004,8 @@ class AnthropicParser:
         self._read_thinking(request)
         if body.get("metadata"):
             request["user"] = want_object(body["metadata"], "metadata").get("user_id")
-        if body.get("service_tier"):
-            request["service_tier"] = {"standard_only": "default"}.get(body["service_tier"], body["service_tier"])
+        if tier := body.get("service_tier"):
+            request["service_tier"] = "default" if tier == "standard_only" else tier
         request |= filled(cache_control=body.get("cache_control"))
         self._extra |= present(without(body, *CLAUDE_PARSES))
         return {**request, "extra_body": {"anthropic": self._extra}} if self._extra else request
@@ -6067,15 +6067,15 @@ class AnthropicParser:
         if kind == "document":
             return {**self._document(block, where), **cache_mark(block)}
         if kind == "search_result":
-            text = self._joined(want_list(block.get("content"), where))
+            text = self._joined(want_list(block.get("content"), where), where)
             source = f"{block.get('title') or ''} ({block.get('source') or ''})"
             return {"type": "text", "text": f"{source}\n{text}", **cache_mark(block)}
         raise InvalidRequest(f"a block of the type `{kind}` is not understood in `{where}`", param=where)
 
-    @staticmethod
-    def _joined(content: Any) -> str:
-        texts = [part.get("text") or "" for part in content or () if isinstance(part, dict)]
-        return content if isinstance(content, str) else "\n".join(texts)
+    def _joined(self, content: Any, where: str) -> str:
+        if isinstance(content, str):
+            return content
+        return "\n".join(str(part.get("text") or "") for _, part in want_objects(content, where))
 
     def _source_url(self, source: Json, where: str) -> str:
         kind = source.get("type")
@@ -6089,7 +6089,7 @@ class AnthropicParser:
         source = want_object(block.get("source"), f"{where}.source")
         kind, file = source.get("type"), filled(filename=block.get("title"))
         if kind == "content":
-            return {"type": "text", "text": self._joined(source.get("content"))}
+            return {"type": "text", "text": self._joined(source.get("content"), f"{where}.source.content")}
         if kind == "text":
             text = want_text(source.get("data"), f"{where}.source.data")
             file["file_data"] = f"data:text/plain;base64,{base64.b64encode(text.encode()).decode()}"
@@ -6130,7 +6130,7 @@ class AnthropicParser:
         choice = want_object(body.get("tool_choice") or {}, "tool_choice")
         named = {"type": "function", "function": {"name": choice.get("name")}}
         words = {"auto": "auto", "any": "required", "none": "none", "tool": named}
-        if choice and choice.get("type") not in words:
+        if choice and str(choice.get("type")) not in words:
             raise InvalidRequest("`tool_choice.type` must be auto, any, tool or none", param="tool_choice")
         if choice:
             request["tool_choice"] = words[choice["type"]]
@@ -6914,10 +6914,6 @@ _bedrock_families: Final = rows_by_model(
     (r"", BedrockFamily()),
 )  # fmt: skip
 BEDROCK_GEOGRAPHY: Final = re.compile(r"(us|eu|apac|jp|au|ca|global|us-gov)\.")
-#: Thinking budgets in tokens for Claude models that are not adaptive.
-CLAUDE_BUDGETS: Final[Mapping[str, int]] = {
-    "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768,
-}  # fmt: skip
 BEDROCK_FINISHES: Final[Mapping[str, str]] = {
     "end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "max_tokens": "length",
     "model_context_window_exceeded": "length", "guardrail_intervened": "content_filter",
@@ -7270,7 +7266,7 @@ class BedrockEncoder(Encoder):
             self._fields["thinking"] = {"type": "adaptive"}
             self._fields["output_config"] = {"effort": effort if effort in claude.efforts else fitting}
         else:
-            budget = CLAUDE_BUDGETS.get(effort, CLAUDE_BUDGETS["medium"])
+            budget = THINKING_BUDGETS.get(effort, 8192)
             self._fields["thinking"] = {"type": "enabled", "budget_tokens": budget}
 
     def _response_format(self, value: Any) -> None:
@@ -7697,7 +7693,7 @@ class BedrockConverse(Dialect):
         claude, effort = bedrock_family(model).claude, request.get("reasoning_effort")
         if claude is None or "adaptive" in claude.thinking or not effort:
             return 0
-        return 2 * CLAUDE_BUDGETS.get(str(effort), CLAUDE_BUDGETS["medium"])
+        return 2 * THINKING_BUDGETS.get(str(effort), 8192)
 
     def encode(self, request: Json, translation: Translation) -> Json:
         return BedrockEncoder(request, translation).build()
@@ -10353,19 +10349,8 @@ def is_joinable(chunk: Json) -> bool:
     )
 
 
-#: Members of a message that `message_deltas` tells.
-TOLD_MEMBERS: Final = frozenset({
-    "role", "content", "refusal", "annotations", "images", "extra_content", "reasoning_content", "reasoning", "thinking_blocks",
-    "tool_calls",
-})  # fmt: skip
-
-
-def chunks_of(completion: Json) -> list[Json] | None:
-    """A canonical completion as the chunks of a stream; None where a message holds what chunks cannot tell."""
-    for choice in completion.get("choices") or ():
-        message = choice.get("message") or {}
-        if given(message, *(message.keys() - TOLD_MEMBERS)):
-            return None
+def chunks_of(completion: Json) -> list[Json]:
+    """A canonical completion as the chunks of a stream, its usage last."""
     chunks = list(split_completion(completion))
     if completion.get("usage"):
         head = {**without(completion, "choices"), "object": "chat.completion.chunk"}
@@ -14097,7 +14082,7 @@ class OpenAiFlow(Flow):
         chunk = read_event_json(event[1])
         refuse_error_event(chunk, self._dialect)
         self.transcript.add_chunk(chunk)
-        changed = self._rename_finish(chunk)
+        changed = sum(map(settle_finish, chunk.get("choices") or ())) > 0
         self.observe(chunk)
         usage = chunk.get("usage") or (chunk.get("x_groq") or {}).get("usage")
         if not usage:
@@ -14108,17 +14093,6 @@ class OpenAiFlow(Flow):
         if not chunk.get("choices") and not self._include_usage:
             return b""
         return sse_event(chunk) if self._include_usage or changed else block + b"\n\n"
-
-    def _rename_finish(self, chunk: Json) -> bool:
-        changed = False
-        for choice in chunk.get("choices") or ():
-            reason = choice.get("finish_reason")
-            if reason in FAILED_FINISHES:
-                raise UpstreamError(f"the provider stopped with `{reason}`", code=f"upstream_{reason}")
-            if reason in FINISH_REASONS:
-                choice["finish_reason"] = FINISH_REASONS[reason]
-                changed = True
-        return changed
 
 
 class NativeFlow(Flow):
@@ -18860,8 +18834,8 @@ class Gateway:
         translation = self.translation(call, self.target_of(entry))
         try:
             if call.stream:
-                chunks = chunks_of(dialect.decode(orjson.loads(entry.body), translation))
-                return None if chunks is None else self.rendered_stream(call, entry, chunks)
+                decoded = dialect.decode(orjson.loads(entry.body), translation)
+                return self.rendered_stream(call, entry, chunks_of(decoded))
             completion = completion_of(entry.events(with_usage=True), dialect, translation)
             if completion is None:
                 return None

@@ -288,7 +288,10 @@ def test_what_only_anthropic_has_is_named_elsewhere_and_kept_for_anthropic(attem
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file"}}]}]},
          "messages[0].content.source"),
         ({"system": [{"type": "text"}]}, "system.text"),
+        ({"messages": [{"role": "user", "content": [{"type": "search_result", "content": [5]}]}]},
+         "messages[0].content[0]"),
         ({"tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice"),
         ({"tools": [{"input_schema": {}}]}, "tools.name"),
         ({"max_tokens": "9"}, "max_tokens"),
     ],
@@ -509,12 +512,13 @@ def test_a_strict_schema_says_in_words_what_claudes_subset_cannot() -> None:
     odd = {"type": "string", "format": "binary", "minLength": 2, "description": "d"}
     schema = {
         "type": "object", "$schema": "s", "additionalProperties": True,
-        "properties": {"a": odd, "b": {"oneOf": [{"type": "array", "minItems": 3, "items": True}, {"format": "uri"}]}},
+        "properties": {"a": odd, "b": {"oneOf": [{"type": "array", "minItems": 3, "items": True}, {"format": "uri"}]},
+                       "c": True},
     }  # fmt: skip
     body, _ = sent(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}})
     told = {"type": "string", "description": "d; minLength: 2; format: binary"}
     many = {"type": "array", "items": True, "description": "minItems: 3"}
-    properties = {"a": told, "b": {"anyOf": [many, {"format": "uri"}]}}
+    properties = {"a": told, "b": {"anyOf": [many, {"format": "uri"}]}, "c": True}
     wanted = {"type": "object", "properties": properties, "additionalProperties": False}
     assert body["output_config"]["format"] == {"type": "json_schema", "schema": wanted}
 

@@ -289,3 +289,17 @@ def test_calls_of_hosts_that_number_nothing_are_told_apart_by_their_ids(dialect:
         {"type": "input_json_delta", "partial_json": text} for text in ('{"a"', ":1}", "{}")
     ])  # fmt: skip
     assert b'"t1"' in written and b'"t2"' in written
+
+
+def test_a_completion_split_into_chunks_and_joined_is_the_same() -> None:
+    call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    signed = {"type": "thinking", "thinking": "hm", "signature": "s"}
+    message = {
+        "content": "a", "refusal": "b", "reasoning_content": "hm", "thinking_blocks": [signed], "tool_calls": [call],
+        "native_blocks": [{"dialect": "anthropic", "block": {"type": "server_tool_use"}}], "annotations": [{"type": "x"}],
+        "audio": {"id": "au", "data": "QQ=="},
+    }  # fmt: skip
+    whole = answer(message, "tool_calls", usage={"prompt_tokens": 1, "completion_tokens": 2})
+    joined = s.join_chunks(s.chunks_of(whole))
+    assert joined["choices"][0]["message"] == whole["choices"][0]["message"]
+    assert joined["choices"][0]["finish_reason"] == "tool_calls" and joined["usage"]["completion_tokens"] == 2
