@@ -349,41 +349,65 @@ def parse_sse_block(block: bytes) -> tuple[str, bytes] | None:
     return (name, b"\n".join(data)) if data else None
 
 
+class WholeEvents:
+    """Cuts server-sent events in any split of their bytes into runs of whole ones.
+
+    Line ends may be LF, CR or CRLF, also split between two reads, and become LF; a BOM goes. MalformedStream where an
+    event does not end. Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._began = self._after_cr = False
+
+    def feed(self, data: bytes) -> bytes:
+        if not data:
+            return b""
+        if self._after_cr or b"\r" in data:
+            data = self._with_lf(data)
+        if self._tail:
+            data = self._tail + data
+        if not self._began:
+            self._began = len(data) >= 3
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.endswith(b"\n\n"):
+            self._tail = b""
+            return data
+        run, blank, self._tail = data.rpartition(b"\n\n")
+        if len(self._tail) > SSE_MAX_EVENT_BYTES:
+            raise MalformedStream("the provider sent an event without end")
+        return run + blank
+
+    def _with_lf(self, data: bytes) -> bytes:
+        if self._after_cr and data[:1] == b"\n":
+            data = data[1:]
+        self._after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def close(self) -> bytes:
+        """The last event, where the provider forgot its blank line."""
+        tail, self._tail = self._tail.strip(b"\n"), b""
+        return tail + b"\n\n" if tail else b""
+
+
 class SseReader:
     """An incremental reader of server-sent events: bytes in any split, `(event name, data)` pairs out.
 
-    Line ends may be LF, CR or CRLF, also split between two reads; a BOM, comments, and unknown fields are passed over;
-    `data` lines are joined. Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    Comments and unknown fields are passed over; `data` lines are joined.
     """
 
     def __init__(self, parse: Callable[[bytes], tuple[str, bytes] | None] = parse_sse_block) -> None:
         """`parse` reads the lines of one event."""
-        self._parse = parse
-        self._tail = b""
-        self._began = self._after_cr = False
+        self._parse, self._events = parse, WholeEvents()
 
     def feed(self, data: bytes) -> list[tuple[str, bytes]]:
-        if not data:
-            return []
-        if self._after_cr and data[:1] == b"\n":
-            data = data[1:]
-        if b"\r" in data or self._after_cr:
-            self._after_cr = data.endswith(b"\r")
-            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        data = self._tail + data
-        if not self._began and len(data) >= 3:
-            self._began = True
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        *blocks, self._tail = data.split(b"\n\n")
-        if len(self._tail) > SSE_MAX_EVENT_BYTES:
-            raise MalformedStream("the provider sent an event without end")
-        return [event for block in blocks if (event := self._parse(block))]
+        return self._read(self._events.feed(data))
 
     def close(self) -> list[tuple[str, bytes]]:
-        """Read what an ended stream left without its blank line: some providers forget the last one."""
-        tail, self._tail = self._tail, b""
-        event = self._parse(tail)
-        return [event] if event else []
+        return self._read(self._events.close())
+
+    def _read(self, run: bytes) -> list[tuple[str, bytes]]:
+        return [event for block in run.split(b"\n\n") if block and (event := self._parse(block))]
 
 
 def sse_event(value: Any, name: str = "") -> bytes:
@@ -13984,46 +14008,6 @@ def has_content(choice: Json) -> bool:
     if not isinstance(delta, dict):
         return bool(choice.get("text"))
     return any(value and name != "role" for name, value in delta.items())
-
-
-class WholeEvents:
-    """Cuts bytes in any split into runs of whole events; line ends become LF, a BOM goes."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self._began = self._after_cr = False
-
-    def feed(self, data: bytes) -> bytes:
-        if not data:
-            return b""
-        if self._after_cr or b"\r" in data:
-            data = self._with_lf(data)
-        if self._tail:
-            data = self._tail + data
-        if not self._began:
-            self._began = len(data) > 3
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        if data.endswith(b"\n\n"):
-            self._tail = b""
-            return data
-        cut = data.rfind(b"\n\n") + 2
-        if cut == 1:
-            cut = 0
-        self._tail = data[cut:]
-        if len(self._tail) > SSE_MAX_EVENT_BYTES:
-            raise UpstreamError("the provider sent an event without end", code="upstream_malformed")
-        return data[:cut]
-
-    def _with_lf(self, data: bytes) -> bytes:
-        if self._after_cr and data[:1] == b"\n":
-            data = data[1:]
-        self._after_cr = data.endswith(b"\r")
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def close(self) -> bytes:
-        """The last event, where the provider forgot its blank line."""
-        tail, self._tail = self._tail.strip(b"\n"), b""
-        return tail + b"\n\n" if tail else b""
 
 
 class OpenAiFlow(Flow):
