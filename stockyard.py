@@ -1290,13 +1290,20 @@ def want_texts(value: Any, where: str) -> list[str]:
     return [want_text(item, f"{where}[{at}]") for at, item in enumerate(want_list(value, where))]
 
 
-@contextlib.contextmanager
-def provider_shape() -> Iterator[None]:
-    """Answers are read without checks, as they are documented; where one strays, that is the provider's failure."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, InvalidRequest) as error:
-        raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
+class provider_shape:
+    """Answers are read without checks, as they are documented; where one strays, that is the provider's failure.
+
+    A class, because a block is entered for every event of a stream: a generator would cost three times as much.
+    """
+
+    STRAYS: ClassVar = (AttributeError, LookupError, TypeError, ValueError, InvalidRequest)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, self.STRAYS):
+            raise UpstreamError("the provider's answer has an unknown shape", code="upstream_malformed") from error
 
 
 def read_event_json(payload: bytes) -> Json:
@@ -1685,8 +1692,9 @@ class ChunkWriter:
 
     def _frame(self, choices: list[Json]) -> Json:
         self.id = self.id or self._translation.new_id("chatcmpl-")
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
-        return {**head, "model": self.model, "choices": choices}
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        head["choices"] = choices
+        return head
 
 
 def join_chunks(chunks: Sequence[Json], index: int = 0) -> Json:
@@ -4566,33 +4574,29 @@ def read_gemini_citations(candidate: Json, text: str) -> list[Json]:
 
 def read_gemini_message(candidate: Json, translation: Translation) -> Json:
     """A candidate's parts as a canonical message, or as the delta of one event."""
-    text, thoughts, calls = [], [], []
     message: Json = {}
     google: Json = {}
-    opaque: list[Json] = []
     for part in (candidate.get("content") or {}).get("parts") or ():
-        signature = part.get("thoughtSignature")
+        text, signature = part.get("text"), part.get("thoughtSignature")
         if isinstance(part.get("functionCall"), dict):
-            calls.append(read_gemini_call(part, translation))
+            message.setdefault("tool_calls", []).append(read_gemini_call(part, translation))
         elif part.get("thought"):
-            thoughts.append(part.get("text") or "")
-            opaque += [part] if signature else []
-        elif isinstance(part.get("text"), str):
-            text.append(part["text"])
-            google.update({"thought_signature": signature} if signature else {})
+            message["reasoning_content"] = message.get("reasoning_content", "") + (text or "")
+            if signature:
+                google.setdefault("parts", []).append(part)
+        elif isinstance(text, str):
+            message["content"] = message.get("content", "") + text
+            if signature:
+                google["thought_signature"] = signature
         elif isinstance(part.get("inlineData"), dict):
             read_gemini_media(part, message, translation)
         else:
-            opaque.append(part)
-    if opaque:
-        google["parts"] = opaque
+            google.setdefault("parts", []).append(part)
     if candidate.get("groundingMetadata"):
         google["grounding_metadata"] = candidate["groundingMetadata"]
-    found = {"content": "".join(text), "reasoning_content": "".join(thoughts), "tool_calls": calls}
-    message.update({name: value for name, value in found.items() if value})
     if google:
         message["extra_content"] = {"google": google}
-    return message
+    return filled(**message)
 
 
 def read_gemini_logprobs(candidate: Json) -> Json | None:
@@ -4671,40 +4675,42 @@ def count_searches(candidates: Any, model: str) -> int:
 
 def parse_google_block(block: bytes) -> tuple[str, bytes] | None:
     """An event, or bare JSON: a broken stream may end in it, and the wrong door answers nothing else."""
+    if event := parse_sse_block(block.strip(b"\n")):
+        return event
     bare = block.strip()
-    return parse_sse_block(block.strip(b"\n")) or (("", bare) if bare[:1] in (b"{", b"[") else None)
+    return ("", bare) if bare[:1] in (b"{", b"[") else None
+
+
+@dataclass(slots=True)
+class GeminiProgress:
+    """What was read of one candidate; its end is told in `close`, for some models repeat their finishReason."""
+
+    calls: int = 0
+    finish: str = ""
+    text: list[str] = field(default_factory=list)
+    #: Grounding and citations, which may come again and grow.
+    sources: Json = field(default_factory=dict)
 
 
 class GeminiDecoder(EventDecoder):
-    """Reads a stream of partial answers; a plain answer is a stream of one.
-
-    Ends are held until `close`: some models repeat their finishReason.
-    """
+    """Reads a stream of partial answers; a plain answer is a stream of one."""
 
     def __init__(self, dialect: GeminiGenerate, translation: Translation) -> None:
         super().__init__(dialect, translation)
         self._events = SseReader(parse_google_block)
-        self._called: dict[int, int] = {}  # candidate -> calls seen
-        self._text: dict[int, list[str]] = {}
-        self._finish: dict[int, str] = {}
-        self._grounded: dict[int, Json] = {}
+        self._candidates: dict[int, GeminiProgress] = {}
         self._usage: Json | None = None
-        self._closed = False
 
     def close(self) -> list[Json]:
-        if self._closed:
-            return []
-        self._closed = True
         chunks = super().close()
-        for index, reason in sorted(self._finish.items()):
-            with provider_shape():
-                text = "".join(self._text.get(index, ()))
-                annotations = read_gemini_citations(self._grounded.get(index, {}), text)
-            chunks.append(self._chunks.delta(filled(annotations=annotations), reason, index=index))
+        for index, candidate in sorted(self._candidates.items()):
+            if candidate.finish:
+                with provider_shape():
+                    annotations = read_gemini_citations(candidate.sources, "".join(candidate.text))
+                chunks.append(self._chunks.delta(filled(annotations=annotations), candidate.finish, index=index))
         if self._usage is not None:
-            searches = count_searches(self._grounded.values(), self._translation.model)
-            usage = write_openai_usage(read_gemini_usage(self._usage, searches))
-            chunks.append(self._chunks.usage(usage))
+            searches = count_searches([each.sources for each in self._candidates.values()], self._translation.model)
+            chunks.append(self._chunks.usage(write_openai_usage(read_gemini_usage(self._usage, searches))))
         return chunks
 
     def read_whole(self, answer: Json) -> list[Json]:
@@ -4713,10 +4719,14 @@ class GeminiDecoder(EventDecoder):
             return self._read_event(answer) + self.close()
 
     def _read(self, name: str, payload: bytes) -> list[Json]:
-        events = read_event_json(b'{"all":%b}' % payload)["all"]
+        if payload[:1] == b"{":
+            events = [read_event_json(payload)]
+        else:
+            events = read_event_json(b'{"all":%b}' % payload)["all"]
         with provider_shape():
-            chunks = [chunk for event in google_list(events, "") for chunk in self._read_event(event)]
-        self.complete = bool(self._finish) and self._finish.keys() >= self._called.keys()
+            chunks = [chunk for event in events for chunk in self._read_event(event)]
+        seen = self._candidates.values()
+        self.complete = bool(seen) and all(candidate.finish for candidate in seen)
         return chunks
 
     def _read_event(self, event: Json) -> list[Json]:
@@ -4726,34 +4736,33 @@ class GeminiDecoder(EventDecoder):
         if isinstance(event.get("usageMetadata"), dict):
             self._usage = event["usageMetadata"]
         chunks = [chunk for item in event.get("candidates") or () for chunk in self._read_candidate(item)]
-        if (event.get("promptFeedback") or {}).get("blockReason") and not self._called:
-            chunks += self._open(0)
-            self._finish[0] = "content_filter"
+        if (event.get("promptFeedback") or {}).get("blockReason") and not self._candidates:
+            chunks = [self._open(0)]
+            self._candidates[0].finish = "content_filter"
         return chunks
 
-    def _open(self, index: int) -> list[Json]:
-        if index in self._called:
-            return []
-        self._called[index] = 0
-        return [self._chunks.delta({"role": "assistant", "content": ""}, index=index)]
+    def _open(self, index: int) -> Json:
+        self._candidates[index] = GeminiProgress()
+        return self._chunks.delta({"role": "assistant", "content": ""}, index=index)
 
     def _read_candidate(self, candidate: Json) -> list[Json]:
         index = candidate.get("index") or 0
-        chunks = self._open(index)
+        chunks = [] if index in self._candidates else [self._open(index)]
+        progress = self._candidates[index]
         delta = read_gemini_message(candidate, self._translation)
         for call in delta.get("tool_calls") or ():
-            call["index"] = self._called[index]
-            self._called[index] += 1
-        self._text.setdefault(index, []).append(delta.get("content") or "")
-        self._grounded.setdefault(index, {}).update(given(candidate, "groundingMetadata", "citationMetadata"))
-        logprobs = read_gemini_logprobs(candidate)
+            call["index"] = progress.calls
+            progress.calls += 1
+        progress.text.append(delta.get("content") or "")
+        for name in ("groundingMetadata", "citationMetadata"):
+            if candidate.get(name):
+                progress.sources[name] = candidate[name]
+        logprobs = read_gemini_logprobs(candidate) if "logprobsResult" in candidate else None
         if delta or logprobs:
             chunks.append(self._chunks.delta(delta, logprobs=logprobs, index=index))
-        reason = read_gemini_finish(candidate, self._called[index] > 0)
-        if reason:
-            self._finish[index] = reason
-        elif self._finish.get(index) == "stop" and self._called[index]:
-            self._finish[index] = "tool_calls"
+        progress.finish = read_gemini_finish(candidate, progress.calls > 0) or progress.finish
+        if progress.finish == "stop" and progress.calls:
+            progress.finish = "tool_calls"
         return chunks
 
 

@@ -776,7 +776,7 @@ def decode_stream(data: bytes, cuts: list[int] | None = None, model: str = "gemi
     marks = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts or ())})
     for start, end in itertools.pairwise(marks):
         chunks += decoder.feed(data[start:end])
-    return chunks + decoder.close() + decoder.close(), decoder.complete
+    return chunks + decoder.close(), decoder.complete
 
 
 def test_a_stream() -> None:
