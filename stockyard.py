@@ -1092,6 +1092,8 @@ class Dialect:
         return error.status, openai_error_body(error, request_id)
 
     def wants_stream(self, request: Json, path: Mapping[str, str]) -> bool:
+        if request.get("stream_options") is not None:
+            want_object(request["stream_options"], "stream_options")
         return request.get("stream") is not None and want_flag(request["stream"], "stream")
 
     def stream_type_of(self, request: Json) -> str:
@@ -13800,8 +13802,14 @@ class EchoAnswer:
 
 
 def echo(kind: str, body: bytes) -> EchoAnswer:
-    """Answer a request of the OpenAI dialect; `kind` is the endpoint's."""
-    request = orjson.loads(body)
+    """Answer a request of the OpenAI dialect; `kind` is the endpoint's. InvalidRequest where its members are odd."""
+    try:
+        return echo_answer(kind, orjson.loads(body))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InvalidRequest("the echo cannot read this: a member has another type than OpenAI's") from error
+
+
+def echo_answer(kind: str, request: Json) -> EchoAnswer:
     delay_s, gap_s = (
         min(600_000.0, max(0.0, float(request.get(name) or 0))) / 1000 for name in ("delay_ms", "chunk_ms")
     )
@@ -19867,12 +19875,12 @@ class StreamedCall:
         self._dialect = DIALECTS[call.endpoint.dialect]
         #: What was said and how it ended, where the answer may be kept.
         self._tape_bytes, self.tape, self.finishes = tape_bytes, Tape(tape_bytes), cast(set[str], set())
-        self._written_s = gateway.tick()
-        self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
         self._relay: Relay | None = None
         self.renderer = gateway.renderer(call)
         self.is_native = False
         self.native_id = ""
+        # Last, since it writes to the client until `close`: whoever could not be made closes nothing.
+        self._beat = gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)
 
     @property
     def sent_content(self) -> bool:

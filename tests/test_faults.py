@@ -456,3 +456,45 @@ async def test_counts_that_nobody_can_have_used_are_cut(start: Start) -> None:
         [row] = await proxy.rows()
         assert (row["input_tokens"], row["output_tokens"]) == (2**40, 0)
         assert (await proxy.post("/v1/chat/completions", {**GOLDENS["openai"].request, "max_tokens": 5}))[0] == 429
+
+
+async def test_a_stream_that_could_not_begin_writes_nothing_later(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeat would stand before the answer of another call on the same connection."""
+    monkeypatch.setattr(stockyard, "HEARTBEAT_S", 0.1)
+    body = json.dumps({**GOLDENS["openai"].request, "stream": True}).encode()
+    async with start(cache="off") as proxy:
+        monkeypatch.setattr(proxy.gateway, "renderer", None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(proxy.url.rpartition(":")[2]))
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 500")
+        assert b"internal_error" in await reader.readuntil(b"}}")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.4)
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "name"),
+    [
+        ("/v1/chat/completions", "gpt-4o-mini", "stream_options"),
+        ("/v1/completions", "gpt-4o-mini", "stream_options"),
+        ("/v1/chat/completions", "claude-sonnet-4-5", "reasoning_effort"),
+    ],
+)
+async def test_members_of_odd_types_are_the_clients_fault(start: Start, path: str, model: str, name: str) -> None:
+    ask = {
+        "model": model,
+        "max_tokens": 9,
+        "stream": True,
+        "prompt": "a",
+        "messages": [{"role": "user", "content": "a"}],
+    }
+    async with start(ANTHROPIC_API_KEY="sk-a", ANTHROPIC_BASE_URL="UPSTREAM") as proxy:
+        for value in (5, [1], True, [{}]):
+            status, _, told = await proxy.post(path, {**ask, name: value})
+            assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+            assert name in told["error"]["message"]
