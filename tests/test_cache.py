@@ -111,6 +111,13 @@ def test_a_dialect_that_stores_unasked_must_be_told_not_to() -> None:
     assert s.is_cacheable("deterministic", "chat", CHAT, {**CHAT, "store": False}, stores_unasked=True)
 
 
+@pytest.mark.parametrize("name", ["mcp_servers", "web_search_options"])
+def test_what_a_provider_does_beside_answering_counts_wherever_it_is_asked_for(name: str) -> None:
+    busy = {**CHAT, name: [{}]}
+    assert not s.is_cacheable("deterministic", "chat", CHAT, busy)
+    assert not s.is_cacheable("deterministic", "chat", busy, CHAT)
+
+
 # ----- Memory and disk
 
 
@@ -150,7 +157,18 @@ def test_an_entry_comes_back_from_disk_as_it_was() -> None:
     restored = s.unpack_entry(kept.slot, kept.scope, kept.expires_ms, *kept.pack())
     assert restored == dataclasses.replace(kept, dropped=["x"])
     assert kept.events(True) == b"beforeusageafter"
+    assert kept.size_bytes == len(b"beforeusageafter") + s.ENTRY_OVERHEAD_BYTES
     assert kept.events(False) == b"beforeafter"
+
+
+def test_what_is_too_long_is_not_kept_while_it_passes() -> None:
+    tape = s.Tape(10)
+    tape.add(b"12345")
+    tape.add_usage(b"67890")
+    assert (tape.whole, tape.parts()) == (True, (b"12345", b"67890", b""))
+    tape.add(b"1")
+    tape.add(b"2")
+    assert (tape.whole, [*tape.pieces]) == (False, [])
 
 
 async def test_the_disk_is_bounded_and_keeps_the_newest(start: Any) -> None:
@@ -285,14 +303,15 @@ async def test_keys_share_where_they_are_told_to_and_a_key_gets_only_its_models(
 
 
 async def test_the_admin_empties_the_cache(start: Any) -> None:
-    async with start() as proxy:
+    async with start(cache_mb=2) as proxy:
         admin = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
         await proxy.post(PATH, CHAT)
         async with proxy.session.get(proxy.url + "/api/cache") as answer:
             assert answer.status == 401
         async with proxy.session.get(proxy.url + "/api/cache", headers=admin) as answer:
             view = await answer.json()
-            assert (view["entries"], view["policy"]) == (1, "deterministic")
+            assert (view["entries"], view["policy"], view["scope"]) == (1, "deterministic", "key")
+            assert view["max_bytes"] == 2 * 1024 * 1024
         async with proxy.session.delete(proxy.url + "/api/cache", headers=admin) as answer:
             assert await answer.json() == {"deleted": 1}
         assert (await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] == "miss"
@@ -309,6 +328,15 @@ async def test_truncated_and_filtered_answers_are_not_kept(start: Any, finish: s
         assert [(await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "miss"]
         proxy.upstream.answers = [stream([chunk({"content": "a"}), chunk({}, finish), USAGE_EVENT, DONE])]
         assert [(await proxy.post(PATH, STREAMED))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "miss"]
+
+
+async def test_one_truncated_answer_of_several_is_enough(start: Any) -> None:
+    async with start(cache="all") as proxy:
+        choices = [
+            {**COMPLETION["choices"][0], "index": at, "finish_reason": end} for at, end in enumerate(("stop", "length"))
+        ]
+        proxy.upstream.answers = [plain({**COMPLETION, "choices": choices})]
+        assert [(await proxy.post(PATH, {**CHAT, "n": 2}))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss"] * 2
 
 
 async def test_errors_and_broken_streams_are_not_kept(start: Any) -> None:
@@ -487,6 +515,7 @@ async def test_fifty_equal_calls_make_one(start: Any) -> None:
         assert all(answer[2] == COMPLETION for answer in told)
         how = sorted(answer[1]["x-stockyard-cache"] for answer in told)
         assert how == ["coalesced"] * 49 + ["miss"]
+        assert (await proxy.gateway.cache.view())["coalesced"] == 49
         assert len({answer[1]["x-stockyard-request-id"] for answer in told}) == 50
         rows = await proxy.rows()
         assert len(rows) == 50
