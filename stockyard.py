@@ -1372,6 +1372,13 @@ def read_data_uri(uri: str, where: str) -> tuple[str, str]:
     return {"image/jpg": "image/jpeg", "audio/mpeg": "audio/mp3"}.get(kind, kind), data
 
 
+def read_base64_text(data: str, where: str) -> str:
+    try:
+        return base64.b64decode(data).decode("utf-8", "replace")
+    except ValueError:
+        raise InvalidRequest(f"`{where}` is no base64", param=where) from None
+
+
 #: Members of a canonical request that ask for nothing beyond what happens anyway when they have these values.
 SAYS_NOTHING: Final[Mapping[str, tuple[Any, ...]]] = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "frequency_penalty": (0,), "presence_penalty": (0,),
@@ -2717,9 +2724,7 @@ class ResponsesEncoder(Encoder):
     """Builds one Responses body. A stricter host is a subclass with other class attributes."""
 
     MESSAGE = CARRIED_IN_MESSAGES - {"is_error", "cache_control", "function_call"}
-    CARRIED = (ALWAYS_CARRIED - {"functions", "function_call"}) | SAME_IN_CHAT | {
-        "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens",
-    }  # fmt: skip
+    CARRIED = (ALWAYS_CARRIED - {"functions", "function_call"}) | SAME_IN_CHAT | {"logprobs", "top_logprobs"}
     PLAIN: ClassVar[Mapping[str, str]] = {"verbosity": "text.verbosity"}
     #: Whether the host knows custom tools, takes items it did not define, and refuses members it does not know.
     custom_tools: ClassVar[bool] = True
@@ -2744,7 +2749,6 @@ class ResponsesEncoder(Encoder):
         self._write_messages()
         self._body |= given(self._request, *sorted(SAME_IN_CHAT & self.CARRIED))
         self._write_tools(told)
-        self._write_limit()
         self._write_members(self._body, self.PLAIN)
         self._write_sampling()
         self._merge(extra)
@@ -2885,13 +2889,12 @@ class ResponsesEncoder(Encoder):
 
     # -- members
 
-    def _write_limit(self) -> None:
-        limits = given(self._request, "max_completion_tokens", "max_tokens")
-        for value in list(limits.values())[:1]:
-            limit, least = want_whole(value, "max_completion_tokens"), self.least_output_tokens
-            if limit < least:
-                self._drop("max_completion_tokens", f"the least is {least}")
-            self._body["max_output_tokens"] = max(limit, least)
+    def _limit(self, value: Any) -> None:
+        value = value if self._request.get("max_completion_tokens") is None else self._request["max_completion_tokens"]
+        limit, least = want_whole(value, "max_completion_tokens"), self.least_output_tokens
+        if limit < least:
+            self._drop("max_completion_tokens", f"the least is {least}")
+        self._body["max_output_tokens"] = max(limit, least)
 
     def _effort(self, asked: Any) -> None:
         effort = self._facts.effort(want_text(asked, "reasoning_effort"))
@@ -2902,14 +2905,11 @@ class ResponsesEncoder(Encoder):
             self._body["reasoning"] = {"effort": effort}
 
     def _response_format(self, value: Any) -> None:
-        set_dotted(self._body, "text.format", self._format(want_object(value, "response_format")))
-
-    @staticmethod
-    def _format(form: Json) -> Json:
-        if form.get("type") != "json_schema":
-            return form
-        inner = want_object(form.get("json_schema"), "response_format.json_schema")
-        return {"type": "json_schema", "name": "response", **inner}
+        form = want_object(value, "response_format")
+        if form.get("type") == "json_schema":
+            inner = want_object(form.get("json_schema"), "response_format.json_schema")
+            form = {"type": "json_schema", "name": "response", **inner}
+        set_dotted(self._body, "text.format", form)
 
     def _write_sampling(self) -> None:
         request, refused = self._request, self._facts.refused(self._request)
@@ -2934,7 +2934,10 @@ class ResponsesEncoder(Encoder):
             set_dotted(self._body, name, value)
 
     ROLES: ClassVar = {"system": _instruct, "user": _say, "assistant": _turn, "tool": _result}
-    WRITERS: ClassVar = {"reasoning_effort": _effort, "response_format": _response_format}
+    WRITERS: ClassVar = {
+        "max_tokens": _limit, "max_completion_tokens": _limit, "reasoning_effort": _effort,
+        "response_format": _response_format,
+    }  # fmt: skip
 
 
 def fit_call_id(call_id: str) -> str:
@@ -2981,14 +2984,14 @@ class ItemProgress:
     calls_before: int
     text_before: bool
     is_call: bool = False
-    sent: dict[Any, int] = field(default_factory=dict)
+    sent: collections.Counter[Any] = field(default_factory=collections.Counter)
     thoughts: str = ""
     done: bool = False
 
     def rest(self, key: Any, full: Any) -> str:
         if not isinstance(full, str):
             return ""
-        start = self.sent.get(key, 0)
+        start = self.sent[key]
         self.sent[key] = max(start, len(full))
         return full[start:]
 
@@ -3090,7 +3093,7 @@ class ResponsesDecoder(EventDecoder):
     def _call_delta(self, event: Json) -> None:
         progress, text = self._progress(event), event.get("delta")
         if progress.is_call and isinstance(text, str):
-            progress.sent["call"] = progress.sent.get("call", 0) + len(text)
+            progress.sent["call"] += len(text)
             self._emit_all(self._calls.add(progress, text))
 
     def _told(self, event: Json) -> None:
@@ -3103,17 +3106,17 @@ class ResponsesDecoder(EventDecoder):
             progress.thoughts = progress.thoughts or kind
             if progress.thoughts != kind:
                 return
-            if kind == "summary" and key[1] and not progress.sent.get(key):
+            if kind == "summary" and key[1] and not progress.sent[key]:
                 self._emit({name: "\n\n"})
         self._texts = self._texts or name != "reasoning_content"
-        progress.sent[key] = progress.sent.get(key, 0) + len(text)
+        progress.sent[key] += len(text)
         self._emit({name: text}, logprobs=event.get("logprobs"))
 
     def _annotated(self, event: Json) -> None:
         if isinstance(event.get("annotation"), dict):
             key = ("annotations", event.get("content_index"))
             progress = self._progress(event)
-            progress.sent[key] = progress.sent.get(key, 0) + 1
+            progress.sent[key] += 1
             self._emit({"annotations": [read_annotation(event["annotation"])]})
 
     def _done(self, event: Json) -> None:
@@ -3135,7 +3138,7 @@ class ResponsesDecoder(EventDecoder):
                     self._texts = True
                     self._emit({name: text}, logprobs=part.get("logprobs"))
             notes = [note for note in part.get("annotations") or () if isinstance(note, dict)]
-            fresh = notes[progress.sent.get(("annotations", at), 0) :]
+            fresh = notes[progress.sent["annotations", at] :]
             if fresh:
                 self._emit({"annotations": [read_annotation(note) for note in fresh]})
 
@@ -3179,15 +3182,6 @@ class ResponsesDecoder(EventDecoder):
             response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"}
         )
 
-    READERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, Json], None]]] = {
-        "response.created": _created, "response.in_progress": _created, "response.output_item.added": _added,
-        "response.output_text.delta": _told, "response.refusal.delta": _told,
-        "response.reasoning_text.delta": _told, "response.reasoning_summary_text.delta": _told,
-        "response.output_text.annotation.added": _annotated, "response.output_item.done": _done,
-        "response.function_call_arguments.delta": _call_delta, "response.custom_tool_call_input.delta": _call_delta,
-        "response.completed": _completed, "response.incomplete": _completed,
-        "response.failed": _failed, "response.cancelled": _failed,
-    }  # fmt: skip
     #: What a piece is a piece of, where its place stands, and the member of a delta it becomes.
     TEXTS: ClassVar[Mapping[str, tuple[str, str, str]]] = {
         "response.output_text.delta": ("text", "content_index", "content"),
@@ -3195,6 +3189,14 @@ class ResponsesDecoder(EventDecoder):
         "response.reasoning_text.delta": ("content", "content_index", "reasoning_content"),
         "response.reasoning_summary_text.delta": ("summary", "summary_index", "reasoning_content"),
     }
+    READERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, Json], None]]] = {
+        "response.created": _created, "response.in_progress": _created, "response.output_item.added": _added,
+        **dict.fromkeys(TEXTS, _told),
+        "response.output_text.annotation.added": _annotated, "response.output_item.done": _done,
+        "response.function_call_arguments.delta": _call_delta, "response.custom_tool_call_input.delta": _call_delta,
+        "response.completed": _completed, "response.incomplete": _completed,
+        "response.failed": _failed, "response.cancelled": _failed,
+    }  # fmt: skip
     ENDERS: ClassVar[Mapping[str, Callable[[ResponsesDecoder, ItemProgress, Json], None]]] = {
         "message": _end_message, "function_call": _end_call, "custom_tool_call": _end_call,
         "reasoning": _end_reasoning, "image_generation_call": _end_image, "search_results": _end_results,
@@ -3683,8 +3685,8 @@ class PerplexityEncoder(ResponsesEncoder):
         "search_before_date_filter", "search_domain_filter", "search_recency_filter",
     )  # fmt: skip
     CARRIED = (ALWAYS_CARRIED - {"functions", "function_call"}) | {
-        "max_tokens", "max_completion_tokens", "metadata", "parallel_tool_calls", "temperature", "top_p",
-        "num_search_results", "web_search_options", "language_preference", *FILTERS,
+        "metadata", "parallel_tool_calls", "temperature", "top_p", "num_search_results", "web_search_options",
+        "language_preference", *FILTERS,
     }  # fmt: skip
     PLAIN: ClassVar[Mapping[str, str]] = {}
     custom_tools = False
@@ -5764,8 +5766,7 @@ class AnthropicEncoder(Encoder):
             kind, data = read_data_uri(str(file.get("file_data") or ""), "file.file_data")
             source = {"type": "base64", "media_type": kind, "data": data}
             if kind.startswith("text/"):
-                text = base64.b64decode(data).decode("utf-8", "replace")
-                source = {"type": "text", "media_type": "text/plain", "data": text}
+                source = {"type": "text", "media_type": "text/plain", "data": read_base64_text(data, "file.file_data")}
         more = filled(title=file.get("filename"), citations=part.get("citations"), context=part.get("context"))
         return {"type": "document", "source": source, **more}
 
@@ -5839,16 +5840,14 @@ class AnthropicEncoder(Encoder):
                 set_dotted(self._body, "output_config.effort", "low")
             elif facts.on:
                 self._body["thinking"] = {"type": off}
-        elif "adaptive" in facts.thinking:
+            return
+        if "adaptive" in facts.thinking:
             self._body["thinking"] = {"type": "adaptive", "display": "summarized"}
-            self._write_effort(effort)
-        elif self._write_budget(effort) and facts.efforts:
-            self._write_effort(effort)
-
-    def _write_effort(self, effort: str) -> None:
-        known = {"minimal": "low"}.get(effort, effort)
-        fitting = known if known in self._facts.efforts else self._facts.efforts[-1]
-        set_dotted(self._body, "output_config.effort", fitting)
+        elif not self._write_budget(effort):
+            return
+        if facts.efforts:
+            known = {"minimal": "low"}.get(effort, effort)
+            set_dotted(self._body, "output_config.effort", known if known in facts.efforts else facts.efforts[-1])
 
     def _write_budget(self, effort: str) -> bool:
         """Thinking by a number of tokens; False where there can be none."""

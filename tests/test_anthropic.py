@@ -372,6 +372,7 @@ def test_every_kind_of_part_has_a_block(part: dict[str, Any], block: dict[str, A
         {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
         {"type": "image_url", "image_url": {"url": "data:image/tiff;base64,QQ=="}},
         {"type": "image_url", "image_url": {"url": "data:image/png"}},
+        {"type": "file", "file": {"file_data": "data:text/plain;base64,A"}},
     ],
 )
 def test_a_part_that_claude_cannot_read_is_refused(part: dict[str, Any]) -> None:
