@@ -4,6 +4,7 @@
 // Every request with a Content-Length is answered after LATENCY_MS in the shape of OpenAI's chat completions: one JSON
 // object of about 900 bytes or, when the body holds "stream":true, a role event at once, CHUNKS text events one each
 // INTERVAL_MS, then the finish event, the usage event (as if stream_options.include_usage were set) and [DONE].
+// The same in Anthropic's shape at a path with /messages, and in Gemini's at one with GenerateContent (which streams).
 // Bounds: a request has at most 64 kB; a reader who lets the socket buffer fill up is cut off.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -27,13 +28,22 @@
 #define USAGE "{\"prompt_tokens\":42,\"completion_tokens\":64,\"total_tokens\":106,\"prompt_tokens_details\":" \
     "{\"cached_tokens\":0,\"audio_tokens\":0},\"completion_tokens_details\":{\"reasoning_tokens\":0," \
     "\"audio_tokens\":0,\"accepted_prediction_tokens\":0,\"rejected_prediction_tokens\":0}}"
+#define CLAUDE "\"id\":\"msg_" MARK "\",\"type\":\"message\",\"role\":\"assistant\"," \
+    "\"model\":\"claude-haiku-4-5-20251001\""
+#define CLAUDE_USAGE "\"usage\":{\"input_tokens\":42,\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":0," \
+    "\"output_tokens\":%d,\"service_tier\":\"standard\"}"
+#define GEMINI "{\"candidates\":[{\"content\":{\"parts\":[{\"text\":\"%s\"}],\"role\":\"model\"}%s,\"index\":0}]," \
+    "\"usageMetadata\":{\"promptTokenCount\":42,\"candidatesTokenCount\":64,\"totalTokenCount\":106}," \
+    "\"modelVersion\":\"gemini-2.5-flash\",\"responseId\":\"" MARK "\"}"
 #define TEXT "A fox met a dog at the edge of the wood, and they talked until the evening about the weather. "
 
 typedef struct { char text[4096]; int size, marks, mark_at[4]; } Piece;
+typedef struct { Piece whole, opening, token, closing; } Answer;
 
 typedef struct Connection {
     int fd, used, busy, stream, sent;
-    long due_us, answer;
+    long due_us, number;
+    Answer *answer;
     struct Connection *next;  // in the queue it waits in; busy as long as it does
     char in[65536];           // untouched pages cost nothing
 } Connection;
@@ -41,7 +51,7 @@ typedef struct Connection {
 // All who wait in one queue wait equally long, so a queue is in order of time without sorting.
 typedef struct { Connection *head, *tail; long wait_us; } Queue;
 
-static Piece whole, opening, token, closing;
+static Answer openai, anthropic, gemini;
 static Queue before_answer, before_token;
 static int chunks, epoll_fd;
 static long answers, now_us, started_s;
@@ -62,25 +72,65 @@ __attribute__((format(printf, 2, 3))) static void append(Piece *piece, const cha
 }
 
 // One server-sent event as one chunk of the chunked transfer coding.
-static void append_event(Piece *piece, const char *choices, const char *usage, const char *padding) {
+__attribute__((format(printf, 2, 3))) static void append_event(Piece *piece, const char *format, ...) {
     char event[1024];
-    int size = snprintf(event, sizeof event, "data: {" COMMON ",\"object\":\"chat.completion.chunk\",\"choices\":[%s],"
-        "\"usage\":%s,\"obfuscation\":\"%s\"}\n\n", started_s, choices, usage, padding);
+    va_list values;
+    va_start(values, format);
+    int size = vsnprintf(event, sizeof event, format, values);
+    va_end(values);
     append(piece, "%x\r\n%s\r\n", size, event);
 }
 
-static void make_pieces(void) {
+static void append_chunk(Piece *piece, const char *choices, const char *usage, const char *padding) {
+    append_event(piece, "data: {" COMMON ",\"object\":\"chat.completion.chunk\",\"choices\":[%s],"
+        "\"usage\":%s,\"obfuscation\":\"%s\"}\n\n", started_s, choices, usage, padding);
+}
+
+__attribute__((format(printf, 2, 3))) static void append_whole(Answer *answer, const char *format, ...) {
     char body[2048];
-    int size = snprintf(body, sizeof body, "{" COMMON ",\"object\":\"chat.completion\",\"choices\":[{\"index\":0,"
+    va_list values;
+    va_start(values, format);
+    int size = vsnprintf(body, sizeof body, format, values);
+    va_end(values);
+    append(&answer->whole, HEAD "Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", size, body);
+    append(&answer->opening,
+        HEAD "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n");
+}
+
+static void make_openai(Answer *answer) {
+    append_whole(answer, "{" COMMON ",\"object\":\"chat.completion\",\"choices\":[{\"index\":0,"
         "\"message\":{\"role\":\"assistant\",\"content\":\"" TEXT TEXT TEXT "\",\"refusal\":null,\"annotations\":[]},"
         "\"logprobs\":null,\"finish_reason\":\"stop\"}],\"usage\":" USAGE "}\n", started_s);
-    append(&whole, HEAD "Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", size, body);
-    append(&opening, HEAD "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n");
-    append_event(&opening, CHOICE("{\"role\":\"assistant\",\"content\":\"\",\"refusal\":null}", "null"), "null", "L");
-    append_event(&token, CHOICE("{\"content\":\" fox\"}", "null"), "null", "utv78xV");
-    append_event(&closing, CHOICE("{}", "\"stop\""), "null", "J32gM");
-    append_event(&closing, "", USAGE, "eUG8y");
-    append(&closing, "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n");
+    append_chunk(
+        &answer->opening, CHOICE("{\"role\":\"assistant\",\"content\":\"\",\"refusal\":null}", "null"), "null", "L");
+    append_chunk(&answer->token, CHOICE("{\"content\":\" fox\"}", "null"), "null", "utv78xV");
+    append_chunk(&answer->closing, CHOICE("{}", "\"stop\""), "null", "J32gM");
+    append_chunk(&answer->closing, "", USAGE, "eUG8y");
+    append(&answer->closing, "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n");
+}
+
+static void make_anthropic(Answer *answer) {
+    append_whole(answer, "{" CLAUDE ",\"content\":[{\"type\":\"text\",\"text\":\"" TEXT TEXT TEXT "\"}],"
+        "\"stop_reason\":\"end_turn\",\"stop_sequence\":null," CLAUDE_USAGE "}", 64);
+    append_event(&answer->opening, "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{" CLAUDE
+        ",\"content\":[],\"stop_reason\":null,\"stop_sequence\":null," CLAUDE_USAGE "}}\n\n", 1);
+    append_event(&answer->opening, "event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,"
+        "\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n");
+    append_event(&answer->token, "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,"
+        "\"delta\":{\"type\":\"text_delta\",\"text\":\" fox\"}}\n\n");
+    append_event(&answer->closing,
+        "event: content_block_stop\ndata: {\"type\":\"content_block_stop\",\"index\":0}\n\n");
+    append_event(&answer->closing, "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":"
+        "\"end_turn\",\"stop_sequence\":null},\"usage\":{\"output_tokens\":64}}\n\n");
+    append_event(&answer->closing, "event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n");
+    append(&answer->closing, "0\r\n\r\n");
+}
+
+static void make_gemini(Answer *answer) {
+    append_whole(answer, GEMINI, TEXT TEXT TEXT, ",\"finishReason\":\"STOP\"");
+    append_event(&answer->token, "data: " GEMINI "\r\n\r\n", " fox", "");
+    append_event(&answer->closing, "data: " GEMINI "\r\n\r\n", "", ",\"finishReason\":\"STOP\"");
+    append(&answer->closing, "0\r\n\r\n");
 }
 
 static void hang_up(Connection *c) {
@@ -91,7 +141,7 @@ static void hang_up(Connection *c) {
 
 static void say(Connection *c, Piece *piece) {
     char digits[sizeof MARK];
-    snprintf(digits, sizeof digits, "%024lx", c->answer);
+    snprintf(digits, sizeof digits, "%024lx", c->number);
     for (int i = 0; i < piece->marks; i++) memcpy(piece->text + piece->mark_at[i], digits, sizeof MARK - 1);
     if (c->fd >= 0 && send(c->fd, piece->text, piece->size, MSG_NOSIGNAL) != piece->size) shutdown(c->fd, SHUT_RDWR);
 }
@@ -105,11 +155,11 @@ static void wait_in(Queue *queue, Connection *c) {
 
 // Says what is due and tells for what to wait next, if anything.
 static Queue *go_on(Connection *c) {
-    if (!c->stream) return say(c, &whole), NULL;
-    say(c, c->sent++ ? &token : &opening);
-    for (; !before_token.wait_us && c->sent <= chunks; c->sent++) say(c, &token);
+    if (!c->stream) return say(c, &c->answer->whole), NULL;
+    say(c, c->sent++ ? &c->answer->token : &c->answer->opening);
+    for (; !before_token.wait_us && c->sent <= chunks; c->sent++) say(c, &c->answer->token);
     if (c->sent <= chunks) return &before_token;
-    return say(c, &closing), NULL;
+    return say(c, &c->answer->closing), NULL;
 }
 
 // Size of the request at the start of the buffer, 0 while it is incomplete, -1 if it is not understood.
@@ -124,15 +174,24 @@ static int request_size(Connection *c, char **body) {
     return c->used >= size ? size : 0;
 }
 
+// In whose shape a request is answered, and whether piece by piece; the head and the body are texts of their own here.
+static void understand(Connection *c, char *body) {
+    char *stream = strstr(body, "\"stream\":"), *line_end = strchr(c->in, '\r');
+    *line_end = 0;
+    c->stream = stream && !strncmp(stream + 9 + (stream[9] == ' '), "true", 4);
+    c->answer = &openai;
+    if (strstr(c->in, "/messages")) c->answer = &anthropic;
+    if (strcasestr(c->in, "GenerateContent")) c->answer = &gemini, c->stream = !!strstr(c->in, ":stream");
+}
+
 static int serve(Connection *c) {
     while (!c->busy && c->used) {
         char *body;
         int size = request_size(c, &body);
         if (size <= 0) return size;
-        char *stream = strstr(body, "\"stream\":");
-        c->stream = stream && !strncmp(stream + 9 + (stream[9] == ' '), "true", 4);
+        understand(c, body);
         c->sent = 0;
-        c->answer = ++answers;
+        c->number = ++answers;
         memmove(c->in, c->in + size, (c->used -= size) + 1);
         Queue *queue = before_answer.wait_us ? &before_answer : go_on(c);
         if (queue) wait_in(queue, c);
@@ -181,7 +240,9 @@ int main(int argc, char **argv) {
     chunks = atoi(argv[3]);
     before_answer.wait_us = atoi(argv[2]) * 1000L;
     before_token.wait_us = atoi(argv[4]) * 1000L;
-    make_pieces();
+    make_openai(&openai);
+    make_anthropic(&anthropic);
+    make_gemini(&gemini);
     struct sockaddr_in address = {AF_INET, htons(atoi(argv[1])), {htonl(INADDR_LOOPBACK)}, {0}};
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
     if (bind(listener, (void *)&address, sizeof address) || listen(listener, 4096)) return perror("upstream"), 1;
