@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from upstreams import COMPLETION, DONE, STREAM, USAGE_EVENT, chunk, plain, stream
+from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, chunk, plain, stream
 
 import stockyard as s
 
@@ -458,6 +458,27 @@ async def test_a_converted_stream_tells_usage_to_those_who_ask(start: Any) -> No
         assert all(events.endswith(DONE) for events in told)
         assert told[0] == told[2]
         assert len(proxy.upstream.seen) == 1
+
+
+async def test_a_translated_stream_is_replayed_as_it_came_but_free_of_charge(start: Any) -> None:
+    async with start(ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL="UPSTREAM") as proxy:
+        proxy.upstream.answers = [stream(GOLDENS["anthropic"].pieces)]
+        asked = {**WITH_USAGE, "model": "claude-sonnet-4-5"}
+        told = [(await proxy.post(PATH, body))[2] for body in (asked, asked, {**asked, "stream_options": None})]
+        live, again, without = [
+            [json.loads(block[6:]) for block in events.split(b"\n\n") if block[6:7] == b"{"] for events in told
+        ]
+        assert len(proxy.upstream.seen) == 1
+    assert live[-1]["usage"].pop("cost") > again[-1]["usage"].pop("cost") == 0
+    assert live == again
+    assert without == again[:-1]
+    assert all(events.endswith(DONE) for events in told)
+
+
+async def test_an_answer_of_unknown_cost_saves_nothing(start: Any) -> None:
+    async with start() as proxy:
+        how = [(await proxy.post(PATH, {**CHAT, "model": "openai/unpriced"}))[1]["x-stockyard-cache"] for _ in range(2)]
+        assert (how, (await proxy.gateway.cache.view())["saved_usd"]) == (["miss", "hit"], 0)
 
 
 async def test_a_refresh_replaces_both_forms(start: Any) -> None:

@@ -680,6 +680,16 @@ async def test_a_response_is_kept_as_it_went_upstream(start: Start) -> None:
         assert EMAIL.encode() not in stored
 
 
+async def test_what_was_said_before_redaction_was_on_is_hidden_when_it_is_said_again(start: Start) -> None:
+    async with start() as proxy:
+        _, _, first = await proxy.post("/v1/responses", {"model": "echo", "input": f"I am {EMAIL}"})
+    async with start(redact="mask") as proxy:
+        body = {"model": "gpt-4o-mini", "input": "and you?", "previous_response_id": first["id"]}
+        await proxy.post("/v1/responses", body)
+        sent = proxy.upstream.seen[-1].body.decode()
+    assert "I am" in sent and EMAIL not in sent
+
+
 async def test_operators_see_try_and_set_guardrails(start: Start, tmp_path: Path) -> None:
     async with start(toml=TOML, guard_injection="flag") as proxy:
         url, headers = f"{proxy.url}/api/guardrails", admin_of(proxy)

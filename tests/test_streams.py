@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+from conftest import Start
 from hypothesis import given
 from hypothesis import strategies as st
+from upstreams import COMPLETION, GOLDENS, plain, stream
 
 import stockyard
 
@@ -43,3 +46,42 @@ def test_an_event_without_end_is_no_event(monkeypatch: pytest.MonkeyPatch) -> No
     assert [runs.feed(piece) for piece in (b"data: a\n\ndata: ", b"\nabc")] == [b"data: a\n\n", b""]
     with pytest.raises(stockyard.MalformedStream):
         runs.feed(b"d")
+
+
+def ask(dialect: str) -> tuple[str, dict[str, Any]]:
+    golden = GOLDENS[dialect]
+    if dialect == "gemini":
+        return f"{golden.path}streamGenerateContent?alt=sse", golden.request
+    return golden.path, {**golden.request, "stream": True}
+
+
+@pytest.mark.parametrize("dialect", GOLDENS)
+async def test_a_stream_that_passes_unchanged_is_counted_all_the_same(start: Start, dialect: str) -> None:
+    given = {f"{name}_BASE_URL": "UPSTREAM" for name in ("ANTHROPIC", "GEMINI")}
+    async with start(**given, ANTHROPIC_API_KEY="k", GOOGLE_API_KEY="k") as proxy:
+        proxy.upstream.answers = [stream(GOLDENS[dialect].pieces)]
+        assert (await proxy.post(*ask(dialect)))[0] == 200
+        [row] = await proxy.rows()
+    told = row["input_tokens"] + row["cached_tokens"], row["output_tokens"], row["finish_reason"], row["priced"]
+    assert told == (10, 5, "stop", True)
+
+
+async def test_a_streamed_response_is_its_makers_to_fetch(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [stream(GOLDENS["responses"].pieces), plain(GOLDENS["responses"].plain)]
+        await proxy.post(*ask("responses"))
+        path = f"/v1/responses/{GOLDENS['responses'].plain['id']}"
+        async with proxy.session.get(proxy.url + path) as answer:
+            assert (answer.status, proxy.upstream.seen[-1].path) == (200, path)
+
+
+async def test_what_stockyard_keeps_of_a_conversation_goes_to_any_provider_in_full(start: Start) -> None:
+    async with start() as proxy:
+        _, _, first = await proxy.post("/v1/responses", {"model": "echo", "input": "one"})
+        reference = {"type": "item_reference", "id": first["output"][-1]["id"]}
+        for body in ({"input": "two", "previous_response_id": first["id"]}, {"input": [reference]}):
+            proxy.upstream.answers = [plain(COMPLETION)]
+            status, _, told = await proxy.post("/v1/responses", {"model": "gpt-4o-mini", **body})
+            sent = proxy.upstream.seen[-1].body.decode()
+            assert (status, told["status"]) == (200, "completed")
+            assert "Echo: one" in sent and first["id"] not in sent and reference["id"] not in sent
