@@ -508,6 +508,21 @@ async def test_a_budget_taken_away_and_put_back_reopens_nothing(start: Start) ->
     assert row["settled_usd"] == "0.0000042"
 
 
+@pytest.mark.parametrize("period", ["day", "total"])
+async def test_a_budget_put_back_after_restarts_reopens_nothing(start: Start, period: str) -> None:
+    body = {"budgets": [{"scope": "global", "usd": 1, "period": period}]}
+    async with start() as proxy:
+        await Admin(proxy).ask("PUT", "/api/budgets", body)
+        await proxy.post(CHAT_PATH, {**CHAT, "max_tokens": 10})
+        await Admin(proxy).ask("PUT", "/api/budgets", {"budgets": []})
+    for _ in range(2):
+        async with start() as proxy:
+            assert proxy.gateway.ledger.budgets == []
+    async with start() as proxy:
+        [row] = (await Admin(proxy).ask("PUT", "/api/budgets", body))[1]["data"]
+    assert row["settled_usd"] == "0.0000042"
+
+
 async def test_a_hangup_signal_reloads_and_tells(
     reloadable: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
