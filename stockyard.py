@@ -1987,6 +1987,13 @@ def standard_base64(text: str) -> str:
     return text + "=" * (-len(text) % 4)
 
 
+def estimate_tokens(canonical: Json, image_tokens: int) -> int:
+    """An estimate of input tokens: four bytes of text each, and for any file that is sent inline what a picture costs."""
+    image = b'"%b"' % (b"x" * image_tokens * 4)
+    text = re.sub(rb'"data:[^"]{200,}"', image, dump_json(given(canonical, "messages", "tools")))
+    return (len(text) + 3) // 4
+
+
 class Encoder:
     """Builds one provider's body; a subclass's tables say how each role and each member of a request is carried.
 
@@ -3911,6 +3918,7 @@ MEDIA_TYPES: Final[Mapping[str, str]] = {
     "flac": "audio/flac", "aac": "audio/aac", "aiff": "audio/aiff", "m4a": "audio/mp4",
 }  # fmt: skip
 RESULT_MEDIA: Final = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain"})
+#: What a picture costs, of up to 384 pixels a side.
 GEMINI_IMAGE_TOKENS: Final = 258
 LABEL: Final = re.compile(r"[a-z0-9_-]{0,63}\Z")
 
@@ -5295,6 +5303,8 @@ class GeminiGenerate(Dialect):
 
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
         """`path` holds `model` and `method`, as in /v1beta/models/{model}:{method}."""
+        if path.get("method") == "countTokens":
+            body = google_object(body, "body").get("generateContentRequest") or body
         request = GeminiParser(body, path["model"].removeprefix("models/")).parse()
         if path.get("method", "").startswith("stream"):
             request["stream"] = True
@@ -5358,13 +5368,7 @@ class GeminiGenerate(Dialect):
         ]
 
     def count_tokens(self, canonical: Json, request: Json) -> Json:
-        """Answer :countTokens by an estimate: a token is four bytes of text, and media count as one image each."""
-        body = google_object(request, "body")
-        whole = google_object(body.get("generateContentRequest") or body, "generateContentRequest")
-        if "contents" not in whole:
-            raise InvalidRequest("`contents` must be a non-empty array", param="contents")
-        counted = [whole[name] for name in ("contents", "systemInstruction", "tools") if name in whole]
-        total = sum(map(estimate_gemini_tokens, counted))
+        total = estimate_tokens(canonical, GEMINI_IMAGE_TOKENS)
         return {"totalTokens": total, "promptTokensDetails": [{"modality": "TEXT", "tokenCount": total}]}
 
     # -- provider side
@@ -5432,11 +5436,8 @@ class GeminiGenerate(Dialect):
         return write_embeddings(vectors, tokens or translation.names.get("embedding_tokens") or 0, translation)
 
     def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
-        items = answer.get("embeddings") or ([answer["embedding"]] if answer.get("embedding") else None)
-        if not isinstance(items, list):
-            raise UpstreamError("the provider's answer has no `embeddings`", code="upstream_malformed")
         tokens = _count((answer.get("usageMetadata") or {}).get("promptTokenCount"))
-        return [item.get("values") or [] for item in items], tokens
+        return [item.get("values") or [] for item in answer["embeddings"]], tokens
 
     def parse_embeddings(self, body: Json, path: Mapping[str, str]) -> Json:
         """`:embedContent` and `:batchEmbedContents` as an OpenAI embeddings request for one or more texts."""
@@ -5510,8 +5511,6 @@ class GeminiVertex(GeminiGenerate):
         return {"instances": instances, **({"parameters": options} if options else {})}
 
     def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
-        if not isinstance(answer.get("predictions"), list):
-            return super()._vectors(answer)
         found = [item.get("embeddings") or {} for item in answer["predictions"]]
         tokens = sum(_count((item.get("statistics") or {}).get("token_count")) for item in found)
         return [item.get("values") or [] for item in found], tokens
@@ -5524,22 +5523,6 @@ def read_retry_delay_s(details: list[Json]) -> float | None:
         if match:
             return float(match[1])
     return None
-
-
-def estimate_gemini_tokens(value: Any) -> int:
-    if isinstance(value, str):
-        return -(-len(value.encode("utf-8", "replace")) // 4)
-    if isinstance(value, list):
-        return sum(map(estimate_gemini_tokens, value))
-    if not isinstance(value, dict):
-        return 1 if value is not None else 0
-    total = 0
-    for name, child in value.items():
-        if camel_case(name) in ("inlineData", "fileData"):
-            total += GEMINI_IMAGE_TOKENS
-        elif camel_case(name) not in ("role", "thoughtSignature"):
-            total += estimate_gemini_tokens(child)
-    return total
 
 
 # ----- Anthropic ------------------------------------------------------------------------------------------------------
@@ -5591,6 +5574,8 @@ CLAUDE_MODELS: Final[Mapping[str, ClaudeFacts]] = {
 #: Thinking budgets of the models that count tokens, by effort.
 THINKING_BUDGETS: Final = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_000}
 CLAUDE_IMAGES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
+#: About what a picture costs.
+CLAUDE_IMAGE_TOKENS: Final = 1500
 CLAUDE_FINISHES: Final = {
     "end_turn": "stop", "stop_sequence": "stop", "pause_turn": "stop", "compaction": "stop", "max_tokens": "length",
     "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
@@ -6395,10 +6380,7 @@ class AnthropicMessages(Dialect):
         return {"type": "model", **named, "created_at": made}
 
     def count_tokens(self, canonical: Json, request: Json) -> Json:
-        """An estimate: four bytes of text a token, and what a message and a picture cost at the least."""
-        counted = {name: canonical.get(name) for name in ("messages", "tools") if canonical.get(name)}
-        text = re.sub(rb'"data:[^"]{200,}"', b'"%b"' % (b"x" * 6000), dump_json(counted))
-        return {"input_tokens": (len(text) + 3) // 4}
+        return {"input_tokens": estimate_tokens(canonical, CLAUDE_IMAGE_TOKENS)}
 
     # -- provider side
 
@@ -6679,7 +6661,7 @@ class CohereDecoder(EventDecoder):
             if "error" in kind or event.get("error") or (event.get("message") and not kind):
                 status = event.get("status_code") or event.get("status")
                 status = status if isinstance(status, int) and 400 <= status < 600 else 502
-                raise self._dialect.read_error(status, payload)
+                raise self._dialect.read_error(status, dump_json(without(event, "type")))
             return []
         with provider_shape():
             return reader(self, event, (event.get("delta") or {}).get("message") or {})
@@ -6788,13 +6770,7 @@ class CohereChat(Dialect):
 
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         """498 is a bad key here; 499 and 501 are Cohere's own doing, so another try may help."""
-        members = read_error_members(body)
-        code = members.get("code")
-        return upstream_failure(
-            {499: 502}.get(status, status), str(members.get("message") or f"the provider answered {status}"),
-            code=str(code) if code else None, bad_key=status == 498,
-            fields={"id": members["id"]} if isinstance(members.get("id"), str) else None,
-        )  # fmt: skip
+        return super().read_error({498: 401, 499: 502}.get(status, status), body)
 
     # -- embeddings
 
@@ -6863,10 +6839,158 @@ def read_cohere_vectors(answer: Json) -> list[Any]:
     return list(found["float"] if isinstance(found, dict) else found)
 
 
+# ----- AWS ------------------------------------------------------------------------------------------------------------
+# What AWS's services have in common on the wire. An event stream (`application/vnd.amazon.eventstream`) is frames of
+# lengths, checksum of the lengths, headers, payload, checksum of all. A request is signed (Signature Version 4) once it
+# is final; its path stands percent-encoded already.
+# Sources: https://smithy.io/2.0/aws/amazon-eventstream.html,
+# https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
+
+FRAME_OVERHEAD_BYTES: Final = 16
+FRAME_MAX_HEADERS_BYTES: Final = 128 * 1024
+FRAME_MAX_BYTES: Final = 24 * 1024 * 1024 + FRAME_MAX_HEADERS_BYTES + FRAME_OVERHEAD_BYTES
+#: How many bytes a header's value has, by its type; None where two bytes before the value tell.
+FRAME_VALUE_BYTES: Final[Mapping[int, int | None]] = {
+    0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 6: None, 7: None, 8: 8, 9: 16,
+}  # fmt: skip
+FRAME_TEXT: Final = 7
+
+
+def _broken_frame(what: str) -> UpstreamError:
+    return UpstreamError(f"the provider sent a broken frame: {what}", code="upstream_malformed")
+
+
+class EventStreamReader:
+    """An incremental reader of AWS's binary event stream: bytes in any split, `(headers, payload)` pairs out.
+
+    Raises UpstreamError for a wrong checksum, a length beyond AWS's limits, or headers that cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._total = 0  # the checked length of the frame in front, 0 while unknown
+
+    def feed(self, data: bytes) -> list[tuple[dict[str, str], bytes]]:
+        self._data += data
+        frames = []
+        at = 0
+        while len(self._data) - at >= 12:
+            total = self._total or self._check_prelude(at)
+            if len(self._data) - at < total:
+                self._total = total
+                break
+            frames.append(read_frame(bytes(memoryview(self._data)[at : at + total])))
+            at, self._total = at + total, 0
+        del self._data[:at]
+        return frames
+
+    def _check_prelude(self, at: int) -> int:
+        total, headers, checksum = struct.unpack_from(">III", self._data, at)
+        if zlib.crc32(bytes(self._data[at : at + 8])) != checksum:
+            raise _broken_frame("the checksum of its lengths is wrong")
+        room = min(total - FRAME_OVERHEAD_BYTES, FRAME_MAX_HEADERS_BYTES)
+        if not 0 <= headers <= room or total > FRAME_MAX_BYTES:
+            raise _broken_frame("its lengths are impossible")
+        return int(total)
+
+
+def read_frame(frame: bytes) -> tuple[dict[str, str], bytes]:
+    """One whole frame, whose lengths have been checked, as its headers and payload."""
+    (checksum,) = struct.unpack_from(">I", frame, len(frame) - 4)
+    if zlib.crc32(memoryview(frame)[:-4]) != checksum:
+        raise _broken_frame("its checksum is wrong")
+    end = 12 + int.from_bytes(frame[4:8], "big")
+    try:
+        return _read_frame_headers(frame, end), frame[end:-4]
+    except (UnicodeDecodeError, LookupError) as error:
+        raise _broken_frame("its headers cannot be read") from error
+
+
+def _read_frame_headers(frame: bytes, end: int) -> dict[str, str]:
+    """The headers that hold text; nothing is told by any other type."""
+    headers: dict[str, str] = {}
+    at = 12
+    while at < end:
+        start, at = at + 1, at + 1 + frame[at]
+        name, kind = frame[start:at].decode(), frame[at]
+        size, at = FRAME_VALUE_BYTES[kind], at + 1
+        if size is None:
+            size, at = int.from_bytes(frame[at : at + 2], "big"), at + 2
+        if kind == FRAME_TEXT:
+            headers[name] = frame[at : at + size].decode()
+        at += size
+    if at != end:
+        raise IndexError(at)
+    return headers
+
+
+#: Headers that proxies and clients may change on the way.
+UNSIGNED_HEADERS: Final = frozenset({
+    "connection", "expect", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+    "transfer-encoding", "upgrade", "user-agent", "x-amzn-trace-id", "authorization",
+})  # fmt: skip
+
+
+def sign_v4(
+    method: str, url: str, headers: Mapping[str, str], body: bytes, access_key: str, secret_key: str,
+    session_token: str | None, region: str, service: str, now_s: float,
+) -> dict[str, str]:  # fmt: skip
+    """The headers of a request with its signature: `headers`, plus x-amz-date, x-amz-security-token, authorization.
+
+    `url` is exactly what will be sent; its path is encoded once more for the signature (`%3A` -> `%253A`), as every AWS
+    service but S3 does. Pure: `now_s` is the time in seconds since 1970; AWS refuses more than five minutes of skew.
+    Headers added later than this are not covered, `host` is taken from the URL.
+    """
+    parts = urllib.parse.urlsplit(url)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
+    added = {"x-amz-date": stamp, **({"x-amz-security-token": session_token} if session_token else {})}
+    sent = {name: value for name, value in headers.items() if name.lower() not in {*added, "authorization"}}
+    sent.update(added)
+    signed = {"host": _signed_host(parts), **{name.lower(): " ".join(value.split()) for name, value in sent.items()}}
+    signed = {name: signed[name] for name in sorted(signed) if name not in UNSIGNED_HEADERS}
+    names = ";".join(signed)
+    canonical = "\n".join((
+        method.upper(), _signed_path(parts.path), _signed_query(parts.query),
+        *(f"{name}:{value}" for name, value in signed.items()), "", names, hashlib.sha256(body).hexdigest(),
+    ))  # fmt: skip
+    scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
+    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+    key = f"AWS4{secret_key}".encode()
+    for step in (*scope.split("/"), text):
+        key = hmac.digest(key, step.encode(), "sha256")
+    credential = f"Credential={access_key}/{scope}"
+    sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={names}, Signature={key.hex()}"
+    return sent
+
+
+def _signed_host(parts: urllib.parse.SplitResult) -> str:
+    """The host as it is sent: with the port only where it is not the scheme's own."""
+    host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    return host if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{host}:{parts.port}"
+
+
+def _signed_path(path: str) -> str:
+    """The path without dot segments and doubled slashes, and encoded once more."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            kept = kept[:-1]
+        elif segment not in ("", "."):
+            kept.append(segment)
+    tail = "/" if kept and path.endswith("/") else ""
+    return urllib.parse.quote("/" + "/".join(kept) + tail, safe="/~")
+
+
+def _signed_query(query: str) -> str:
+    pairs = sorted(pair.partition("=")[::2] for pair in query.split("&")) if query else []
+    return "&".join(f"{name}={value}" for name, value in pairs)
+
+
 # ----- Bedrock --------------------------------------------------------------------------------------------------------
 # AWS Bedrock's Converse and ConverseStream. One body for all vendors' models, but hardly two families take the same:
 # the rows of _bedrock_families hold what was seen to be refused. Streams are binary frames with checksums, and usage
-# comes after the end of the answer. Requests carry a bearer token, or are signed by `sign_v4` once the body is final.
+# comes after the end of the answer. Requests carry a bearer token or a signature.
 # Blocks of the provider's own tools stay in `thinking_blocks` as {"type": "bedrock_block", "block"} and go back as they
 # came, for they are no calls of the client's.
 # Sources: https://docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html; botocore's service model
@@ -7379,96 +7503,6 @@ def read_bedrock_citation(citation: Json, start: int, end: int) -> Json:
     return url_citation(web["url"], citation.get("title"), start, end)
 
 
-# Frames of `application/vnd.amazon.eventstream`: lengths, checksum of the lengths, headers, payload, checksum of all.
-
-FRAME_OVERHEAD_BYTES: Final = 16
-FRAME_MAX_HEADERS_BYTES: Final = 128 * 1024
-FRAME_MAX_BYTES: Final = 24 * 1024 * 1024 + FRAME_MAX_HEADERS_BYTES + FRAME_OVERHEAD_BYTES
-
-
-def _read_signed(data: bytes) -> int:
-    return int.from_bytes(data, "big", signed=True)
-
-
-#: Types of header values: how many bytes, 0 where two bytes before the value tell, and what reads it.
-FRAME_VALUES: Final[Mapping[int, tuple[int, Callable[[bytes], Any]]]] = {
-    2: (1, _read_signed), 3: (2, _read_signed), 4: (4, _read_signed), 5: (8, _read_signed), 6: (0, bytes),
-    7: (0, bytes.decode), 8: (8, _read_signed), 9: (16, bytes),
-}  # fmt: skip
-FRAME_FLAGS: Final = {0: True, 1: False}
-
-
-def _broken_frame(what: str) -> UpstreamError:
-    return UpstreamError(f"the provider sent a broken frame: {what}", code="upstream_malformed")
-
-
-class EventStreamReader:
-    """An incremental reader of AWS's binary event stream: bytes in any split, `(headers, payload)` pairs out.
-
-    Raises UpstreamError for a wrong checksum, a length beyond AWS's limits, or headers that cannot be read.
-    Source: https://smithy.io/2.0/aws/amazon-eventstream.html
-    """
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._total = 0  # the checked length of the frame in front, 0 while unknown
-
-    def feed(self, data: bytes) -> list[tuple[dict[str, Any], bytes]]:
-        self._data += data
-        frames = []
-        at = 0
-        while len(self._data) - at >= 12:
-            total = self._total or self._check_prelude(at)
-            if len(self._data) - at < total:
-                self._total = total
-                break
-            frames.append(read_frame(bytes(memoryview(self._data)[at : at + total])))
-            at, self._total = at + total, 0
-        del self._data[:at]
-        return frames
-
-    def _check_prelude(self, at: int) -> int:
-        total, headers, checksum = struct.unpack_from(">III", self._data, at)
-        if zlib.crc32(bytes(self._data[at : at + 8])) != checksum:
-            raise _broken_frame("the checksum of its lengths is wrong")
-        room = min(total - FRAME_OVERHEAD_BYTES, FRAME_MAX_HEADERS_BYTES)
-        if not 0 <= headers <= room or total > FRAME_MAX_BYTES:
-            raise _broken_frame("its lengths are impossible")
-        return int(total)
-
-
-def read_frame(frame: bytes) -> tuple[dict[str, Any], bytes]:
-    """One whole frame, whose lengths have been checked, as its headers and payload."""
-    (checksum,) = struct.unpack_from(">I", frame, len(frame) - 4)
-    if zlib.crc32(memoryview(frame)[:-4]) != checksum:
-        raise _broken_frame("its checksum is wrong")
-    end = 12 + int.from_bytes(frame[4:8], "big")
-    try:
-        return _read_frame_headers(frame, end), frame[end:-4]
-    except (UnicodeDecodeError, LookupError) as error:
-        raise _broken_frame("its headers cannot be read") from error
-
-
-def _read_frame_headers(frame: bytes, end: int) -> dict[str, Any]:
-    headers: dict[str, Any] = {}
-    at = 12
-    while at < end:
-        start, at = at + 1, at + 1 + frame[at]
-        name, kind = frame[start:at].decode(), frame[at]
-        at += 1
-        if kind in FRAME_FLAGS:
-            headers[name] = FRAME_FLAGS[kind]
-            continue
-        size, read = FRAME_VALUES[kind]
-        if not size:
-            size, at = int.from_bytes(frame[at : at + 2], "big"), at + 2
-        headers[name] = read(frame[at : at + size])
-        at += size
-    if at != end:
-        raise IndexError(at)
-    return headers
-
-
 #: AWS's exceptions by the HTTP status that sorts them best; a model's own failure may pass on another try.
 BEDROCK_EXCEPTIONS: Final[Mapping[str, int]] = {
     "accessdeniedexception": 403, "unrecognizedclientexception": 403, "expiredtokenexception": 403,
@@ -7779,72 +7813,6 @@ class BedrockConverse(Dialect):
             told = translation.names.get("answer_headers", {}).get("x-amzn-bedrock-input-token-count") or 0
             tokens = _count(answer.get("inputTextTokenCount")) or int(told)
         return write_embeddings(vectors, tokens or translation.names.get("embedding_tokens") or 0, translation)
-
-
-# Signature Version 4, for requests whose path stands percent-encoded already.
-# Source: https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
-
-#: Headers that proxies and clients may change on the way.
-UNSIGNED_HEADERS: Final = frozenset({
-    "connection", "expect", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-    "transfer-encoding", "upgrade", "user-agent", "x-amzn-trace-id", "authorization",
-})  # fmt: skip
-
-
-def sign_v4(
-    method: str, url: str, headers: Mapping[str, str], body: bytes, access_key: str, secret_key: str,
-    session_token: str | None, region: str, service: str, now_s: float,
-) -> dict[str, str]:  # fmt: skip
-    """The headers of a request with its signature: `headers`, plus x-amz-date, x-amz-security-token, authorization.
-
-    `url` is exactly what will be sent; its path is encoded once more for the signature (`%3A` -> `%253A`), as every AWS
-    service but S3 does. Pure: `now_s` is the time in seconds since 1970; AWS refuses more than five minutes of skew.
-    Headers added later than this are not covered, `host` is taken from the URL.
-    """
-    parts = urllib.parse.urlsplit(url)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now_s))
-    added = {"x-amz-date": stamp, **({"x-amz-security-token": session_token} if session_token else {})}
-    sent = {name: value for name, value in headers.items() if name.lower() not in {*added, "authorization"}}
-    sent.update(added)
-    signed = {"host": _signed_host(parts), **{name.lower(): " ".join(value.split()) for name, value in sent.items()}}
-    signed = {name: signed[name] for name in sorted(signed) if name not in UNSIGNED_HEADERS}
-    names = ";".join(signed)
-    canonical = "\n".join((
-        method.upper(), _signed_path(parts.path), _signed_query(parts.query),
-        *(f"{name}:{value}" for name, value in signed.items()), "", names, hashlib.sha256(body).hexdigest(),
-    ))  # fmt: skip
-    scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
-    text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    key = f"AWS4{secret_key}".encode()
-    for step in (*scope.split("/"), text):
-        key = hmac.digest(key, step.encode(), "sha256")
-    credential = f"Credential={access_key}/{scope}"
-    sent["authorization"] = f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={names}, Signature={key.hex()}"
-    return sent
-
-
-def _signed_host(parts: urllib.parse.SplitResult) -> str:
-    """The host as it is sent: with the port only where it is not the scheme's own."""
-    host = parts.hostname or ""
-    host = f"[{host}]" if ":" in host else host
-    return host if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{host}:{parts.port}"
-
-
-def _signed_path(path: str) -> str:
-    """The path without dot segments and doubled slashes, and encoded once more."""
-    kept: list[str] = []
-    for segment in path.split("/"):
-        if segment == "..":
-            kept = kept[:-1]
-        elif segment not in ("", "."):
-            kept.append(segment)
-    tail = "/" if kept and path.endswith("/") else ""
-    return urllib.parse.quote("/" + "/".join(kept) + tail, safe="/~")
-
-
-def _signed_query(query: str) -> str:
-    pairs = sorted(pair.partition("=")[::2] for pair in query.split("&")) if query else []
-    return "&".join(f"{name}={value}" for name, value in pairs)
 
 
 # ----- Replicate ------------------------------------------------------------------------------------------------------

@@ -751,39 +751,14 @@ def test_error_frames_inside_a_stream(attempt: Attempt) -> None:
     assert (caught.value.status, caught.value.code) == (500, "InternalFailure")
 
 
-def test_headers_of_every_type() -> None:
-    given_id = uuid.UUID(int=7)
-    headers = b"".join(
-        [
-            header("t", 0, b""),
-            header("f", 1, b""),
-            header("i8", 2, b"\xff"),
-            header("i16", 3, b"\xff\xfe"),
-            header("i32", 4, b"\0\0\0\x07"),
-            header("i64", 5, b"\0" * 7 + b"\x08"),
-            header("raw", 6, b"\0\x02\x00\xff"),
-            text_header("text", "é"),
-            header("when", 8, struct.pack(">q", 1_790_000_000_000)),
-            header("id", 9, given_id.bytes),
-        ]
-    )
-    assert EventStreamReader().feed(frame(headers, b"x")) == [
-        (
-            {
-                "t": True,
-                "f": False,
-                "i8": -1,
-                "i16": -2,
-                "i32": 7,
-                "i64": 8,
-                "raw": b"\x00\xff",
-                "text": "é",
-                "when": 1_790_000_000_000,
-                "id": given_id.bytes,
-            },
-            b"x",
-        )
-    ]
+def test_headers_of_every_type_are_passed_over_but_for_text() -> None:
+    values = {
+        0: b"", 1: b"", 2: b"\xff", 3: b"\xff\xfe", 4: b"\0\0\0\x07", 5: b"\0" * 7 + b"\x08", 6: b"\0\x02\x00\xff",
+        8: struct.pack(">q", 1_790_000_000_000), 9: uuid.UUID(int=7).bytes,
+    }  # fmt: skip
+    others = b"".join(header(f"h{kind}", kind, value) for kind, value in values.items())
+    headers = text_header("first", "a") + others + text_header("text", "é")
+    assert EventStreamReader().feed(frame(headers, b"x")) == [({"first": "a", "text": "é"}, b"x")]
 
 
 def corrupt(at: int) -> bytes:
