@@ -2290,7 +2290,7 @@ def without_extensions(request: Json, translation: Translation) -> Json:
     own_extras(request, "", translation)
     body = present(without(request, "extra_body"))
     if "messages" in body:
-        body["messages"] = [plain_message(message, translation) for message in body["messages"]]
+        body["messages"] = plain_messages(body["messages"], translation)
     if body.get("tools"):
         body["tools"] = [without(tool, *PART_EXTENSIONS) for tool in body["tools"] if is_plain_tool(tool, translation)]
         if not body["tools"]:
@@ -2298,18 +2298,35 @@ def without_extensions(request: Json, translation: Translation) -> Json:
     return body
 
 
-def plain_message(message: Json, translation: Translation) -> Json:
+def plain_messages(messages: list[Json], translation: Translation) -> list[Json]:
+    """Messages as OpenAI has them. Results of tools are text there: what else they hold follows in a user's turn."""
+    told: list[Json] = []
+    attached: list[Json] = []
+    for message in [*messages, {"role": ""}]:
+        if attached and message["role"] != "tool":
+            told.append({"role": "user", "content": attached})
+            attached = []
+        told.append(plain_message(message, translation, attached))
+    return told[:-1]
+
+
+def plain_message(message: Json, translation: Translation, attached: list[Json]) -> Json:
     plain = without(message, *MESSAGE_EXTENSIONS)
-    for name in ("thinking_blocks", "native_blocks", "cache_control"):
+    lost = ["thinking_blocks", "native_blocks", "cache_control"]
+    if not translation.provider.replays_reasoning:
+        lost.append("reasoning_content")
+        plain = without(plain, "reasoning_content", "reasoning")
+    for name in lost:
         if message.get(name):
             translation.drop(name)
-    if not translation.provider.replays_reasoning:
-        if plain.pop("reasoning_content", None):
-            translation.drop("reasoning_content")
-        plain.pop("reasoning", None)
     if isinstance(message.get("content"), list):
         parts = [part for part in message["content"] if isinstance(part, dict) and is_plain_part(part, translation)]
         plain["content"] = [without(part, *PART_EXTENSIONS) for part in parts] or ""
+        media = [part for part in plain["content"] if part.get("type") != "text"]
+        if media and message["role"] == "tool":
+            attached += [{"type": "text", "text": f"Attached to the result of {message['tool_call_id']}:"}, *media]
+            text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
+            plain["content"] = text or "The result is attached to the next message."
     if message.get("is_error") and isinstance(plain.get("content"), str):
         plain["content"] = f"Error: {plain['content']}"
     if message.get("tool_calls"):
@@ -2554,8 +2571,7 @@ def write_tool_choice(choice: Any, where: str = "tool_choice") -> Any:
 class ResponsesReader:
     """Reads input items into canonical messages.
 
-    Reasoning, calls and texts of one assistant turn become one message. A tool result that holds more than text is told
-    as its text, with the rest in a user message after the results. What chat has no place for is left in `extra`.
+    Reasoning, calls and texts of one assistant turn become one message. What chat has no place for is left in `extra`.
     """
 
     def __init__(self, items: Json) -> None:
@@ -2563,16 +2579,12 @@ class ResponsesReader:
         self.extra: Json = {}
         self._items = items
         self._turn: Json | None = None
-        self._attached: list[Json] = []
 
     def read(self, place: str, item: Json) -> None:
         kind: str = want_text(item.get("type") or ("message" if "role" in item else None), f"{place}.type")
-        if kind not in ("function_call_output", "custom_tool_call_output"):
-            self._attach()
         self.READERS.get(kind, ResponsesReader._native)(self, place, item)
 
     def close(self) -> list[Json]:
-        self._attach()
         self._end_turn()
         return self.messages
 
@@ -2591,11 +2603,6 @@ class ResponsesReader:
             self.messages.remove(turn)
         else:
             turn["content"] = ""
-
-    def _attach(self) -> None:
-        if self._attached:
-            self.messages.append({"role": "user", "content": self._attached})
-            self._attached = []
 
     def _reference(self, place: str, item: Json) -> None:
         name = want_text(item.get("id"), f"{place}.id")
@@ -2686,11 +2693,8 @@ class ResponsesReader:
         call_id = want_text(item.get("call_id"), f"{place}.call_id")
         parts = self._parts(item.get("output"), f"{place}.output")
         self._end_turn()
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        others = [part for part in parts if part["type"] != "text"]
-        if others:
-            self._attached += [{"type": "text", "text": f"Attached to the result of {call_id}:"}, *others]
-        content = text or ("The result is attached to the next message." if others else "")
+        plain = all(part.keys() == {"type", "text"} for part in parts)
+        content: Any = "\n".join(part["text"] for part in parts) if plain else parts
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
 
     def _reasoning(self, place: str, item: Json) -> None:
@@ -5661,7 +5665,10 @@ class AnthropicEncoder(Encoder):
     # -- conversation
 
     def _instruct(self, message: Json, where: str) -> None:
-        blocks = [block for block in self._parts(message.get("content"), where) if block.get("type") == "text"]
+        said = self._parts(message.get("content"), where)
+        blocks = [block for block in said if block["type"] == "text"]
+        for lost in (block["type"] for block in said if block["type"] != "text"):
+            self._drop(f"content.{lost}")
         if not self._turns:
             self._system += blocks
         elif self._facts.inline_system and blocks:

@@ -196,16 +196,24 @@ def test_results_of_tools_stand_before_the_rest_of_their_turn() -> None:
         {"type": "text", "text": "and now?"},
         {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]},
         {"type": "tool_result", "tool_use_id": "b", "content": "no such file", "is_error": True},
-        {"type": "tool_result", "tool_use_id": "c", "content": [image]},
-        {"type": "tool_result", "tool_use_id": "d"},
+        {"type": "tool_result", "tool_use_id": "c", "content": [image], "is_error": True},
+        {"type": "tool_result", "tool_use_id": "d", "content": [{"type": "text", "text": "see"}, image]},
+        {"type": "tool_result", "tool_use_id": "e"},
     )  # fmt: skip
+    shown = {"type": "image_url", "image_url": {"url": "https://u"}}
     assert body["messages"] == [
         {"role": "tool", "tool_call_id": "a", "content": "1\n2"},
         {"role": "tool", "tool_call_id": "b", "content": "Error: no such file"},
-        {"role": "tool", "tool_call_id": "c", "content": [{"type": "image_url", "image_url": {"url": "https://u"}}]},
-        {"role": "tool", "tool_call_id": "d", "content": ""},
+        {"role": "tool", "tool_call_id": "c", "content": "Error: The result is attached to the next message."},
+        {"role": "tool", "tool_call_id": "d", "content": "see"},
+        {"role": "tool", "tool_call_id": "e", "content": ""},
+        # OpenAI takes nothing but text in the result of a tool
+        {"role": "user", "content": [{"type": "text", "text": "Attached to the result of c:"}, shown,
+                                     {"type": "text", "text": "Attached to the result of d:"}, shown]},
         {"role": "user", "content": "and now?"},
-    ]
+    ]  # fmt: skip
+    last, _ = asked({"type": "tool_result", "tool_use_id": "c", "content": [image]})
+    assert [message["role"] for message in last["messages"]] == ["tool", "user"]
 
 
 SPOKEN = [
@@ -387,6 +395,12 @@ def test_later_instructions_stand_inline_where_the_model_honours_that_and_else_a
     assert said("claude-opus-5", *later)[2:] == [inline, {"role": "user", "content": [question]}]
     marked = {"type": "text", "text": "<system>\nbe brief\n</system>"}
     assert said("claude-sonnet-4-6", *later)[2:] == [{"role": "user", "content": [marked, question]}]
+
+
+def test_pictures_among_instructions_are_named() -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://u"}}
+    body, dropped = sent(messages=[{"role": "system", "content": [{"type": "text", "text": "a"}, image]}, USER])
+    assert body["system"] == "a" and dropped == ["content.image"]
 
 
 def test_foreign_calls_get_ids_that_claude_takes_the_same_in_call_and_result() -> None:

@@ -182,7 +182,7 @@ def test_a_tool_turn_is_one_message_and_results_follow() -> None:
     assert body["input"][1] == items[1] and body["input"][4] == items[4]
 
 
-def test_media_in_a_tool_result_follows_all_results_as_a_user_message() -> None:
+def test_media_in_a_tool_result_follow_all_results_where_only_chat_is_spoken() -> None:
     image = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "low"}
     items = [
         {"type": "function_call", "call_id": "c1", "name": "shot", "arguments": "{}"},
@@ -191,12 +191,11 @@ def test_media_in_a_tool_result_follows_all_results_as_a_user_message() -> None:
         {"type": "function_call_output", "call_id": "c2", "output": "seen"},
         {"role": "user", "content": "next"},
     ]
-    messages = parse(input=items)["messages"]
+    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA==", "detail": "low"}}
+    messages = OpenAiChat().encode(parse(input=items), translation(foreign=True))["messages"]
     assert [message["role"] for message in messages] == ["assistant", "tool", "tool", "user", "user"]
-    assert messages[3]["content"][1] == {
-        "type": "image_url",
-        "image_url": {"url": "data:image/png;base64,AA==", "detail": "low"},
-    }
+    assert messages[3]["content"][1] == shown
+    assert DIALECT.encode(parse(input=items), translation())["input"] == items
 
 
 def test_an_aborted_turn_of_reasoning_alone_is_left_out() -> None:
