@@ -306,6 +306,18 @@ def test_ends_of_holds_go_with_the_next_line_and_none_is_written_twice(tmp_path:
     assert stockyard.Journal.leftovers(tmp_path) == ([], [["req_1"]])
 
 
+async def test_a_crash_soon_after_a_call_charges_its_cost_and_not_its_hold(start: Start, tmp_path: Path) -> None:
+    async with start(toml=PRICES, budget="1/day", cache="off") as proxy, asyncio.timeout(20):
+        for calls in (1, 2):
+            assert (await proxy.post(PATH, ASK))[0] == 200
+            while True:  # what a process would find that starts now
+                left = stockyard.Ledger.replay(stockyard.Journal.movements(tmp_path, 1))
+                if len(left.settled) and not left.open:
+                    break
+                await asyncio.sleep(0.01)
+            assert [*left.settled.values()] == [account(proxy.gateway)["settled_nanousd"]] == [calls * 60_000]
+
+
 async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Start) -> None:
     body = {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
     async with (
