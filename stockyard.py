@@ -152,6 +152,7 @@ SEE_README: Final = "see README.md"
 # provider reads (no duplicate keys, NaN, broken UTF-8, or depth that makes two parsers disagree).
 
 CROCKFORD: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+CROCKFORD_PAIRS: Final = [first + second for first in CROCKFORD for second in CROCKFORD]
 
 
 def encode_base32(value: int, digits: int) -> str:
@@ -173,15 +174,15 @@ class IdSource:
         self._now_ms = now_ms
         self._suffix = encode_base32(random_bits(40), 8)
         self._counter = random_bits(24)
-        self._stamp_ms = -1
-        self._stamp = ""
+        self._high, self._stamp = -1, ""
 
     def __call__(self, prefix: str) -> str:
         now_ms = self._now_ms()
-        if now_ms != self._stamp_ms:
-            self._stamp_ms, self._stamp = now_ms, encode_base32(now_ms, 9)
+        if now_ms >> 10 != self._high:  # all but the last two digits last for a second
+            self._high = now_ms >> 10
+            self._stamp = encode_base32(self._high, 7)
         self._counter += 1
-        return f"{prefix}{self._stamp}{self._counter & 0x1FFFFFF:07x}{self._suffix}"
+        return f"{prefix}{self._stamp}{CROCKFORD_PAIRS[now_ms & 1023]}{self._counter & 0x1FFFFFF:07x}{self._suffix}"
 
 
 def format_usd(nanousd: int) -> str:
@@ -12874,7 +12875,10 @@ class ThresholdCrossed:
 class Balance:
     """What one budget has settled and held in one window. `alarm_nanousd` is the next threshold, to compare cheaply."""
 
-    __slots__ = ("alarm_nanousd", "budget", "end_ms", "held_nanousd", "percent", "place", "settled_nanousd", "window")
+    __slots__ = (
+        "alarm_nanousd", "budget", "end_ms", "held_nanousd", "is_hard", "limit_nanousd", "percent", "place",
+        "settled_nanousd", "window",
+    )  # fmt: skip
 
     def __init__(self, budget: Budget, window: Window, settled_nanousd: int = 0) -> None:
         self.window, self.end_ms = window
@@ -12886,7 +12890,7 @@ class Balance:
 
     def adopt(self, budget: Budget) -> None:
         """Take on a changed limit. Thresholds already told stay told."""
-        self.budget = budget
+        self.budget, self.limit_nanousd, self.is_hard = budget, budget.limit_nanousd, budget.mode == "hard"
         ahead = [percent for percent in ALARM_PERCENTS if percent > self.percent]
         self.alarm_nanousd = max(1, -(-budget.limit_nanousd * ahead[0] // 100)) if ahead else math.inf
 
@@ -12906,10 +12910,12 @@ class Balance:
 class Hold:
     """Money set aside for one attempt; `balances` are those of the windows it was made in. Ended by the ledger only."""
 
-    __slots__ = ("at_ms", "balances", "bounded", "id", "nanousd", "open", "places")
+    __slots__ = ("at_ms", "balances", "bounded", "id", "is_hard", "nanousd", "open", "places")
 
     def __init__(self, hold_id: str, nanousd: int | None, balances: Sequence[Balance], at_ms: int) -> None:
         self.id, self.balances, self.at_ms = hold_id, balances, at_ms
+        #: Whether a hard budget is among them: then the output cap must be real.
+        self.is_hard = True in [balance.is_hard for balance in balances]
         self.nanousd, self.bounded = nanousd or 0, nanousd is not None
         self.open = True
         #: The budgets it is in, each with its window, as JSON.
@@ -12947,11 +12953,10 @@ class Settlement(NamedTuple):
 class Account:
     """A budget and its balance in the current window."""
 
-    __slots__ = ("balance", "budget", "is_hard", "limit_nanousd")
+    __slots__ = ("balance", "budget")
 
     def __init__(self, budget: Budget, balance: Balance) -> None:
         self.budget, self.balance = budget, balance
-        self.limit_nanousd, self.is_hard = budget.limit_nanousd, budget.mode == "hard"
 
     def at(self, now_ms: int) -> Balance:
         if self.balance.end_ms <= now_ms:
@@ -12960,7 +12965,7 @@ class Account:
 
     def room(self, now_ms: int) -> int:
         balance = self.at(now_ms)
-        return max(0, self.limit_nanousd - balance.settled_nanousd - balance.held_nanousd)
+        return max(0, balance.limit_nanousd - balance.settled_nanousd - balance.held_nanousd)
 
 
 class Books:
@@ -13117,9 +13122,9 @@ class Ledger:
             balance = account.balance
             if balance.end_ms <= now_ms:
                 balance = account.at(now_ms)
-            if account.is_hard and (
+            if balance.is_hard and (
                 price_upper_bound is None
-                or balance.settled_nanousd + balance.held_nanousd + nanousd > account.limit_nanousd
+                or balance.settled_nanousd + balance.held_nanousd + nanousd > balance.limit_nanousd
             ):
                 raise _refusal(balance, model, price_upper_bound, now_ms)
             balances.append(balance)
@@ -13148,17 +13153,9 @@ class Ledger:
         now_ms = self._now(now_ms)
         most = needed
         for account in self._match(key.id if key else "", tags, model, provider, upstream_model):
-            if account.is_hard and (room := account.room(now_ms)) < needed:
+            if account.balance.is_hard and (room := account.room(now_ms)) < needed:
                 most = min(most, room) if account.budget.clamp else 0
         return most
-
-    def is_hard_limited(
-        self, key: VirtualKey | None, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
-    ) -> bool:
-        """Whether a hard budget matches, so that the output cap must be real and every part of the input bounded."""
-        return True in [
-            one.is_hard for one in self._match(key.id if key else "", tags, model, provider, upstream_model)
-        ]
 
     def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
         """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
@@ -13368,6 +13365,14 @@ class SlidingSum:
         return (self.used_s + RATE_SLOTS) * 1000 - now_ms if self.total else 0
 
 
+class Shown(NamedTuple):
+    """A limit that headers tell of: their names, the most, what counts towards it."""
+
+    names: tuple[str, ...]
+    most: int
+    window: SlidingSum
+
+
 REQUESTS_HEADERS: Final = tuple(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset"))
 TOKENS_HEADERS: Final = tuple(f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset"))
 
@@ -13385,7 +13390,7 @@ class Meter:
     def heed(self, limit: RateLimit) -> None:
         self.limit = limit
         both = (REQUESTS_HEADERS, limit.rpm, self.requests), (TOKENS_HEADERS, limit.tpm, self.tokens)
-        self.shown = [(names, most, window) for names, most, window in both if most is not None]
+        self.shown = [Shown(names, most, window) for names, most, window in both if most is not None]
 
     def check(self, tokens: int, now_ms: int) -> None:
         """LimitExceeded unless one more request of so many tokens fits."""
@@ -13480,18 +13485,25 @@ class RateLimiter:
 
         `hold` is what the call has taken, if it has. Source: https://platform.openai.com/docs/guides/rate-limits
         """
-        rows: dict[tuple[str, ...], tuple[int, int, SlidingSum]] = {}
-        for meter in self._meters(key, model, now_ms) if hold is None else hold.meters:
-            for names, limit, window in meter.shown:
-                window.advance(now_ms // 1000)
-                left = limit - window.total
-                if names not in rows or (left, limit) < rows[names][:2]:
-                    rows[names] = left, limit, window
         found = {}
-        for names, (left, limit, window) in rows.items():
+        meters = self._meters(key, model, now_ms) if hold is None else hold.meters
+        for names, limit, window in meters[0].shown if len(meters) == 1 else self._tightest(meters, now_ms // 1000):
+            window.advance(now_ms // 1000)
+            left = limit - window.total
             found[names[0]], found[names[1]] = str(limit), str(left if left > 0 else 0)
             found[names[2]] = format_duration(window.reset_ms(now_ms))
         return found
+
+    @staticmethod
+    def _tightest(meters: list[Meter], now_s: int) -> list[Shown]:
+        """Of each kind of limit the one that has least left."""
+        rows: dict[tuple[str, ...], Shown] = {}
+        for row in [row for meter in meters for row in meter.shown]:
+            row.window.advance(now_s)
+            best = rows.setdefault(row.names, row)
+            if (row.most - row.window.total, row.most) < (best.most - best.window.total, best.most):
+                rows[row.names] = row
+        return [*rows.values()]
 
     def _meters(self, key: VirtualKey | None, model: str, now_ms: int) -> list[Meter]:
         meters = self._everything.copy()
@@ -13568,6 +13580,8 @@ UNBOUNDED_MEMBERS: Final = frozenset({
     "mcp_servers", "web_search_options", "search_parameters", "enable_search", "plugins", "data_sources", "models",
     "prediction", "file_ids",
 })  # fmt: skip
+#: Those and the others beside messages that bear on the bound.
+BOUND_MEMBERS: Final = UNBOUNDED_MEMBERS | {"extra_body", "prompt", "tools", "query", "documents"}
 UNKNOWN_OUTPUT_TOKENS: Final = 4096
 
 
@@ -13585,9 +13599,9 @@ def text_bytes(body: bytes, document: Json) -> int:
     return max(len(body), len(unicodedata.normalize("NFKC", text).encode()))
 
 
-def token_estimate(body_bytes: int, output_cap_tokens: int | None) -> int:
-    """What a call will likely use, for rate limits: four bytes a token, and the answer it asked for."""
-    return body_bytes // 4 + (256 if output_cap_tokens is None else output_cap_tokens)
+def token_estimate(body_bytes: int, output_cap: Any) -> int:
+    """What a call will likely use, for rate limits: four bytes a token, and the answer it asked for, if in a number."""
+    return body_bytes // 4 + (output_cap if isinstance(output_cap, int) else 256)
 
 
 def input_token_bound(
@@ -13598,11 +13612,14 @@ def input_token_bound(
     `body_bytes` is of `text_bytes`; `dialect` is the provider's (the dearest row if unknown); `context_tokens` is the
     model's window, which bounds inline documents, video and odd audio; without it these give None too.
     """
-    if not _is_self_contained(request):
-        return None
-    row = INPUT_BOUNDS.get(dialect, DEAREST_BOUND)
-    messages, tools = request.get("messages") or (), request.get("tools") or ()
-    total = body_bytes + row.request + row.message * len(messages) + row.tool * len(tools) + (row.tools if tools else 0)
+    row, messages = INPUT_BOUNDS.get(dialect, DEAREST_BOUND), request.get("messages") or ()
+    total = body_bytes + row.request + row.message * len(messages)
+    if not BOUND_MEMBERS.isdisjoint(request):
+        if not _is_self_contained(request):
+            return None
+        if tools := request.get("tools"):
+            total += row.tools + row.tool * len(tools)
+        total += _rerank_bound(request)
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
@@ -13611,7 +13628,7 @@ def input_token_bound(
                 if extra is None:
                     return None
                 total += extra
-    return total + _rerank_bound(request)
+    return total
 
 
 def _is_self_contained(request: Json) -> bool:
@@ -13681,30 +13698,36 @@ class OutputCap(NamedTuple):
     total_tokens: int
 
 
+def asked_output_cap(request: Json) -> tuple[str, Any]:
+    """The name under which a canonical request caps its output, and what it says there; None where nowhere."""
+    for name in OUTPUT_CAP_FIELDS:
+        if (asked := request.get(name)) is not None:
+            return name, asked
+    return "", None
+
+
 def output_token_cap(
-    request: Json,
-    provider_cap_field: str,
-    model_max: int | None,
-    affordable_tokens: int | None = None,
-    least_tokens: int = 0,
+    request: Json, model_max: int | None, affordable_tokens: int | None = None, least_tokens: int = 0
 ) -> OutputCap:
     """The real bound of a call's output: what the client asked, else the model's maximum, else 4,096 tokens.
 
-    `affordable_tokens` (over all answers) clamps it; a provider makes `least_tokens` of less. A cap under another name than the provider's counts as not yet
-    written: only `provider_cap_field` in the outgoing body binds the provider. InvalidRequest for anything but numbers.
+    `affordable_tokens` (over all answers) clamps it; a provider makes `least_tokens` of less. InvalidRequest for
+    anything but numbers.
     """
-    tokens, answers = model_max or UNKNOWN_OUTPUT_TOKENS, 1
-    for name in (provider_cap_field, *OUTPUT_CAP_FIELDS):
-        if (asked := request.get(name)) is not None:
-            tokens = _read_count(asked, name, 0)
-            break
-    for name in ("n", "best_of"):
-        if (count := request.get(name)) is not None:
-            answers = max(answers, _read_count(count, name, 1))
-    answers *= _prompts_of(request)
+    name, asked = asked_output_cap(request)
+    tokens = model_max or UNKNOWN_OUTPUT_TOKENS if asked is None else _read_count(asked, name, 0)
+    answers = 1 if MANY_ANSWERS.isdisjoint(request) else _answers_of(request)
     if affordable_tokens is not None:
         tokens = min(tokens, affordable_tokens // answers)
-    return OutputCap(tokens, request.get(provider_cap_field) != tokens, max(tokens, least_tokens) * answers)
+    return OutputCap(tokens, asked != tokens, max(tokens, least_tokens) * answers)
+
+
+MANY_ANSWERS: Final = frozenset({"n", "best_of", "prompt"})
+
+
+def _answers_of(request: Json) -> int:
+    counts = [_read_count(request[name], name, 1) for name in ("n", "best_of") if request.get(name) is not None]
+    return max(counts, default=1) * _prompts_of(request)
 
 
 def _prompts_of(body: Json) -> int:
@@ -13718,7 +13741,10 @@ CAP_NAMES: Final = frozenset(
     {"maxtokens", "maxcompletiontokens", "maxoutputtokens", "maxnewtokens", "maxtokenstosample", "maxgentokens", "maxlength", "numpredict"}
 )  # fmt: skip
 ANSWER_COUNT_NAMES: Final = frozenset({"n", "bestof", "candidatecount", "numreturnsequences", "numgenerations"})
-UNREAD_MEMBERS: Final = frozenset({"metadata", "properties", "requestMetadata", "promptVariables"})
+#: Names that hold the client's own words, and those of most requests that are no caps.
+UNREAD_MEMBERS: Final = frozenset(
+    {"metadata", "properties", "requestMetadata", "promptVariables", "model", "messages", "temperature", "stream"}
+)
 
 
 def output_allowed(body: Json) -> int | None:
@@ -13729,10 +13755,11 @@ def output_allowed(body: Json) -> int | None:
     caps: list[int] = []
     counts, left = [1], [body]
     while left:
-        for name, value in left.pop().items():
+        part = left.pop()
+        for name in part.keys() - UNREAD_MEMBERS:
+            value = part[name]
             if isinstance(value, dict):
-                if name not in UNREAD_MEMBERS:
-                    left.append(value)
+                left.append(value)
             elif (kind := _cap_kind(name)) and (number := _as_count(value)) is not None:
                 (caps if kind == "cap" else counts).append(number)
     return max(caps) * max(counts) * _prompts_of(body) if caps else None
@@ -18583,11 +18610,7 @@ class Gateway:
     def limit(self, call: Call, body_bytes: int | None = None) -> None:
         """Take the call's place in its rate limits; LimitExceeded where there is none. Its body may be yet to come."""
         if self.has_rates or (call.key is not None and call.key.rate_limit is not None):
-            asked, cap = call.canonical or call.request, None
-            for name in OUTPUT_CAP_FIELDS:
-                if name in asked and isinstance(asked[name], int):
-                    cap = asked[name]
-                    break
+            _, cap = asked_output_cap(call.canonical or call.request)
             tokens = token_estimate(len(call.body) if body_bytes is None else body_bytes, cap)
             call.rated = True
             call.rate_hold = self.rates.admit(call.key, call.model, tokens, int(time.monotonic() * 1000))
@@ -19150,7 +19173,7 @@ class Gateway:
             cap, needed = await self.clamped(call, target, cap, needed)
             hold = await self.set_aside(names, needed, target.model)
         call.clamped, call.output_cap, call.held_tokens = cap != whole, None, None
-        if cap is not None and (most is not None or self.ledger.is_hard_limited(*names, target.model)):
+        if cap is not None and (most is not None or hold.is_hard):
             call.output_cap, call.held_tokens = cap.tokens if cap.injected else None, cap.total_tokens
         return hold
 
@@ -19200,9 +19223,8 @@ class Gateway:
             return None, None
         if call.endpoint.kind == "embeddings":
             return None, price.upper_bound(tokens_in, 0)
-        [name, *_] = [name for name in OUTPUT_CAP_FIELDS if request.get(name) is not None] or OUTPUT_CAP_FIELDS
         least = self.dialect_for(call, target).least_output_tokens(request, target.model)
-        cap = output_token_cap(request, name, price.max_output_tokens, None, least)
+        cap = output_token_cap(request, price.max_output_tokens, None, least)
         if room_nanousd is not None:
             affordable = cap.total_tokens
             while affordable and price.upper_bound(tokens_in, affordable) > room_nanousd:
@@ -19210,7 +19232,7 @@ class Gateway:
                 spare = room_nanousd - base
                 step = (price.upper_bound(tokens_in, affordable) - base) / affordable
                 affordable = min(affordable - 1, int(spare / step)) if spare > 0 else 0
-            clamped = output_token_cap(request, name, price.max_output_tokens, affordable, least)
+            clamped = output_token_cap(request, price.max_output_tokens, affordable, least)
             if MIN_CLAMPED_TOKENS <= affordable >= clamped.total_tokens:
                 cap = clamped
         return cap, price.upper_bound(tokens_in, cap.total_tokens)
@@ -23051,8 +23073,7 @@ class Worker(Gateway):
         if not self.has_rates and (call.key is None or call.key.rate_limit is None):
             return
         turn = call.rate_hold = Turn(next(self._numbers))
-        asked = call.canonical or call.request
-        cap = next((asked[name] for name in OUTPUT_CAP_FIELDS if isinstance(asked.get(name), int)), None)
+        _, cap = asked_output_cap(call.canonical or call.request)
         size = len(call.body) if body_bytes is None else body_bytes
         fault, turn.headers, scopes, turn.tokens = await self.link.ask(
             "turn", turn.number, call.key_id, call.model, size, cap

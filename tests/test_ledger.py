@@ -592,11 +592,10 @@ def test_headroom_is_what_clamping_budgets_leave() -> None:
     ledger = make_ledger(roomy, tight)
     args = (None, {}, "gpt-5", "openai")
     assert [ledger.headroom(*args, needed, NOW_MS) for needed in (200, 300, 900, 1001)] == [200, 300, 300, 0]
-    admit(ledger, ledger.headroom(*args, 900, NOW_MS))
+    assert admit(ledger, ledger.headroom(*args, 900, NOW_MS)).is_hard
     assert ledger.headroom(*args, 1, NOW_MS) == 0
     assert ledger.headroom(None, {}, "other", "openai", 10, NOW_MS) == 10
-    assert ledger.is_hard_limited(*args)
-    assert not make_ledger(Budget("s", 1, "day", mode="soft")).is_hard_limited(*args)
+    assert not admit(make_ledger(Budget("s", 1, "day", mode="soft")), 1).is_hard
 
 
 def test_a_burst_on_five_and_a_half_worst_cases_admits_five() -> None:
@@ -1188,8 +1187,8 @@ FIELD = "max_completion_tokens"
     ("request_body", "model_max", "affordable", "cap"),
     [
         ({FIELD: 100}, 8000, None, (100, False, 100)),
-        ({"max_tokens": 100}, 8000, None, (100, True, 100)),
-        ({"max_output_tokens": 7}, None, None, (7, True, 7)),
+        ({"max_tokens": 100}, 8000, None, (100, False, 100)),
+        ({"max_output_tokens": 7}, None, None, (7, False, 7)),
         ({}, 8000, None, (8000, True, 8000)),
         ({}, None, None, (4096, True, 4096)),
         ({FIELD: 100, "n": 3}, 8000, None, (100, False, 300)),
@@ -1199,19 +1198,19 @@ FIELD = "max_completion_tokens"
         ({"n": 2}, 8000, 100_000, (8000, True, 16_000)),
         ({FIELD: 0}, 8000, None, (0, False, 0)),
         ({FIELD: 10, "max_tokens": 99}, None, None, (10, False, 10)),
-        ({FIELD: None, "max_tokens": 9}, None, None, (9, True, 9)),
+        ({FIELD: None, "max_tokens": 9}, None, None, (9, False, 9)),
         ({FIELD: 100, "n": None}, None, None, (100, False, 100)),
         ({FIELD: 100, "n": 2, "prompt": ["a", "b", "c"]}, None, None, (100, False, 600)),
         ({FIELD: 100, "prompt": [1, 2, 3]}, None, None, (100, False, 100)),
     ],
 )
 def test_output_caps(request_body: dict, model_max: int | None, affordable: int | None, cap: tuple) -> None:
-    assert output_token_cap(request_body, FIELD, model_max, affordable) == cap
+    assert output_token_cap(request_body, model_max, affordable) == cap
 
 
 def test_a_provider_that_raises_a_cap_is_held_for_what_it_makes_of_it() -> None:
-    assert output_token_cap({FIELD: 1, "n": 2}, FIELD, None, None, 1024) == (1, False, 2048)
-    assert output_token_cap({FIELD: 5000}, FIELD, None, None, 1024) == (5000, False, 5000)
+    assert output_token_cap({FIELD: 1, "n": 2}, None, None, 1024) == (1, False, 2048)
+    assert output_token_cap({FIELD: 5000}, None, None, 1024) == (5000, False, 5000)
 
 
 @pytest.mark.parametrize(
@@ -1237,6 +1236,6 @@ def test_what_an_outgoing_body_allows_is_read_wherever_it_stands(body: dict, tok
 )
 def test_bad_caps_are_refused(request_body: dict) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        output_token_cap(request_body, FIELD, None)
-    assert output_token_cap({FIELD: (1 << 40) - 1}, FIELD, None).tokens == (1 << 40) - 1
+        output_token_cap(request_body, None)
+    assert output_token_cap({FIELD: (1 << 40) - 1}, None).tokens == (1 << 40) - 1
     assert caught.value.param in request_body
