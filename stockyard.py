@@ -321,12 +321,8 @@ def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
 
 def splice_change(body: bytes, document: Json, changed: Json) -> bytes:
     """The bytes of `changed`, which is `document` but for some members: spliced where it only has one more, its last."""
-    *same, last = changed
-    if (
-        len(same) == len(document)
-        and same == [*document]
-        and all(map(operator.is_, changed.values(), document.values()))
-    ):
+    if len(changed) == len(document) + 1 and document.items() <= changed.items():
+        last = next(reversed(changed))
         return splice_member(body, document, last, changed[last])
     return dump_json(changed)
 
@@ -12907,23 +12903,36 @@ class Balance:
         return events
 
 
+class Windows:
+    """The balances that one call touches, each in its current window."""
+
+    __slots__ = ("balances", "end_ms", "is_hard", "places")
+
+    def __init__(self, balances: Sequence[Balance]) -> None:
+        self.balances, self.end_ms = balances, min([balance.end_ms for balance in balances], default=NEVER_MS)
+        #: Whether a hard budget is among them: then an output cap must be real.
+        self.is_hard = any(balance.is_hard for balance in balances)
+        #: The budgets, each with its window, as JSON.
+        self.places = f"[{','.join(balance.place for balance in balances)}]"
+
+
 class Hold:
-    """Money set aside for one attempt; `balances` are those of the windows it was made in. Ended by the ledger only."""
+    """Money set aside for one attempt, in the windows it was made in. Ended by the ledger only."""
 
-    __slots__ = ("at_ms", "balances", "bounded", "id", "is_hard", "nanousd", "open", "places")
+    __slots__ = ("at_ms", "bounded", "id", "nanousd", "open", "windows")
 
-    def __init__(self, hold_id: str, nanousd: int | None, balances: Sequence[Balance], at_ms: int) -> None:
-        self.id, self.balances, self.at_ms = hold_id, balances, at_ms
-        #: Whether a hard budget is among them: then the output cap must be real.
-        self.is_hard = True in [balance.is_hard for balance in balances]
+    def __init__(self, hold_id: str, nanousd: int | None, windows: Windows, at_ms: int) -> None:
+        self.id, self.windows, self.at_ms = hold_id, windows, at_ms
         self.nanousd, self.bounded = nanousd or 0, nanousd is not None
         self.open = True
-        #: The budgets it is in, each with its window, as JSON.
-        self.places = f"[{','.join([balance.place for balance in balances])}]"
+
+    @property
+    def balances(self) -> Sequence[Balance]:
+        return self.windows.balances
 
     def told(self, charged_nanousd: int) -> str:
         """What the log keeps of it, as JSON; see `show_hold`."""
-        return f'{{"budgets":{self.places},"held":{self.nanousd},"charged":{charged_nanousd}}}'
+        return f'{{"budgets":{self.windows.places},"held":{self.nanousd},"charged":{charged_nanousd}}}'
 
     @property
     def record(self) -> bytes | None:
@@ -12932,7 +12941,7 @@ class Hold:
 
     def record_of(self, op: str, nanousd: int, at_ms: int) -> bytes:
         return (
-            f'{{"op":"{op}","id":"{self.id}","budgets":{self.places},"nanousd":{nanousd},"held":{self.nanousd},"at":{at_ms}}}'
+            f'{{"op":"{op}","id":"{self.id}","budgets":{self.windows.places},"nanousd":{nanousd},"held":{self.nanousd},"at":{at_ms}}}'
         ).encode()
 
 
@@ -12966,6 +12975,20 @@ class Account:
     def room(self, now_ms: int) -> int:
         balance = self.at(now_ms)
         return max(0, balance.limit_nanousd - balance.settled_nanousd - balance.held_nanousd)
+
+
+class Match:
+    """The accounts that a call touches."""
+
+    __slots__ = ("_windows", "accounts")
+
+    def __init__(self, accounts: Sequence[Account]) -> None:
+        self.accounts, self._windows = accounts, Windows([account.balance for account in accounts])
+
+    def at(self, now_ms: int) -> Windows:
+        if self._windows.end_ms <= now_ms:
+            self._windows = Windows([account.at(now_ms) for account in self.accounts])
+        return self._windows
 
 
 class Books:
@@ -13008,7 +13031,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._exact: dict[str, dict[str, list[Account]]] = {scope: {} for scope in SCOPES}
         self._patterns: list[Account] = []
-        self._matches: dict[tuple[Any, ...], tuple[Account, ...]] = {}
+        self._matches: dict[tuple[Any, ...], Match] = {}
         self.open: dict[str, Hold] = {}
         self.bound_violations = 0
         self.repeated_ends = 0
@@ -13053,7 +13076,7 @@ class Ledger:
 
     def _match(
         self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
-    ) -> tuple[Account, ...]:
+    ) -> Match:
         """The budgets of a call, remembered until one changes."""
         call = key_id, model, provider, upstream_model
         which = (call, *tags.items()) if tags and self._exact["tag"] else call
@@ -13061,7 +13084,7 @@ class Ledger:
         if found is None:
             if len(self._matches) >= MAX_REMEMBERED:
                 self._matches.clear()
-            found = self._matches[which] = tuple(self._find_match(key_id, tags, model, provider, upstream_model))
+            found = self._matches[which] = Match(self._find_match(key_id, tags, model, provider, upstream_model))
         return found
 
     def _find_match(
@@ -13117,22 +13140,18 @@ class Ledger:
         nanousd = price_upper_bound or 0
         if nanousd < 0:
             raise ValueError("a price bound is never negative")
-        balances = []
-        for account in self._match(key.id if key else "", tags, model, provider, upstream_model):
-            balance = account.balance
-            if balance.end_ms <= now_ms:
-                balance = account.at(now_ms)
+        windows = self._match(key.id if key else "", tags, model, provider, upstream_model).at(now_ms)
+        for balance in windows.balances:
             if balance.is_hard and (
                 price_upper_bound is None
                 or balance.settled_nanousd + balance.held_nanousd + nanousd > balance.limit_nanousd
             ):
                 raise _refusal(balance, model, price_upper_bound, now_ms)
-            balances.append(balance)
-        if not balances:
-            return Hold("", price_upper_bound, (), now_ms)
-        for balance in balances:
+        if not windows.balances:
+            return Hold("", price_upper_bound, windows, now_ms)
+        for balance in windows.balances:
             balance.held_nanousd += nanousd
-        hold = Hold(self._new_id("hold_"), price_upper_bound, balances, now_ms)
+        hold = Hold(self._new_id("hold_"), price_upper_bound, windows, now_ms)
         self.open[hold.id] = hold
         return hold
 
@@ -13152,7 +13171,7 @@ class Ledger:
         """
         now_ms = self._now(now_ms)
         most = needed
-        for account in self._match(key.id if key else "", tags, model, provider, upstream_model):
+        for account in self._match(key.id if key else "", tags, model, provider, upstream_model).accounts:
             if account.balance.is_hard and (room := account.room(now_ms)) < needed:
                 most = min(most, room) if account.budget.clamp else 0
         return most
@@ -13174,12 +13193,12 @@ class Ledger:
         if not hold.open:
             self.repeated_ends += 1
             return Settlement(0, None, [])
-        hold.open = False
-        if not hold.balances:
+        hold.open, balances = False, hold.windows.balances
+        if not balances:
             return Settlement(cost, None, [])
         del self.open[hold.id]
         events: list[ThresholdCrossed] = []
-        for balance in hold.balances:
+        for balance in balances:
             balance.held_nanousd -= hold.nanousd
             balance.settled_nanousd += cost
             if balance.settled_nanousd >= balance.alarm_nanousd:
@@ -13234,7 +13253,7 @@ class Ledger:
 
     def _settle_orphan(self, record: Json) -> Settlement:
         balances = [self._orphan_balance(budget_id, window) for budget_id, window in record["budgets"]]
-        hold = Hold(record["id"], record["nanousd"], tuple(balances), record["at"])
+        hold = Hold(record["id"], record["nanousd"], Windows(balances), record["at"])
         for balance in balances:
             balance.held_nanousd += hold.nanousd
         self.open[hold.id] = hold
@@ -13772,6 +13791,8 @@ def _cap_kind(name: str) -> str:
 
 
 def _as_count(value: Any) -> int | None:
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -19173,7 +19194,7 @@ class Gateway:
             cap, needed = await self.clamped(call, target, cap, needed)
             hold = await self.set_aside(names, needed, target.model)
         call.clamped, call.output_cap, call.held_tokens = cap != whole, None, None
-        if cap is not None and (most is not None or hold.is_hard):
+        if cap is not None and (most is not None or hold.windows.is_hard):
             call.output_cap, call.held_tokens = cap.tokens if cap.injected else None, cap.total_tokens
         return hold
 
@@ -23006,10 +23027,10 @@ class WorkerLedger(Ledger):
     link: Link
 
     def clamps(self, names: Touched, upstream_model: str) -> bool:
-        return any(account.budget.clamp for account in self._match(*wire_names(names), upstream_model))
+        return any(account.budget.clamp for account in self._match(*wire_names(names), upstream_model).accounts)
 
-    def balances_at(self, places: Iterable[tuple[str, str]]) -> tuple[Balance, ...]:
-        return tuple(self._orphan_balance(*place) for place in places)
+    def windows_at(self, places: Iterable[tuple[str, str]]) -> Windows:
+        return Windows([self._orphan_balance(*place) for place in places])
 
     def _end(self, hold: Hold, op: str, cost: int, now_ms: int) -> Settlement:
         if hold.open and hold.balances:
@@ -23109,7 +23130,7 @@ class Worker(Gateway):
             if needed and 0 < await self.headroom(names, needed, upstream_model) < needed:
                 raise RoomTaken(error.message, fields=error.fields, retry_after_s=error.retry_after_s) from error
             raise
-        return Hold(hold_id, needed, self.ledger.balances_at(places), int(self.clock() * 1000))
+        return Hold(hold_id, needed, self.ledger.windows_at(places), int(self.clock() * 1000))
 
     def keep_signatures(self, found: Mapping[str, str]) -> None:
         super().keep_signatures(found)

@@ -592,10 +592,10 @@ def test_headroom_is_what_clamping_budgets_leave() -> None:
     ledger = make_ledger(roomy, tight)
     args = (None, {}, "gpt-5", "openai")
     assert [ledger.headroom(*args, needed, NOW_MS) for needed in (200, 300, 900, 1001)] == [200, 300, 300, 0]
-    assert admit(ledger, ledger.headroom(*args, 900, NOW_MS)).is_hard
+    assert admit(ledger, ledger.headroom(*args, 900, NOW_MS)).windows.is_hard
     assert ledger.headroom(*args, 1, NOW_MS) == 0
     assert ledger.headroom(None, {}, "other", "openai", 10, NOW_MS) == 10
-    assert not admit(make_ledger(Budget("s", 1, "day", mode="soft")), 1).is_hard
+    assert not admit(make_ledger(Budget("s", 1, "day", mode="soft")), 1).windows.is_hard
 
 
 def test_a_burst_on_five_and_a_half_worst_cases_admits_five() -> None:
