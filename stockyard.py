@@ -114,7 +114,17 @@ import traceback
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -9295,6 +9305,9 @@ class Settings:
     log_bodies: str = _row(
         "on", "on, redacted or none: what of requests and answers is logged", _one_of("on", "redacted", "none")
     )
+    log_search: str = _row(
+        "off", "on or off: an index of the words of logged requests and answers, for search=", _one_of("on", "off")
+    )
     log_retention: float = _row(30.0, "days that log rows are kept", _number(0.01, 36500))
     log_mb: float = _row(1024.0, "size bound of the log in MB", _number(1, 10_000_000))
     audit_file: str = _row("", "append a signed checkpoint of the audit chain to this file every hour and at a stop")
@@ -9416,6 +9429,10 @@ def read_settings(
         raise SettingsError(
             f"{sources['require_key']}: require_key never is refused on {settings.host}, where others can reach this proxy; "
             "use --host 127.0.0.1, or --require-key auto with a key from `stockyard keys create`"
+        )
+    if settings.log_search == "on" and settings.log_bodies == "none":
+        raise SettingsError(
+            f"{sources['log_search']}: log_search on needs bodies in the log; set log_bodies to on or redacted"
         )
     return settings
 
@@ -14552,7 +14569,7 @@ def audit_fault(
 # A row is small: what calls have in common stands once in `labels`, and `seq` is the row's time. One index, by label,
 # serves every filter; the sums by hour and day (`rollups` by label, `points` for charts) are written with the rows. Bodies
 # of one group lie together in one compressed block; long requests in parts, each kept once. Old blocks go first, then
-# rows; the sums stay.
+# rows; the sums stay. Where log_search is on, the words of bodies, as they are stored, are in FTS5 tables beside them.
 # To change the schema: append a migration; they run in order, each in one transaction, and a newer schema is refused.
 
 MIGRATIONS: Final = (
@@ -15007,6 +15024,95 @@ def open_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
+#: Names and values in bodies whose words nobody looks for.
+UNSEARCHED_MEMBERS: Final = frozenset({"role", "type", "object"})
+#: What is no text but a file in Base64; looked for from the beginning of a run only, so that no text takes long.
+FILE_TEXT: Final = re.compile(r"(?<![\w+/=-])[\w+/=-]{256,}", re.ASCII)
+#: Of a call the last text is indexed: its answer, and of a conversation what is new.
+SEARCHED_MAX_CHARS: Final = 32_768
+SEARCH_TABLES_MAX: Final = 100
+SEARCH_TABLES: Final = (
+    "SELECT CAST(substr(name, 8) AS INTEGER) AS block FROM sqlite_master "
+    "WHERE name GLOB 'search_*' AND sql LIKE 'CREATE VIRTUAL TABLE %' ORDER BY block"
+)
+
+
+def searched_text(*bodies: bytes) -> str:
+    """The texts in bodies one after the other, without those of UNSEARCHED_MEMBERS and files; their end, where they are long."""
+    found: list[str] = []
+    for body in bodies:
+        stack = [body_json(body)]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, str):
+                found.append(FILE_TEXT.sub(" ", value) if len(value) >= 256 else value)
+            elif isinstance(value, dict):
+                stack += [part for name, part in reversed(value.items()) if name not in UNSEARCHED_MEMBERS]
+            elif isinstance(value, list):
+                stack += reversed(value)
+    return "\n".join(found)[-SEARCHED_MAX_CHARS:]
+
+
+class SearchIndex:
+    """The full text index, as the writer keeps it: FTS5 tables that have no text themselves, by the `seq` of calls.
+
+    Each covers the calls of the blocks from the one in its name on, up to the next one's, and goes whole with the first
+    of them (SQLite before 3.43 deletes no single row from such a table): rather too early than after the bodies.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, keep_ms: float, max_bytes: float) -> None:
+        self._execute = connection.execute
+        self._most_blocks, self._most_chars = keep_ms * (1 << BLOCK_BITS) / 32, max_bytes / 32
+        self._chars = 0
+        self._blocks: list[int] = []
+
+    def open(self, block: int) -> None:
+        try:
+            if not self._read():
+                self._begin(block)
+        except sqlite3.OperationalError as error:
+            raise StoreError(
+                f"STOCKYARD_LOG_SEARCH=on needs a SQLite with FTS5, unlike this Python's ({error}); set it to off"
+            ) from error
+
+    def forget(self) -> None:
+        """What a transaction did that was rolled back."""
+        self._blocks.clear()
+
+    def _read(self) -> list[int]:
+        if not self._blocks:
+            self._blocks = [row["block"] for row in self._execute(SEARCH_TABLES)]
+        return self._blocks
+
+    def _begin(self, block: int) -> None:
+        self._execute(f"CREATE VIRTUAL TABLE search_{block} USING fts5(text, content='', columnsize=0)")
+        self._blocks.append(block)
+        self._chars = 0
+
+    def add(self, block: int, texts: list[tuple[int, str]]) -> None:
+        """The texts of a block's calls, by `seq`."""
+        if block - self._read()[-1] > self._most_blocks or self._chars > self._most_chars:
+            self._begin(block)
+        for seq, text in sorted(texts):  # in order, or FTS5 would write for each of them
+            self._execute(f"INSERT INTO search_{self._blocks[-1]} (rowid, text) VALUES (?, ?)", (seq, text))  # noqa: S608 - a number
+            self._chars += len(text)
+
+    def drop_before(self, oldest: int) -> None:
+        """Drop what has words of a block that is older; there is always a table, which says that there is an index."""
+        blocks = self._read()
+        while blocks[0] < oldest or len(blocks) > SEARCH_TABLES_MAX:
+            if len(blocks) == 1:
+                self._begin(oldest)
+            self._execute(f"DROP TABLE search_{blocks.pop(0)}")
+
+
+def drop_search(connection: sqlite3.Connection) -> None:
+    """Where the index is off, it would miss calls, and keep words that nobody asked to be kept."""
+    for row in connection.execute(SEARCH_TABLES).fetchall():
+        with contextlib.suppress(sqlite3.OperationalError):  # a SQLite without FTS5
+            connection.execute(f"DROP TABLE search_{row['block']}")
+
+
 @dataclass(slots=True)
 class Group:
     """What one commit takes from the queue: calls, statements, and what is to be done once they are committed."""
@@ -15026,17 +15132,19 @@ def may_pass(error: Exception) -> bool:
 class LogStore:
     """The request log: `begin` and `put` from the event loop, everything else in threads. One writer connection and thread.
 
-    `keep_ms` and `max_bytes` bound the log; the bodies of the oldest calls go first, then their rows.
+    `keep_ms` and `max_bytes` bound the log; the bodies of the oldest calls go first, then their rows. With `search` the
+    words of bodies are indexed.
     """
 
     def __init__(
         self, path: Path, *, bodies: bool = True, full_sync: bool = False, keep_ms: float = math.inf, max_bytes: float = math.inf,
-        now_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+        now_ms: Callable[[], int] = lambda: int(time.time() * 1000), search: bool = False,
     ) -> None:  # fmt: skip
         self.path, self.full_sync = path, full_sync
         self.lost_rows = self.crashed_rows = 0
         self.last_error = ""
         self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
+        self._searches, self._search = search, cast(SearchIndex | None, None)
         self._labels: dict[tuple[Any, ...], int] = {}
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
@@ -15059,6 +15167,11 @@ class LogStore:
         """Open the database, and go on from the journals of the last process and of its workers."""
         self._connection = open_writer(self.path, self.full_sync)
         self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
+        if self._searches:
+            self._search = SearchIndex(self._connection, self._keep_ms, self._max_bytes)
+            self._search.open(max(self._last_block + 1, self._now_ms() << BLOCK_BITS))
+        else:
+            drop_search(self._connection)
         if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
             after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
             self._audit("began", {"after": after})
@@ -15284,6 +15397,8 @@ class LogStore:
         except Exception:
             self._labels.clear()
             self._parts.clear()
+            if self._search is not None:
+                self._search.forget()
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
@@ -15351,9 +15466,12 @@ class LogStore:
         places: list[tuple[int, int, int]] = []
         bodies: list[bytes] = []
         digests: list[bytes] = []
+        texts: list[tuple[int, str]] = []
         at = 0
         for call in calls if self._bodies else ():
             asked, answered = self._bodies_of(call)
+            if self._search is not None:
+                texts.append((call.row.seq, searched_text(asked, answered)))
             digests.append(audit_digest(asked, answered))
             is_split = len(asked) >= SPLIT_MIN_BYTES
             if is_split:
@@ -15366,6 +15484,8 @@ class LogStore:
         stored = zlib.compress(raw, 1) if at > 512 else raw
         seqs = struct.pack(f"<{len(calls)}q", *[call.row.seq for call in calls])
         self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (block, seqs, at > 512, stored))
+        if self._search is not None:
+            self._search.add(block, texts)
         return block, places or [(0, 0, 0)] * len(calls), digests or [bytes(16)] * len(calls)
 
     def _part(self, piece: bytes, block: int) -> int:
@@ -15447,7 +15567,10 @@ class LogStore:
         cutoff_ms = int(self._now_ms() - self._keep_ms) if self._keep_ms < math.inf else 0
         dropped = delete(PRUNE_BLOCKS, (cutoff_ms << BLOCK_BITS,)).rowcount
         gone = delete(PRUNE_CALLS, (cutoff_ms << SEQ_BITS,)).rowcount
-        oldest = delete("SELECT MIN(block) FROM blocks").fetchone()[0] or self._now_ms() << BLOCK_BITS
+        first = delete("SELECT MIN(block) FROM blocks").fetchone()[0]
+        oldest = first or self._now_ms() << BLOCK_BITS
+        if self._search is not None:
+            self._search.drop_before(first or self._last_block + 1)
         dropped += delete(PRUNE_PARTS, (oldest - PART_STALE,)).rowcount
         dropped += delete(PRUNE_RESPONSES, (cutoff_ms,)).rowcount
         dropped += delete(PRUNE_FEEDBACK, (cutoff_ms,)).rowcount
@@ -15656,13 +15779,13 @@ ROW_FILTERS: Final[Mapping[str, str]] = {
     "session": "session = :session AND session != ''",  # so that the index of those that have one serves
     "tag": "instr(',' || tags || ',', ',' || :tag || ',')",
 }
-LOG_FILTERS: Final = (*LABEL_FILTERS, *ROW_FILTERS, "q", "since", "until", "before")
+LOG_FILTERS: Final = (*LABEL_FILTERS, *ROW_FILTERS, "q", "search", "since", "until", "before")
 SELECT_CALLS: Final = f"SELECT calls.*, labels.*, seq >> {SEQ_BITS} AS ts_ms FROM calls CROSS JOIN labels USING (label)"  # noqa: S608 - our names
 
 
 @dataclass(frozen=True, slots=True)
 class LogFilter:
-    """What is wanted of the log: a range of `seq`, conditions on labels and on rows with their parameters, and a text."""
+    """What is wanted of the log: a range of `seq`, conditions on labels and on rows with their parameters, a text, and words."""
 
     low: int
     high: int
@@ -15670,6 +15793,7 @@ class LogFilter:
     rows: tuple[str, ...]
     parameters: Json
     text: str = ""
+    words: str = ""
 
 
 def log_filter(wanted: Mapping[str, str], now_ms: int, known: Sequence[str] = LOG_FILTERS) -> LogFilter:
@@ -15690,7 +15814,20 @@ def log_filter(wanted: Mapping[str, str], now_ms: int, known: Sequence[str] = LO
             parameters[name] = text
     labels = tuple(clause for name, clause in LABEL_FILTERS.items() if name in wanted)
     rows = tuple(clause for name, clause in ROW_FILTERS.items() if name in wanted)
-    return LogFilter(low, high, labels, rows, parameters, wanted.get("q", ""))
+    return LogFilter(low, high, labels, rows, parameters, wanted.get("q", ""), search_words(wanted.get("search", "")))
+
+
+def search_words(text: str) -> str:
+    """Words and "phrases" that must all be there, `wor*` for beginnings, in FTS5's language; InvalidRequest where none are left.
+
+    Whatever a user writes is quoted, so that none of it is a command.
+    """
+    plain = text.replace("\0", " ").encode("utf-8", "replace").decode()
+    terms = [phrase or word for phrase, word in re.findall(r'"([^"]*)"|([^\s"]+)', plain)]
+    terms = [term for term in terms if any(map(str.isalnum, term))]
+    if text and not 0 < len(terms) <= SEARCH_MAX_TERMS:
+        raise InvalidRequest(f"search takes 1 to {SEARCH_MAX_TERMS} words, or phrases in double quotes", param="search")
+    return " ".join(f'"{term.rstrip("*")}"{"*" if term.endswith("*") else ""}' for term in terms)
 
 
 def parse_status_range(text: str) -> tuple[int, int]:
@@ -15722,6 +15859,7 @@ def parse_time(text: str, now_ms: int) -> int:
 #: One page looks at so much at most: rows for a tag or a text, and time. The cursor goes on from there.
 PAGE_MAX_S: Final = 0.25
 PAGE_STEP_ROWS: Final = 500
+SEARCH_MAX_TERMS: Final = 32
 LABELS_MAX: Final = 2000
 
 
@@ -15737,24 +15875,50 @@ def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: in
     """One page of the log. With a text or a tag it may hold fewer rows than `limit` and still have a next one."""
     tag = wanted.get("tag")  # looked for here, not in SQL, which would not stop after a while
     asked = log_filter({name: text for name, text in wanted.items() if name != "tag"}, now_ms)
-    labels = wanted_labels(store, asked) if asked.labels else None
-    if not asked.text and tag is None:
+    labels = wanted_labels(store, asked) if asked.labels and not asked.words else None
+    if not asked.text and not asked.words and tag is None:
         rows = newest_rows(store, asked, labels, asked.high, limit + 1)
         return Page(rows[:limit], rows[limit - 1]["seq"] if len(rows) > limit else None)
     found: list[sqlite3.Row] = []
     cursor, give_up_s, needles = asked.high, time.monotonic() + PAGE_MAX_S, text_needles(asked.text)
     blocks: dict[int, bytes] = {}
     while time.monotonic() < give_up_s:
-        rows = newest_rows(store, asked, labels, cursor, PAGE_STEP_ROWS)
+        among = searched(store, asked.words, asked.low, cursor, PAGE_STEP_ROWS) if asked.words else None
+        rows = newest_rows(store, asked, labels, cursor, PAGE_STEP_ROWS, among)
         for row in rows:
             if tag in (None, *row["tags"].split(",")) and (needles is None or says(store, row, needles, blocks)):
                 found.append(row)
                 if len(found) == limit:
                     return Page(found, row["seq"])
             cursor = row["seq"]
-        if len(rows) < PAGE_STEP_ROWS:
+        if len(rows if among is None else among) < PAGE_STEP_ROWS:
             return Page(found, None)
+        cursor = among[-1] if among else cursor
     return Page(found, cursor)
+
+
+def searched(store: Reads, words: str, low: int, high: int, limit: int) -> list[int]:
+    """The newest calls in a range of `seq` that say these words; InvalidRequest where there is no index."""
+    for is_last in (False, True):
+        tables = [f"search_{row['block']}" for row in store.read(SEARCH_TABLES)]
+        if not tables:
+            raise InvalidRequest(
+                "there is no index to search: start Stockyard with STOCKYARD_LOG_SEARCH=on, which indexes calls from then on; q looks through them without one",
+                param="search",
+            )  # fmt: skip
+        sql = " UNION ALL ".join(
+            f"SELECT rowid AS seq FROM {name} WHERE {name} MATCH :words AND rowid >= :low AND rowid < :high" for name in tables  # noqa: S608 - numbers
+        )  # fmt: skip
+        try:
+            found = store.read(
+                f"{sql} ORDER BY seq DESC LIMIT :limit", {"words": words, "low": low, "high": high, "limit": limit}
+            )
+        except sqlite3.OperationalError:  # a table may have been dropped since they were listed
+            if is_last:
+                raise
+        else:
+            return [row["seq"] for row in found]
+    return []
 
 
 def rows_where(asked: LogFilter) -> tuple[str, Json]:
@@ -15769,12 +15933,15 @@ def wanted_labels(store: LogStore, asked: LogFilter) -> list[int]:
 
 
 def newest_rows(
-    store: LogStore, asked: LogFilter, labels: list[int] | None, high: int, limit: int
+    store: LogStore, asked: LogFilter, labels: list[int] | None, high: int, limit: int, among: list[int] | None = None
 ) -> list[sqlite3.Row]:
     """The newest rows below `high` that fit. Each label has its rows in order in one index; the newest of all are wanted."""
     parameters = {**asked.parameters, "low": asked.low, "high": high, "limit": limit}
     clauses = ["seq >= :low", "seq < :high", *asked.rows]
-    if labels is not None and asked.rows:
+    if among is not None:
+        clauses += ["seq IN (SELECT value FROM json_each(:among))", *asked.labels]
+        parameters["among"] = dump_json(among).decode()
+    elif labels is not None and asked.rows:
         clauses.append("label IN (SELECT value FROM json_each(:labels))")
         parameters["labels"] = dump_json(labels).decode()
     elif labels is not None and len(labels) <= LABELS_MAX:
@@ -15827,8 +15994,10 @@ def find_new_requests(
     clauses = " AND ".join(["seq IN (SELECT value FROM json_each(:seqs))", *asked.labels, *asked.rows])
     for found in store.read("SELECT block, seqs FROM blocks WHERE block > ? ORDER BY block LIMIT 100", (block,)):
         block = found["block"]
-        seqs = struct.unpack(f"<{len(found['seqs']) // 8}q", found["seqs"])
-        parameters = {**asked.parameters, "seqs": dump_json(seqs).decode()}
+        seqs: Collection[int] = struct.unpack(f"<{len(found['seqs']) // 8}q", found["seqs"])
+        if asked.words and seqs:
+            seqs = set(seqs) & set(searched(store, asked.words, min(seqs), max(seqs) + 1, -1))
+        parameters = {**asked.parameters, "seqs": dump_json([*seqs]).decode()}
         fresh = store.read(f"{SELECT_CALLS} WHERE {clauses} ORDER BY seq", parameters)
         rows += [row for row in fresh if needles is None or says(store, row, needles, {})]
     return rows, block
@@ -16153,12 +16322,15 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
     ]
 
 
+SESSION_FILTERS: Final = tuple(name for name in LOG_FILTERS if name not in ("q", "search"))
+
+
 def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: int) -> list[Json]:
     """Conversations, by x-stockyard-session, the latest first: what was called, from when to when, and its cost.
 
-    The filters are those of the log; `before` is a session's `cursor`.
+    The filters are those of the log but for texts; `before` is a session's `cursor`.
     """
-    asked = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms)
+    asked = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms, SESSION_FILTERS)
     where, parameters = rows_where(asked)
     before = wanted.get("before", "")
     rows = store.read(
@@ -21981,7 +22153,7 @@ PAGE_FILTERS: Final = tuple(name for name in LOG_FILTERS if name != "before")
 QUERIES: Final[Mapping[str, tuple[str, ...]]] = {
     "/api/requests": (*PAGE_FILTERS, "limit", "cursor"),
     "/api/requests.csv": PAGE_FILTERS, "/api/requests.jsonl": PAGE_FILTERS,
-    "/api/sessions": (*(name for name in LOG_FILTERS if name != "before"), "limit", "cursor"),
+    "/api/sessions": (*(name for name in SESSION_FILTERS if name != "before"), "limit", "cursor"),
     "/api/spend": ("by", *SPEND_FILTERS), "/api/timeseries": ("bucket", "by", *POINT_FILTERS), "/api/overview": POINT_FILTERS,
     "/api/route": ("model", "provider", "tags", "session", "tokens"), "POST /api/config": ("check",), "POST /api/config/reload": ("check",),
 }  # fmt: skip
@@ -22508,6 +22680,7 @@ async def open_gateway(
             full_sync=settings.durability == "full",
             keep_ms=settings.log_retention * DAY_MS,
             max_bytes=settings.log_mb * 1024 * 1024,
+            search=settings.log_search == "on",
         )
     except BaseException:
         lock.release()
@@ -24232,7 +24405,7 @@ def log_line(row: Json) -> str:
 
 def run_logs(options: argparse.Namespace) -> int:
     store, now_ms = open_log(options), int(time.time() * 1000)
-    names = ("model", "key", "status", "since", "until", "provider", "session", "tag", "q")
+    names = ("model", "key", "status", "since", "until", "provider", "session", "tag", "q", "search")
     wanted = {name: value for name in names if (value := getattr(options, name, None))}
     block = last_block(store)
     if options.csv:
@@ -24757,6 +24930,7 @@ VERBS: Final = (
         ("--status", {"help": "only this status: 429, 5xx, ok, error"}), ("--session", {"help": "only this session"}), _SINCE,
         ("--until", {"help": "only earlier ones"}), ("--tag", {"help": "only this tag: team=search"}),
         ("--q", {"help": "only those whose request or answer holds this text"}),
+        ("--search", {"help": 'only those with these words or "phrases"; quick, with STOCKYARD_LOG_SEARCH=on'}),
         ("--limit", {"type": int, "default": 50, "help": "how many at the most (50); 0 is all, the newest first"}), _JSON,
         ("--csv", {"action": "store_true", "help": "print CSV"}),
     )),

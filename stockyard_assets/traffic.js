@@ -142,7 +142,7 @@ export function live(place, _, signal) {
 const STATUSES = [["", "any status"], ["ok", "answered"], ["error", "errors"], ["4xx", "4xx"], ["429", "429"], ["5xx", "5xx"]];
 const CACHES = [["", "any cache"], ["hit", "hit"], ["miss", "miss"], ["coalesced", "coalesced"], ["bypass", "bypass"]];
 const SINCE = [["", "all time"], ["1h", "last hour"], ["24h", "last day"], ["7d", "last 7 days"], ["30d", "last 30 days"]];
-const ASKED = ["q", "model", "provider", "key", "tag", "session", "status", "cache", "since"];
+const ASKED = ["q", "search", "model", "provider", "key", "tag", "session", "status", "cache", "since"];
 
 export function requests(place, { query: given }, signal) {
   const wanted = Object.fromEntries(ASKED.map((name) => [name, given.get(name) || ""]));
@@ -153,7 +153,7 @@ export function requests(place, { query: given }, signal) {
   };
   const choice = (name, label, choices) => field(label, select(name, choices, wanted[name], { onchange: (event) => go(event) }));
   const form = h("form", { class: "panel filters", role: "search", onsubmit: go },
-    text("q", "Search in texts"), text("model", "Model"), text("provider", "Provider"), text("key", "Key id"), text("tag", "Tag"), text("session", "Session"),
+    text("q", "Search in texts"), text("search", "Indexed words"), text("model", "Model"), text("provider", "Provider"), text("key", "Key id"), text("tag", "Tag"), text("session", "Session"),
     choice("status", "Status", STATUSES), choice("cache", "Cache", CACHES), choice("since", "Since", SINCE),
     h("div", { class: "row end" }, h("button", { type: "submit", class: "primary" }, "Apply"), link("#/requests", "Clear")));
   const list = h("section", { class: "panel flush", "aria-label": "Requests" });

@@ -731,3 +731,197 @@ def test_commands_read_export_and_back_up_without_a_proxy(
     assert "not overwritten" in capsys.readouterr().err
     assert copy.stat().st_mode & 0o777 == 0o600
     assert len(stockyard.LogReader(copy).read("SELECT id FROM calls")) == 5
+
+
+# -- full text
+
+
+def say(make: Make, asked: str, answered: str = "yes", **fields: Any) -> Call:
+    body = {"model": "m", "messages": [{"role": "user", "content": asked}]}
+    answer = {"choices": [{"message": {"content": answered}}], "usage": {"total_tokens": 7}}
+    return make(body=json.dumps(body).encode(), answer=json.dumps(answer).encode(), **fields)
+
+
+def indexed(store: LogStore, word: str) -> list[int]:
+    return stockyard.searched(store, word, 0, 2**63 - 1, -1)
+
+
+def search_tables(store: LogStore) -> list[int]:
+    return [row["block"] for row in store.read(stockyard.SEARCH_TABLES)]
+
+
+def test_words_and_phrases_are_found_by_the_index(tmp_path: Path, make: Make) -> None:
+    picture = "data:image/png;base64," + "iVBOR" * 200
+    calls = [
+        say(make, 'The fox\nsaid "Grüße" to O\'Brien', "and then nothing", model="a"),
+        say(make, "a dog", "the fox ran", model="b"),
+        say(make, "the ran fox " + picture, "42 C++", key_id="k", model="b"),
+        say(make, "word " * 20_000 + "last", "tail"),
+    ]
+    with opened(tmp_path, search=True) as store:
+        for call in calls:
+            store.put(call)
+        committed(store)
+        fox, dog, picture_call, long = (call.id for call in calls)
+        for text, found in (
+            ("fox", [picture_call, dog, fox]), ("FOX said", [fox]), ("gruße", [fox]), ("o'brien", [fox]), ("nothin*", [fox]),
+            ('"fox ran"', [dog]), ("fox ran", [picture_call, dog]), ("c++ &", [picture_call]), ("42", [picture_call]),
+            ("last tail", [long]), ("user", []), ("iVBOR*", []), ("nothin", []), ("cat", []),
+        ):  # fmt: skip
+            assert ids(store, search=text) == found, text
+        assert ids(store, search="fox", model="b") == [picture_call, dog]
+        assert ids(store, search="fox", model="b", key="k", q="the ran") == [picture_call]
+        page = stockyard.find_page(store, {"search": "fox"}, 2, NOW_MS)
+        assert ids(store, search="fox", before=str(page.cursor)) == [fox]
+        assert [row["id"] for row in stockyard.find_new_requests(store, 0, {"search": "fox"}, NOW_MS)[0]] == [
+            fox, dog, picture_call,
+        ]  # fmt: skip
+
+
+def test_a_search_goes_on_through_many_calls_and_tables(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "PAGE_STEP_ROWS", 7)
+    monkeypatch.setattr(LogStore, "_prune", lambda _: False)
+    with opened(tmp_path, search=True, max_bytes=32 * 50) as store:
+        calls = [say(make, "fox" if number % 2 else "hen", tags=f"n={number % 3}") for number in range(60)]
+        random.Random(5).shuffle(calls)  # they end in another order than that in which they began
+        for at in range(0, 60, 10):
+            for call in calls[at : at + 10]:
+                store.put(call)
+            committed(store)
+        assert len(search_tables(store)) > 2
+        foxes = sorted((call.id for call in calls if b"fox" in call.body), reverse=True)
+        assert ids(store, search="fox") == foxes
+        assert ids(store, search="fox", tag="n=1") == [
+            call_id for call_id in foxes if call_id in {call.id for call in calls if call.tags == "n=1"}
+        ]
+
+
+def test_words_go_with_the_first_bodies_that_retention_drops_and_never_later(tmp_path: Path, make: Make) -> None:
+    now = [NOW_MS]
+    with opened(tmp_path, search=True, keep_ms=4 * DAY_MS, now_ms=lambda: now[0]) as store:
+        for _ in range(6):
+            store.put(say(make, "fox", ts_ms=now[0]))
+            committed(store)
+            now[0] += DAY_MS
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: len(search_tables(store)) == 4)
+        [oldest] = store.read("SELECT MIN(block) AS block FROM blocks")
+        assert search_tables(store)[0] >= oldest["block"]
+        assert ids(store, search="fox") == ids(store)
+        now[0] += 9 * DAY_MS
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: not ids(store) and len(search_tables(store)) == 1)
+        assert ids(store, search="fox") == []
+        kept = search_tables(store)
+        store._upkeep_at_s = 0.0
+        store._wake.set()
+        until(lambda: store._upkeep_at_s > 0.0)
+        assert search_tables(store) == kept  # an idle log does not make tables
+        assert indexed(store, "fox") == []
+        store.put(say(make, "fox", ts_ms=now[0]))
+        committed(store)
+        assert len(ids(store, search="fox")) == 1
+
+
+def test_words_are_committed_with_their_rows_or_not_at_all(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [sqlite3.OperationalError("database or disk is full")] * 2
+    whole = LogStore._roll_up
+
+    def roll_up(self: LogStore, rows: list[stockyard.LogRow]) -> None:
+        if faults:  # after the words, before the commit
+            raise faults.pop()
+        whole(self, rows)
+
+    monkeypatch.setattr(LogStore, "_roll_up", roll_up)
+    now = [NOW_MS]
+    with opened(tmp_path, search=True, keep_ms=DAY_MS, now_ms=lambda: now[0]) as store:
+        now[0] += DAY_MS // 4  # so that a table is begun in the transaction that fails
+        store.put(say(make, "fox"))
+        committed(store)
+        assert len(ids(store, search="fox")) == 1
+        assert len(indexed(store, "fox")) == 1
+    with opened(tmp_path, search=True, keep_ms=DAY_MS, now_ms=lambda: now[0]) as store:
+        store.put(say(make, "fox"))
+        committed(store)
+        assert len(ids(store, search="fox")) == 2
+
+
+@given(st.text(min_size=1))
+@pytest.mark.parametrize(
+    "around", ["{}", '"{}', "fox AND {}", "text:{}", "NEAR({} fox, 2)", "{}*", "^{} OR fox", "{}\0"]
+)
+def test_no_text_is_a_command_of_the_index(index: LogStore, around: str, text: str) -> None:
+    with contextlib.suppress(stockyard.InvalidRequest):
+        stockyard.find_page(index, {"search": around.format(text)}, 5, NOW_MS)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LogStore]:
+    with opened(tmp_path_factory.mktemp("index"), search=True) as store:
+        yield store
+
+
+def test_a_search_needs_words_and_an_index(tmp_path: Path, make: Make) -> None:
+    with opened(tmp_path, search=True) as store:
+        store.put(say(make, "fox"))
+        committed(store)
+        assert len(ids(store, search="fox")) == 1
+        for wrong in ("?!", '"', "fox " * 33):
+            with pytest.raises(stockyard.InvalidRequest, match="1 to 32 words"):
+                ids(store, search=wrong)
+    with opened(tmp_path) as store:  # and words nobody asked to keep are gone
+        assert [*store.read("SELECT name FROM sqlite_master WHERE name LIKE 'search%'")] == []
+        store.put(say(make, "fox"))
+        committed(store)
+        with pytest.raises(stockyard.InvalidRequest, match="STOCKYARD_LOG_SEARCH=on"):
+            ids(store, search="fox")
+
+
+def test_an_index_is_refused_without_bodies_and_without_fts5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(stockyard.SettingsError, match="STOCKYARD_LOG_SEARCH: log_search on needs bodies"):
+        stockyard.read_settings({}, {"STOCKYARD_LOG_SEARCH": "on", "STOCKYARD_LOG_BODIES": "none"})
+
+    class Plain(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            if "fts5" in sql:
+                raise sqlite3.OperationalError("no such module: fts5")
+            return super().execute(sql, *parameters)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *place, **options: connect(*place, factory=Plain, **options))
+    with pytest.raises(stockyard.StoreError, match=r"needs a SQLite with FTS5.*no such module"):
+        LogStore(tmp_path / "stockyard.db", search=True)
+
+
+async def test_search_knows_no_hidden_text(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with start(log_search="on", log_bodies="redacted") as proxy:
+        ask = {"model": "echo", "messages": [{"role": "user", "content": "write to jo.doe@example.com of foxes"}]}
+        await proxy.post("/v1/chat/completions", ask)
+        headers = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+
+        async def found(text: str) -> tuple[int, Any]:
+            params = {"search": text}
+            async with proxy.session.get(proxy.url + "/api/requests", params=params, headers=headers) as answer:
+                return answer.status, await answer.json()
+
+        assert len((await found("foxes write"))[1]["data"]) == 1
+        assert (await found("jo.doe"))[1]["data"] == []
+        assert (await found("doe"))[1]["data"] == []
+        assert (await found("("))[0] == 400
+    assert b"doe" not in await asyncio.to_thread((tmp_path / "stockyard.db").read_bytes)
+    options = ["--json", "--data-dir", str(tmp_path)]
+    assert stockyard.main(["logs", "--search", "foxes", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "echo"
+    assert stockyard.main(["logs", "--search", "hens", *options]) == 0
+    assert capsys.readouterr().out == ""
+    async with start() as proxy:
+        headers = {"authorization": f"Bearer {proxy.gateway.admin_key}"}
+        async with proxy.session.get(proxy.url + "/api/requests?search=foxes", headers=headers) as answer:
+            told = await answer.json()
+        assert (answer.status, "STOCKYARD_LOG_SEARCH=on" in told["error"]["message"]) == (400, True)
