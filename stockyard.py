@@ -14710,6 +14710,9 @@ MIGRATIONS: Final = (
     """,
 )
 
+#: The migration that made the table `calls`, and from how many rows on migrations are told of.
+CALLS_SINCE: Final = 7
+MIGRATION_TOLD_ROWS: Final = 100_000
 #: The fields of a log row as users see them, in this order; also the CSV header.
 LOG_FIELDS: Final = tuple(
     "id ts key_id tags client_dialect endpoint model provider upstream_model stream status error cache "
@@ -14979,8 +14982,11 @@ def prepare_data_dir(path: Path) -> None:
         ) from error
 
 
-def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
-    """Open the one writing connection and bring the schema up to date; StoreError with what to do otherwise."""
+def open_writer(path: Path, full_sync: bool, tell: Callable[[str], object]) -> sqlite3.Connection:
+    """Open the one writing connection and bring the schema up to date; StoreError with what to do otherwise.
+
+    `tell` is told, in a sentence, of what may take minutes.
+    """
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
         path.chmod(0o600)
@@ -14992,7 +14998,7 @@ def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {'FULL' if full_sync else 'NORMAL'}")
         connection.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}")
-        migrate(connection, path)
+        migrate(connection, path, tell)
         for table in ("ledger", "keys", "budgets"):  # what money and access hang on; the log itself would take long
             if (found := connection.execute(f"PRAGMA quick_check('{table}')").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found)
@@ -15003,14 +15009,24 @@ def open_writer(path: Path, full_sync: bool) -> sqlite3.Connection:
     return connection
 
 
-def migrate(connection: sqlite3.Connection, path: Path) -> None:
+def migrate(connection: sqlite3.Connection, path: Path, tell: Callable[[str], object]) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
         raise StoreError(
             f"{path} was written by a newer Stockyard (schema {version}, this one knows {len(MIGRATIONS)}); run that one"
         )
+    is_long, start_s = False, time.monotonic()
+    if 0 < version < len(MIGRATIONS):
+        table = "calls" if version >= CALLS_SINCE else "requests"
+        [count] = connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()  # noqa: S608 - one of two names
+        if is_long := count >= MIGRATION_TOLD_ROWS:
+            tell(
+                f"migrating {path.name} from version {version} to {len(MIGRATIONS)}; {count / 1e6:.1f} million rows, may take minutes"
+            )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    if is_long:
+        tell(f"migrated {path.name} to version {len(MIGRATIONS)} in {time.monotonic() - start_s:.0f} s")
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
@@ -15139,12 +15155,13 @@ class LogStore:
     def __init__(
         self, path: Path, *, bodies: bool = True, full_sync: bool = False, keep_ms: float = math.inf, max_bytes: float = math.inf,
         now_ms: Callable[[], int] = lambda: int(time.time() * 1000), search: bool = False,
+        tell: Callable[[str], object] = lambda _: None,
     ) -> None:  # fmt: skip
         self.path, self.full_sync = path, full_sync
         self.lost_rows = self.crashed_rows = 0
         self.last_error = ""
         self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
-        self._searches, self._search = search, cast(SearchIndex | None, None)
+        self._searches, self._search, self._tell = search, cast(SearchIndex | None, None), tell
         self._labels: dict[tuple[Any, ...], int] = {}
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
@@ -15165,7 +15182,7 @@ class LogStore:
 
     def _open(self) -> Journal:
         """Open the database, and go on from the journals of the last process and of its workers."""
-        self._connection = open_writer(self.path, self.full_sync)
+        self._connection = open_writer(self.path, self.full_sync, self._tell)
         self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
         if self._searches:
             self._search = SearchIndex(self._connection, self._keep_ms, self._max_bytes)
@@ -22681,6 +22698,7 @@ async def open_gateway(
             keep_ms=settings.log_retention * DAY_MS,
             max_bytes=settings.log_mb * 1024 * 1024,
             search=settings.log_search == "on",
+            tell=functools.partial(print_error, event="migration", level="info"),
         )
     except BaseException:
         lock.release()

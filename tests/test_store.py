@@ -319,6 +319,29 @@ def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path
         assert (spent["key"], spent["requests"], spent["cost_usd"]) == ("key_1", 1, 123e-9)
 
 
+def test_a_migration_that_may_take_long_says_so(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with opened(tmp_path, tell=told.append) as store:  # a new one has none
+        for _ in range(3):
+            store.put(make())
+    newest = len(stockyard.MIGRATIONS)
+    monkeypatch.setattr(stockyard, "MIGRATIONS", (*stockyard.MIGRATIONS, "SELECT 1;"))
+    monkeypatch.setattr(stockyard, "MIGRATION_TOLD_ROWS", 4)
+    with opened(tmp_path, tell=told.append):
+        assert told == []
+    monkeypatch.setattr(stockyard, "MIGRATIONS", (*stockyard.MIGRATIONS, "SELECT 1;"))
+    monkeypatch.setattr(stockyard, "MIGRATION_TOLD_ROWS", 3)
+    with opened(tmp_path, tell=told.append):
+        begun, ended = told
+        assert (
+            begun
+            == f"migrating stockyard.db from version {newest + 1} to {newest + 2}; 0.0 million rows, may take minutes"
+        )
+        assert ended.startswith(f"migrated stockyard.db to version {newest + 2} in ")
+    with opened(tmp_path, tell=told.append):
+        assert len(told) == 2
+
+
 def digest_of(*scripts: str) -> str:
     return hashlib.sha256("".join(scripts).encode()).hexdigest()[:16]
 
