@@ -14708,6 +14708,27 @@ MIGRATIONS: Final = (
         WHERE tag = '' GROUP BY 1, 2, 3, 4, 5, 6, 7;
     DROP TABLE spreads;
     """,
+    """
+    CREATE TABLE new_points (
+        span_s INTEGER NOT NULL, kind TEXT NOT NULL, start_s INTEGER NOT NULL, model TEXT NOT NULL, provider TEXT NOT NULL,
+        key_id TEXT NOT NULL, upstream_model TEXT NOT NULL, status NOT NULL, endpoint TEXT NOT NULL, requests INTEGER NOT NULL,
+        errors INTEGER NOT NULL, cache_hits INTEGER NOT NULL, unpriced INTEGER NOT NULL, input_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, cache_write_tokens INTEGER NOT NULL,
+        reasoning_tokens INTEGER NOT NULL, redactions INTEGER NOT NULL, cost_nanousd INTEGER, saved_nanousd INTEGER NOT NULL,
+        steps BLOB NOT NULL, PRIMARY KEY (span_s, kind, start_s, model, provider, key_id, upstream_model, status, endpoint)
+    ) WITHOUT ROWID;
+    INSERT INTO new_points SELECT span_s, kind, start_s, model, provider, key_id, upstream_model, '', '', requests, errors,
+        cache_hits, unpriced, input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, redactions,
+        cost_nanousd, saved_nanousd, steps FROM points;
+    INSERT INTO new_points SELECT span_s, kind, start_s, '', '', '', '', iif(kind = 'status', status, ''),
+        iif(kind = 'endpoint', endpoint, ''), SUM(requests), SUM(requests * (status >= 400)),
+        SUM(requests * (cache IN ('hit', 'coalesced'))), SUM(unpriced), SUM(input_tokens), SUM(output_tokens),
+        SUM(cached_tokens), SUM(cache_write_tokens), SUM(reasoning_tokens), SUM(redactions), SUM(cost_nanousd),
+        SUM(saved_nanousd), x'' FROM rollups JOIN labels USING (label)
+        CROSS JOIN (SELECT 'status' AS kind UNION ALL SELECT 'endpoint') WHERE tag = '' GROUP BY 1, 2, 3, 8, 9;
+    DROP TABLE points;
+    ALTER TABLE new_points RENAME TO points;
+    """,
 )
 
 #: The migration that made the table `calls`, and from how many rows on migrations are told of.
@@ -15435,16 +15456,19 @@ class LogStore:
             self._audit("calls", {}, b"".join(itertools.starmap(AUDIT_ROW.pack, listed[at : at + 1000])))
 
     def _add_points(self, rows: list[LogRow]) -> None:
-        """Add the rows to the points of charts, by what they have in common."""
+        """Add the rows to the points of charts: first those that have all in common, then what those add to each point."""
         alike: dict[tuple[int, tuple[Any, ...]], list[LogRow]] = {}
         for row in rows:
             alike.setdefault(((row.seq >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S, row.label), []).append(row)
+        points: dict[tuple[int, tuple[Any, ...]], list[tuple[Any, ...]]] = {}
         for (hour_s, label), some in alike.items():
             sums = point_sums(label, some)
+            for place in point_places(label):
+                points.setdefault((hour_s, place), []).append(sums)
+        for (hour_s, (kind, *who)), parts in points.items():
+            added = added_sums(parts)
             for span_s in SPANS_S:
-                for kind, places in POINT_KINDS.items():
-                    who = [label[at] if at in places else "" for at in POINT_PLACES]
-                    self._connection.execute(ADD_POINT, (span_s, kind, hour_s // span_s * span_s, *who, *sums))
+                self._connection.execute(ADD_POINT, (span_s, kind, hour_s // span_s * span_s, *who, *added))
 
     def _label(self, values: tuple[Any, ...]) -> int:
         label = self._labels.get(values)
@@ -15690,11 +15714,12 @@ ROLL_UP: Final = (  # first by hour, then those few sums by hour and by day
 FORGET_HOURS: Final = tuple(
     f"DELETE FROM {table} WHERE span_s = {HOUR_S} AND start_s < ?" for table in ("rollups", "points")  # noqa: S608
 )  # fmt: skip
-#: Charts are drawn from `points`: sums of all calls of an hour or a day, of those of one model, provider or key, and of
-#: each such combination, which filters need. So a chart reads as many rows as it shows, however many calls there were.
-POINT_PLACES: Final = tuple(LABEL_FIELDS.index(name) for name in ("model", "provider", "key_id", "upstream_model"))
-POINT_KINDS: Final[Mapping[str, tuple[int, ...]]] = {
-    "total": (), **dict(zip(("model", "provider", "key"), zip(POINT_PLACES), strict=False)), "each": POINT_PLACES,
+#: Charts are drawn from `points`: sums of all calls of an hour or a day, of those that have one thing in common, and of
+#: each combination that filters need. So a chart reads as many rows as it shows, however many calls there were.
+POINT_COLUMNS: Final = ("model", "provider", "key_id", "upstream_model", "status", "endpoint")
+POINT_KINDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "total": (), "model": ("model",), "provider": ("provider",), "key": ("key_id",), "status": ("status",),
+    "endpoint": ("endpoint",), "each": POINT_COLUMNS[:4],
 }  # fmt: skip
 POINT_SUMS: Final = (
     "requests", "errors", "cache_hits", "unpriced", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens",
@@ -15702,7 +15727,7 @@ POINT_SUMS: Final = (
 )  # fmt: skip
 _point_own: Final = operator.itemgetter(*(OWN_FIELDS.index(name) for name in POINT_SUMS[4:]))
 ADD_POINT: Final = (
-    f"INSERT INTO points VALUES ({', '.join('?' * (7 + len(POINT_SUMS) + 1))}) {add_up(POINT_SUMS)}, "  # noqa: S608 - our names
+    f"INSERT INTO points VALUES ({', '.join('?' * (3 + len(POINT_COLUMNS) + len(POINT_SUMS) + 1))}) {add_up(POINT_SUMS)}, "  # noqa: S608 - our names
     "steps = (SELECT merged_steps(one) FROM (SELECT points.steps AS one UNION ALL SELECT excluded.steps))"
 )
 #: How many calls took about how long, for quantiles: pairs of a step and a count. A step is a quarter of a doubling, so
@@ -15735,17 +15760,34 @@ def pack_steps(calls: Mapping[int, int]) -> bytes:
     return b"".join(map(STEP.pack, calls, calls.values()))
 
 
+@functools.lru_cache(maxsize=4096)
+def point_places(label: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The points that calls of one label add to: the kind of each, and its POINT_COLUMNS."""
+    values = dict(zip(LABEL_FIELDS, label, strict=True))
+    return [
+        (kind, *[values[name] if name in names else "" for name in POINT_COLUMNS])
+        for kind, names in POINT_KINDS.items()
+    ]
+
+
 def point_sums(label: Sequence[Any], rows: Sequence[LogRow]) -> tuple[Any, ...]:
-    """What calls of one label add to a point: POINT_SUMS, and how long they took."""
+    """What calls of one label add to a point: POINT_SUMS, and the steps of their times."""
     status, cache, calls = label[7], label[9], len(rows)
     *tokens, redactions, costs, saved = zip(*(_point_own(row.own) for row in rows), strict=True)
     unpriced = costs.count(None)
     return (
         calls, calls * (status >= 400), calls * (cache in ("hit", "coalesced")), unpriced * (status < 400),
         *(sum(filter(None, column)) for column in tokens), sum(redactions),
-        sum(filter(None, costs)) if unpriced < calls else None, sum(saved),
-        pack_steps(collections.Counter(itertools.chain.from_iterable(map(steps_of, rows)))),
+        sum(filter(None, costs)) if unpriced < calls else None, sum(saved), [*itertools.chain.from_iterable(map(steps_of, rows))],
     )  # fmt: skip
+
+
+def added_sums(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What several `point_sums` are together, as they are stored."""
+    *counts, costs, saved, steps = zip(*parts, strict=True)
+    priced = [cost for cost in costs if cost is not None]
+    packed = pack_steps(collections.Counter(itertools.chain.from_iterable(steps)))
+    return (*map(sum, counts), sum(priced) if priced else None, sum(saved), packed)
 
 
 def steps_of(row: LogRow) -> tuple[int, ...]:
@@ -15759,13 +15801,18 @@ def step_of(ms: float) -> int:
     return STEP_ZERO + round(math.log2(max(ms, 0.001)) * STEPS_PER_DOUBLING)
 
 
+@functools.lru_cache(maxsize=4096)
+def ms_of(step: int) -> float:
+    step %= FIRST_TOKEN_STEPS
+    return round(math.exp2((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3)
+
+
 def quantiles_of(steps: Sequence[tuple[int, int]]) -> Json:
     """p50, p95 and p99 in milliseconds from (step, calls) in ascending order; null where there are none."""
-    ends = [*itertools.accumulate(calls for _, calls in steps)]
+    ends = [*itertools.accumulate(map(operator.itemgetter(1), steps))]
     if not ends:
         return dict.fromkeys(QUANTILES)
-    places = {name: steps[bisect.bisect_left(ends, share * ends[-1])][0] for name, share in QUANTILES.items()}
-    return {name: round(2 ** ((step - STEP_ZERO) / STEPS_PER_DOUBLING), 3) for name, step in places.items()}
+    return {name: ms_of(steps[bisect.bisect_left(ends, share * ends[-1])][0]) for name, share in QUANTILES.items()}
 
 
 def prune_oldest(table: str, key: str, age: str, many: int) -> str:
@@ -16263,7 +16310,9 @@ SPEND_BY: Final[Mapping[str, str]] = {
     "tag": "tag", "status": "status", "endpoint": "endpoint",
 }  # fmt: skip
 #: What is read from the points of charts, where no filter needs more; the rest is read from sums by label.
-SPEND_POINTS: Final[Mapping[str, str]] = {"model": "model", "provider": "provider", "key": "key", "day": "total"}
+SPEND_POINTS: Final[Mapping[str, str]] = {
+    "model": "model", "provider": "provider", "key": "key", "day": "total", "status": "status", "endpoint": "endpoint",
+}  # fmt: skip
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
 SPEND_BY_ROWS: Final = ("session",)
 SPEND_FILTERS: Final = (*LABEL_FILTERS, "since", "until")
@@ -16321,8 +16370,10 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
         )
     else:
         kind = SPEND_POINTS.get(by)
-        if kind is not None and not wanted.keys() - POINT_FILTERS:
-            table, where, errors = "points", f"kind = '{'each' if asked.labels else kind}'", "errors"
+        if asked.labels:
+            kind = "each" if kind in POINTS_BY and not wanted.keys() - POINT_FILTERS else None
+        if kind is not None:
+            table, where, errors = "points", f"kind = '{kind}'", "errors"
         else:
             table, where = "rollups CROSS JOIN labels USING (label)", "tag > ''" if by == "tag" else "tag = ''"
             errors = "requests * (status >= 400)"
@@ -16537,10 +16588,10 @@ def find_points(store: LogStore, by: str, bucket_ms: int, wanted: Mapping[str, s
     sums = ", ".join(f"SUM({name}) AS {name}" for name in POINT_SUMS)
     columns = f"{at} AS at, {POINTS_BY[by]} AS name, {sums}, merged_steps(steps) AS steps"
     kind, grouped = "each" if asked.labels else by, "GROUP BY at, name ORDER BY at, requests DESC"
-    by_hour = bucket_ms == HOUR_S * 1000
+    by_hour, moment = bucket_ms == HOUR_S * 1000, functools.cache(format_moment)
     rows = read_sums(store, "points", columns, asked, now_ms, f"kind = '{kind}'", grouped, by_hour)
     return [
-        {"ts": format_moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] for count in POINT_COUNTS},
+        {"ts": moment(row["at"]) if bucket_ms else None, "name": row["name"], **{count: row[count] for count in POINT_COUNTS},
          "cost_usd": as_usd(row["cost_nanousd"]), "saved_usd": as_usd(row["saved_nanousd"]), **times_of(row["steps"])}
         for row in rows
     ]  # fmt: skip
@@ -16550,10 +16601,7 @@ def times_of(packed: bytes) -> Json:
     """The quantiles of a point's times."""
     steps = sorted(STEP.iter_unpack(packed))
     split = bisect.bisect_left(steps, (FIRST_TOKEN_STEPS, 0))
-    return {
-        "latency_ms": quantiles_of(steps[:split]),
-        "first_token_ms": quantiles_of([(step - FIRST_TOKEN_STEPS, calls) for step, calls in steps[split:]]),
-    }
+    return {"latency_ms": quantiles_of(steps[:split]), "first_token_ms": quantiles_of(steps[split:])}
 
 
 class CacheShelf:

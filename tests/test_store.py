@@ -317,6 +317,10 @@ def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path
         assert (found["request"], found["response"], found["cost_usd"]) == ({"q": 1}, {"a": 2}, 123e-9)
         [spent] = stockyard.find_spend(store, "key", {}, NOW_MS)
         assert (spent["key"], spent["requests"], spent["cost_usd"]) == ("key_1", 1, 123e-9)
+        for by, name in (("status", 200), ("endpoint", "/v1/chat/completions")):
+            assert stockyard.find_spend(store, by, {}, NOW_MS) == [
+                {by: name, **{what: spent[what] for what in spent if what != "key"}}
+            ]
 
 
 def test_a_migration_that_may_take_long_says_so(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +363,7 @@ def test_no_published_migration_is_edited() -> None:
         "eb7ce4341f44c2af",
         "60357db7258f13fe",
         "318ffb02cb0053fb",
+        "cf0aba815e1ed4d9",
     ]
 
 
@@ -613,8 +618,14 @@ def test_filters_and_pages_give_what_a_look_at_every_call_gives(
 
 
 @pytest.mark.parametrize("by", [*stockyard.SPEND_BY, *stockyard.SPEND_BY_ROWS])
-def test_sums_equal_those_of_the_rows(filled: tuple[LogStore, list[Call]], by: str) -> None:
+@pytest.mark.parametrize("wanted", [{}, {"key": "key_1"}, {"model": "u", "provider": "p"}, {"status": "error"}])
+def test_sums_equal_those_of_the_rows(filled: tuple[LogStore, list[Call]], by: str, wanted: dict[str, str]) -> None:
     store, calls = filled
+    calls = [
+        call for call in calls
+        if call.key_id == wanted.get("key", call.key_id) and call.provider == wanted.get("provider", call.provider)
+        and wanted.get("model") in (None, call.upstream_model) and ("status" not in wanted or call.status >= 400)
+    ]  # fmt: skip
     keys: dict[str, Callable[[Call], list[Any]]] = {
         "model": lambda c: [c.model], "provider": lambda c: [c.provider], "key": lambda c: [c.key_id], "status": lambda c: [c.status],
         "tag": lambda c: [tag for tag in c.tags.split(",") if tag], "endpoint": lambda c: [c.endpoint.path],
@@ -626,7 +637,7 @@ def test_sums_equal_those_of_the_rows(filled: tuple[LogStore, list[Call]], by: s
             sums = expected.setdefault(name, [0, 0, 0])
             for at, amount in enumerate((1, 10, call.status >= 400)):
                 sums[at] += amount
-    found = stockyard.find_spend(store, by, {}, NOW_MS)
+    found = stockyard.find_spend(store, by, wanted, NOW_MS)
     assert {row[by]: [row["requests"], row["input_tokens"], row["errors"]] for row in found} == expected
 
 
