@@ -1212,7 +1212,7 @@ class Dialect:
         """How many texts one embeddings call of this model takes."""
         return self.embeddings_at_once
 
-    def follow(self, answer: Json, translation: Translation) -> str | None:
+    def follow(self, answer: Json, translation: Translation, base_url: str) -> str | None:
         """Where to get the real answer (`follows`); None where this is it."""
         return None
 
@@ -8037,7 +8037,7 @@ class ReplicatePredictions(Dialect):
     def encode(self, request: Json, translation: Translation) -> Json:
         return ReplicateEncoder(request, translation).build()
 
-    def follow(self, answer: Json, translation: Translation) -> str | None:
+    def follow(self, answer: Json, translation: Translation, base_url: str) -> str | None:
         """The address to GET next, with the same key, in place of reading `answer`; None where `answer` is the end.
 
         A streamed call: the stream's address, asked once, with `accept: text/event-stream`. A plain call: the
@@ -8054,11 +8054,11 @@ class ReplicatePredictions(Dialect):
                 raise UpstreamError("this model of the provider does not stream", code="upstream_no_stream")
         else:
             url = urls.get("get") if status in REPLICATE_RUNNING else None
-        return self._checked(url, translation.provider) if url else None
+        return self._checked(url, base_url) if url else None
 
-    def _checked(self, url: Any, provider: Provider) -> str:
-        """An address out of an answer gets the key only on the provider's own hosts."""
-        parts, base = urllib.parse.urlsplit(str(url)), urllib.parse.urlsplit(provider.base_url)
+    def _checked(self, url: Any, base_url: str) -> str:
+        """An address out of an answer gets the key only on the provider's own hosts, or the one that it is set to."""
+        parts, base = urllib.parse.urlsplit(str(url)), urllib.parse.urlsplit(base_url)
         host = parts.hostname or ""
         same = (parts.scheme, parts.netloc) == (base.scheme, base.netloc)
         if same or (parts.scheme == "https" and parts.port in (None, 443) and host.endswith(".replicate.com")):
@@ -19587,7 +19587,7 @@ class Gateway:
         answer = await self.fetch(target, outgoing)
         if answer.status >= 300:
             raise read_refusal(outgoing.dialect, answer)
-        while outgoing.dialect.follows and (url := self.next_address(outgoing, answer)):
+        while outgoing.dialect.follows and (url := self.next_address(target, outgoing, answer)):
             answer = await self.fetch(target, self.following(target, outgoing, url))
         body = self.read_answer(call, target, outgoing, answer)
         call.status, call.answer = answer.status, body
@@ -19631,12 +19631,14 @@ class Gateway:
         return Reply(200, [("content-type", "application/json"), *self.answer_headers(call)], call.answer)
 
     @staticmethod
-    def next_address(outgoing: Outgoing, answer: PlainAnswer) -> str | None:
+    def next_address(target: Target, outgoing: Outgoing, answer: PlainAnswer) -> str | None:
         assert outgoing.translation is not None
         if answer.status >= 300:
             raise read_refusal(outgoing.dialect, answer, is_first=bool(outgoing.body))
         try:
-            return outgoing.dialect.follow(orjson.loads(plain_body(answer)), outgoing.translation)
+            return outgoing.dialect.follow(
+                orjson.loads(plain_body(answer)), outgoing.translation, target.provider.base_url
+            )
         except orjson.JSONDecodeError:
             raise UpstreamError("the provider's answer is no JSON", code="upstream_malformed") from None
 
@@ -20158,7 +20160,7 @@ class StreamedCall:
         outgoing = gateway.prepare(call, target)
         if outgoing.dialect.follows:
             created = await gateway.fetch(target, outgoing)
-            outgoing = gateway.following(target, outgoing, gateway.next_address(outgoing, created) or "")
+            outgoing = gateway.following(target, outgoing, gateway.next_address(target, outgoing, created) or "")
         call.transcript = Transcript()
         flow_of = functools.partial(self._taped_flow, call, target, outgoing)
         relay = self._relay = Relay(gateway, call, self._client, flow_of, outgoing.dialect)

@@ -21,7 +21,7 @@ from stockyard import (
 )
 
 Attempt = Callable[..., Translation]
-REPLICATE = ReplicatePredictions()
+REPLICATE, BASE = ReplicatePredictions(), "https://api.replicate.com"
 LLAMA, CLAUDE, GPT = "meta/meta-llama-3-70b-instruct", "anthropic/claude-sonnet-5", "openai/gpt-5.4"
 PICTURE = {"type": "image_url", "image_url": {"url": "https://a.example/x.png"}}
 HISTORY = [
@@ -159,13 +159,13 @@ def prediction(status: str, **members: Any) -> dict[str, Any]:
 
 def test_where_to_look_next(attempt: Attempt) -> None:
     plain, stream = attempt(LLAMA), attempt(LLAMA, stream=True)
-    assert REPLICATE.follow(prediction("succeeded", output="a"), plain) is None
-    assert REPLICATE.follow(prediction("processing"), plain) == "https://api.replicate.com/v1/predictions/x"
-    assert REPLICATE.follow(prediction("starting"), stream) == "https://stream.replicate.com/v1/files/x"
+    assert REPLICATE.follow(prediction("succeeded", output="a"), plain, BASE) is None
+    assert REPLICATE.follow(prediction("processing"), plain, BASE) == "https://api.replicate.com/v1/predictions/x"
+    assert REPLICATE.follow(prediction("starting"), stream, BASE) == "https://stream.replicate.com/v1/files/x"
     with pytest.raises(UpstreamError, match="does not stream"):
-        REPLICATE.follow(prediction("starting", urls={}), stream)
+        REPLICATE.follow(prediction("starting", urls={}), stream, BASE)
     with pytest.raises(UpstreamError, match="out of memory"):
-        REPLICATE.follow(prediction("failed", error="out of memory"), stream)
+        REPLICATE.follow(prediction("failed", error="out of memory"), stream, BASE)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_where_to_look_next(attempt: Attempt) -> None:
 )
 def test_the_key_goes_to_replicate_only(attempt: Attempt, url: Any) -> None:
     with pytest.raises(UpstreamError, match="not its own"):
-        REPLICATE.follow(prediction("starting", urls={"stream": url}), attempt(LLAMA, stream=True))
+        REPLICATE.follow(prediction("starting", urls={"stream": url}), attempt(LLAMA, stream=True), BASE)
 
 
 def test_answer(attempt: Attempt) -> None:
