@@ -1137,7 +1137,7 @@ class Dialect:
 
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         """The path below the provider's base URL that answers chat calls."""
-        raise NotImplementedError
+        return provider.path("chat", model)
 
     def encode(self, request: Json, translation: Translation) -> Json:
         """A canonical request as the provider's body."""
@@ -2399,9 +2399,6 @@ class OpenAiChat(Dialect):
         if request.get("encoding_format") != "base64":
             return answer
         return {**answer, "data": [{**row, "embedding": pack_vector(row["embedding"])} for row in answer["data"]]}
-
-    def path(self, provider: Provider, model: str, stream: bool) -> str:
-        return provider.path("chat", model)
 
     def encode_embeddings(self, request: Json, translation: Translation) -> Json:
         body = {**request, "encoding_format": "float"} if translation.foreign else request
@@ -4622,10 +4619,7 @@ def read_gemini_message(candidate: Json, translation: Translation) -> Json:
     return filled(**message)
 
 
-def read_gemini_logprobs(candidate: Json) -> Json | None:
-    result = candidate.get("logprobsResult")
-    if not isinstance(result, dict):
-        return None
+def read_gemini_logprobs(result: Json) -> Json:
     tops = result.get("topCandidates") or []
     content = []
     for at, chosen in enumerate(result.get("chosenCandidates") or ()):
@@ -4640,19 +4634,18 @@ def read_gemini_token(token: Json) -> Json:
     return {"token": text, "logprob": token.get("logProbability") or 0.0, "bytes": written}
 
 
-def read_gemini_finish(candidate: Json, called: bool) -> str | None:
-    """The canonical finish reason; UpstreamError where the model failed rather than ended."""
+def read_gemini_finish(candidate: Json) -> str:
+    """The canonical finish reason, empty before the end; UpstreamError where the model failed rather than ended."""
     reason = candidate.get("finishReason")
     if not reason or reason == "FINISH_REASON_UNSPECIFIED":
-        return None
+        return ""
     if reason in GEMINI_FAILED:
         said = candidate.get("finishMessage") or "the model's answer is unusable"
         raise UpstreamError(f"the provider stopped with `{reason}`: {said}", code=f"upstream_{reason.lower()}")
     if reason == "MISSING_THOUGHT_SIGNATURE":
         said = "a tool call in the history lacks the `extra_content.google.thought_signature` it came with"
         raise UpstreamRefused(said, code="missing_thought_signature", param="messages")
-    finish = GEMINI_FINISHES.get(reason, "stop")
-    return "tool_calls" if finish == "stop" and called else finish
+    return GEMINI_FINISHES.get(reason, "stop")
 
 
 def modality_tokens(details: Any) -> dict[str, int]:
@@ -4730,7 +4723,8 @@ class GeminiDecoder(EventDecoder):
             if candidate.finish:
                 with provider_shape():
                     annotations = read_gemini_citations(candidate.sources, "".join(candidate.text))
-                chunks.append(self._chunks.delta(filled(annotations=annotations), candidate.finish, index=index))
+                finish = "tool_calls" if candidate.finish == "stop" and candidate.calls else candidate.finish
+                chunks.append(self._chunks.delta(filled(annotations=annotations), finish, index=index))
         if self._usage is not None:
             searches = count_searches([each.sources for each in self._candidates.values()], self._translation.model)
             chunks.append(self._chunks.usage(write_openai_usage(read_gemini_usage(self._usage, searches))))
@@ -4780,12 +4774,10 @@ class GeminiDecoder(EventDecoder):
         for name in ("groundingMetadata", "citationMetadata"):
             if candidate.get(name):
                 progress.sources[name] = candidate[name]
-        logprobs = read_gemini_logprobs(candidate) if "logprobsResult" in candidate else None
+        logprobs = read_gemini_logprobs(probed) if (probed := candidate.get("logprobsResult")) else None
         if delta or logprobs:
             chunks.append(self._chunks.delta(delta, logprobs=logprobs, index=index))
-        progress.finish = read_gemini_finish(candidate, progress.calls > 0) or progress.finish
-        if progress.finish == "stop" and progress.calls:
-            progress.finish = "tool_calls"
+        progress.finish = read_gemini_finish(candidate) or progress.finish
         return chunks
 
 
@@ -6398,9 +6390,6 @@ class AnthropicMessages(Dialect):
 
     # -- provider side
 
-    def path(self, provider: Provider, model: str, stream: bool) -> str:
-        return provider.path("chat", model)
-
     def encode(self, request: Json, translation: Translation) -> Json:
         return AnthropicEncoder(request, translation).build()
 
@@ -6762,9 +6751,6 @@ class CohereChat(Dialect):
 
     name = "cohere"
     embeddings_at_once: ClassVar[int] = 96
-
-    def path(self, provider: Provider, model: str, stream: bool) -> str:
-        return "/v2/chat"
 
     def encode(self, request: Json, translation: Translation) -> Json:
         return CohereEncoder(request, translation).build()
@@ -7654,7 +7640,7 @@ class BedrockDecoder:
         open_blocks = [delta for index in sorted(self._blocks) for delta in close_bedrock_block(self._blocks[index])]
         self._blocks.clear()
         chunks = self._chunks.deltas([*open_blocks, *self._calls.end_all()])
-        if self.complete:
+        if self.complete:  # said twice
             return chunks
         self.complete = True
         return [*chunks, self._chunks.delta(given(read_bedrock_extras(event), "extra_content"), finish)]
@@ -7677,12 +7663,7 @@ class BedrockDecoder:
 
 def join_base64(first: str, second: str) -> str:
     """Two pieces of base64 as one; each stands for bytes of its own, so the texts cannot simply be joined."""
-    if not first or not second:
-        return first or second
-    try:
-        return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode()
-    except binascii.Error:
-        return first + second
+    return base64.b64encode(base64.b64decode(first) + base64.b64decode(second)).decode() if first else second
 
 
 def close_bedrock_block(block: Json) -> list[Json]:
@@ -8000,7 +7981,7 @@ class ReplicateDecoder(EventDecoder):
     """
 
     def _read(self, name: str, payload: bytes) -> list[Json]:
-        if self.complete:
+        if self.complete:  # said more than its end
             return []
         if name == "output":
             return [self._chunks.delta({"content": payload.decode("utf-8", "replace")})] if payload else []
