@@ -14710,6 +14710,26 @@ MIGRATIONS: Final = (
     DROP TABLE points;
     ALTER TABLE new_points RENAME TO points;
     """,
+    """
+    CREATE TABLE new_points (
+        span_s INTEGER NOT NULL, kind TEXT NOT NULL, start_s INTEGER NOT NULL, model TEXT NOT NULL, provider TEXT NOT NULL,
+        key_id TEXT NOT NULL, upstream_model TEXT NOT NULL, status NOT NULL, endpoint TEXT NOT NULL, tag TEXT NOT NULL,
+        requests INTEGER NOT NULL, errors INTEGER NOT NULL, cache_hits INTEGER NOT NULL, unpriced INTEGER NOT NULL,
+        input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+        cache_write_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL, redactions INTEGER NOT NULL,
+        cost_nanousd INTEGER, saved_nanousd INTEGER NOT NULL, steps BLOB NOT NULL,
+        PRIMARY KEY (span_s, kind, start_s, model, provider, key_id, upstream_model, status, endpoint, tag)
+    ) WITHOUT ROWID;
+    INSERT INTO new_points SELECT span_s, kind, start_s, model, provider, key_id, upstream_model, status, endpoint, '', requests,
+        errors, cache_hits, unpriced, input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens,
+        redactions, cost_nanousd, saved_nanousd, steps FROM points;
+    INSERT INTO new_points SELECT span_s, 'tag', start_s, '', '', '', '', '', '', tag, SUM(requests), SUM(requests * (status >= 400)),
+        SUM(requests * (cache IN ('hit', 'coalesced'))), SUM(unpriced), SUM(input_tokens), SUM(output_tokens),
+        SUM(cached_tokens), SUM(cache_write_tokens), SUM(reasoning_tokens), SUM(redactions), SUM(cost_nanousd),
+        SUM(saved_nanousd), x'' FROM rollups JOIN labels USING (label) WHERE tag > '' GROUP BY span_s, start_s, tag;
+    DROP TABLE points;
+    ALTER TABLE new_points RENAME TO points;
+    """,
 )
 
 #: The migration that made the table `calls`, and from how many rows on migrations are told of.
@@ -15430,21 +15450,23 @@ class LogStore:
         insert_rows(self._connection, [
             (row.seq, label, *row.own, block, *place) for row, label, place in zip(rows, labels, places, strict=True)
         ])  # fmt: skip
-        self._roll_up(rows)
-        self._add_points(rows)
+        tagged = self._by_tag(rows)
+        self._roll_up(tagged)
+        self._add_points(tagged)
         listed = [(call.row.seq, audit_digest(call.line), digest) for call, digest in zip(calls, digests, strict=True)]
         for at in range(0, len(listed), 1000):
             self._audit("calls", {}, b"".join(itertools.starmap(AUDIT_ROW.pack, listed[at : at + 1000])))
 
-    def _add_points(self, rows: list[LogRow]) -> None:
+    def _add_points(self, tagged: dict[str, list[LogRow]]) -> None:
         """Add the rows to the points of charts: first those that have all in common, then what those add to each point."""
-        alike: dict[tuple[int, tuple[Any, ...]], list[LogRow]] = {}
-        for row in rows:
-            alike.setdefault(((row.seq >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S, row.label), []).append(row)
+        alike: dict[tuple[int, tuple[Any, ...], str], list[LogRow]] = {}
+        for tag, rows in tagged.items():
+            for row in rows:
+                alike.setdefault(((row.seq >> SEQ_BITS) // 1000 // HOUR_S * HOUR_S, row.label, tag), []).append(row)
         points: dict[tuple[int, tuple[Any, ...]], list[tuple[Any, ...]]] = {}
-        for (hour_s, label), some in alike.items():
+        for (hour_s, label, tag), some in alike.items():
             sums = point_sums(label, some)
-            for place in point_places(label):
+            for place in point_places(label, tag):
                 points.setdefault((hour_s, place), []).append(sums)
         for (hour_s, (kind, *who)), parts in points.items():
             added = added_sums(parts)
@@ -15541,14 +15563,19 @@ class LogStore:
             completion["usage"] = write_openai_usage(usage)
         return dump_json(completion)[:LOGGED_BODY_MAX_BYTES]
 
-    def _roll_up(self, rows: list[LogRow]) -> None:
-        """Add the rows to the sums of their hours and days; to those of their tags as well, where they have any."""
-        tagged: dict[str, list[int]] = {"": [row.seq for row in rows]}
+    def _by_tag(self, rows: list[LogRow]) -> dict[str, list[LogRow]]:
+        """All rows as those of no tag, and those of each tag that any has."""
+        tagged = {"": rows}
         for row in rows:
             for tag in row.own[1].split(",") if row.own[1] else ():
-                tagged.setdefault(self._known_tag(tag), []).append(row.seq)
-        for tag, seqs in tagged.items():
-            self._connection.execute(ROLL_UP, {"tag": tag, "seqs": dump_json(seqs).decode()})
+                tagged.setdefault(self._known_tag(tag), []).append(row)
+        return tagged
+
+    def _roll_up(self, tagged: dict[str, list[LogRow]]) -> None:
+        """Add the rows to the sums of their hours and days; to those of their tags as well, where they have any."""
+        for tag, rows in tagged.items():
+            seqs = dump_json([row.seq for row in rows]).decode()
+            self._connection.execute(ROLL_UP, {"tag": tag, "seqs": seqs})
 
     def _known_tag(self, tag: str) -> str:
         """The tag; one word for the rest where a client makes up new tags without end."""
@@ -15697,10 +15724,10 @@ FORGET_HOURS: Final = tuple(
 )  # fmt: skip
 #: Charts are drawn from `points`: sums of all calls of an hour or a day, of those that have one thing in common, and of
 #: each combination that filters need. So a chart reads as many rows as it shows, however many calls there were.
-POINT_COLUMNS: Final = ("model", "provider", "key_id", "upstream_model", "status", "endpoint")
+POINT_COLUMNS: Final = ("model", "provider", "key_id", "upstream_model", "status", "endpoint", "tag")
 POINT_KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     "total": (), "model": ("model",), "provider": ("provider",), "key": ("key_id",), "status": ("status",),
-    "endpoint": ("endpoint",), "each": POINT_COLUMNS[:4],
+    "endpoint": ("endpoint",), "tag": ("tag",), "each": POINT_COLUMNS[:4],
 }  # fmt: skip
 POINT_SUMS: Final = (
     "requests", "errors", "cache_hits", "unpriced", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens",
@@ -15742,12 +15769,13 @@ def pack_steps(calls: Mapping[int, int]) -> bytes:
 
 
 @functools.lru_cache(maxsize=4096)
-def point_places(label: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The points that calls of one label add to: the kind of each, and its POINT_COLUMNS."""
-    values = dict(zip(LABEL_FIELDS, label, strict=True))
+def point_places(label: tuple[Any, ...], tag: str) -> list[tuple[Any, ...]]:
+    """The points that calls of one label add to, or those with a tag to its own: the kind of each, and its POINT_COLUMNS."""
+    values = {**dict(zip(LABEL_FIELDS, label, strict=True)), "tag": tag}
     return [
         (kind, *[values[name] if name in names else "" for name in POINT_COLUMNS])
         for kind, names in POINT_KINDS.items()
+        if ("tag" in names) == (tag != "")
     ]
 
 
@@ -16292,7 +16320,7 @@ SPEND_BY: Final[Mapping[str, str]] = {
 }  # fmt: skip
 #: What is read from the points of charts, where no filter needs more; the rest is read from sums by label.
 SPEND_POINTS: Final[Mapping[str, str]] = {
-    "model": "model", "provider": "provider", "key": "key", "day": "total", "status": "status", "endpoint": "endpoint",
+    "model": "model", "provider": "provider", "key": "key", "day": "total", "status": "status", "endpoint": "endpoint", "tag": "tag",
 }  # fmt: skip
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
 SPEND_BY_ROWS: Final = ("session",)

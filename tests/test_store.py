@@ -317,7 +317,10 @@ def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path
         assert (found["request"], found["response"], found["cost_usd"]) == ({"q": 1}, {"a": 2}, 123e-9)
         [spent] = stockyard.find_spend(store, "key", {}, NOW_MS)
         assert (spent["key"], spent["requests"], spent["cost_usd"]) == ("key_1", 1, 123e-9)
-        for by, name in (("status", 200), ("endpoint", "/v1/chat/completions")):
+        for by, name in (
+            ("status", 200),
+            ("endpoint", "/v1/chat/completions"),
+        ):  # of which earlier schemas had no points
             assert stockyard.find_spend(store, by, {}, NOW_MS) == [
                 {by: name, **{what: spent[what] for what in spent if what != "key"}}
             ]
@@ -364,6 +367,7 @@ def test_no_published_migration_is_edited() -> None:
         "60357db7258f13fe",
         "318ffb02cb0053fb",
         "cf0aba815e1ed4d9",
+        "1e6f5ba3bbdb4a8d",
     ]
 
 
@@ -867,10 +871,10 @@ def test_words_are_committed_with_their_rows_or_not_at_all(
     faults = [sqlite3.OperationalError("database or disk is full")] * 2
     whole = LogStore._roll_up
 
-    def roll_up(self: LogStore, rows: list[stockyard.LogRow]) -> None:
+    def roll_up(self: LogStore, tagged: dict[str, list[stockyard.LogRow]]) -> None:
         if faults:  # after the words, before the commit
             raise faults.pop()
-        whole(self, rows)
+        whole(self, tagged)
 
     monkeypatch.setattr(LogStore, "_roll_up", roll_up)
     now = [NOW_MS]
