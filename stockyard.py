@@ -16322,8 +16322,12 @@ SPEND_BY: Final[Mapping[str, str]] = {
 SPEND_POINTS: Final[Mapping[str, str]] = {
     "model": "model", "provider": "provider", "key": "key", "day": "total", "status": "status", "endpoint": "endpoint", "tag": "tag",
 }  # fmt: skip
+#: Names them, so that a time is looked up by tag, and not looked for among all tags of all times.
+KNOWN_TAGS: Final = f"tag IN (SELECT tag FROM points WHERE span_s = {DAY_S} AND kind = 'tag')"  # noqa: S608 - a number
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
 SPEND_BY_ROWS: Final = ("session",)
+#: SQLite would look at every call of the time instead, most of which may have none.
+BY_SESSION: Final = "INDEXED BY calls_by_session"
 SPEND_FILTERS: Final = (*LABEL_FILTERS, "since", "until")
 TOLD_SUMS: Final = (
     "requests", "input_tokens", "output_tokens", "cached_tokens", "cache_write_tokens", "reasoning_tokens", "unpriced",
@@ -16373,7 +16377,8 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
         where, parameters = rows_where(asked)
         columns = ", ".join(f"{what} AS {name}" for name, what in SUMS.items()) + ", SUM(status >= 400) AS errors"
         rows = store.read(
-            f"SELECT {by} AS name, {columns} FROM calls CROSS JOIN labels USING (label) WHERE {by} != '' AND {where} "  # noqa: S608 - rows of our tables
+            f"SELECT {by} AS name, {columns} FROM calls {BY_SESSION} CROSS JOIN labels USING (label) "  # noqa: S608 - rows of our tables
+            f"WHERE {by} != '' AND {where} "
             "GROUP BY name ORDER BY cost_nanousd DESC, name",
             parameters,
         )
@@ -16384,7 +16389,7 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
         if kind is not None:
             table, where, errors = "points", f"kind = '{kind}'", "errors"
         else:
-            table, where = "rollups CROSS JOIN labels USING (label)", "tag > ''" if by == "tag" else "tag = ''"
+            table, where = "rollups CROSS JOIN labels USING (label)", KNOWN_TAGS if by == "tag" else "tag = ''"
             errors = "requests * (status >= 400)"
         sums = ", ".join(f"SUM({name}) AS {name}" for name in (*TOLD_SUMS, "cost_nanousd"))
         columns = f"{SPEND_BY[by]} AS name, SUM({errors}) AS errors, {sums}"
@@ -16410,12 +16415,15 @@ def find_sessions(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms
     asked = log_filter({name: text for name, text in wanted.items() if name != "before"}, now_ms, SESSION_FILTERS)
     where, parameters = rows_where(asked)
     before = wanted.get("before", "")
+    labels = "CROSS JOIN labels USING (label)"
     rows = store.read(
-        "SELECT session, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "  # noqa: S608 - clauses of LOG_FILTERS
+        f"WITH latest AS (SELECT session AS name, MAX(seq) AS cursor FROM calls {BY_SESSION} {labels if asked.labels else ''} "  # noqa: S608 - clauses of LOG_FILTERS
+        f"WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before ORDER BY cursor DESC LIMIT :limit) "
+        "SELECT session, COUNT(*) AS requests, SUM(status >= 400) AS errors, SUM(input_tokens) AS input_tokens, "
         "SUM(cached_tokens) AS cached_tokens, SUM(output_tokens) AS output_tokens, SUM(cost_nanousd) AS cost_nanousd, "
-        "GROUP_CONCAT(DISTINCT model) AS models, MIN(seq) AS first, MAX(seq) AS cursor "
-        f"FROM calls CROSS JOIN labels USING (label) WHERE session != '' AND {where} GROUP BY session HAVING cursor < :before "
-        "ORDER BY cursor DESC LIMIT :limit",
+        "GROUP_CONCAT(DISTINCT model) AS models, MIN(seq) AS first, cursor "
+        f"FROM latest CROSS JOIN calls {BY_SESSION} ON session = name {labels} WHERE session != '' AND {where} "
+        "GROUP BY cursor ORDER BY cursor DESC",
         {**parameters, "before": int(before) if is_count(before) else 2**63 - 1, "limit": limit},
     )
     return [
