@@ -16318,10 +16318,6 @@ SPEND_BY: Final[Mapping[str, str]] = {
     "model": "model", "provider": "provider", "key": "key_id", "day": "strftime('%Y-%m-%d', start_s, 'unixepoch')",
     "tag": "tag", "status": "status", "endpoint": "endpoint",
 }  # fmt: skip
-#: What is read from the points of charts, where no filter needs more; the rest is read from sums by label.
-SPEND_POINTS: Final[Mapping[str, str]] = {
-    "model": "model", "provider": "provider", "key": "key", "day": "total", "status": "status", "endpoint": "endpoint", "tag": "tag",
-}  # fmt: skip
 #: Names them, so that a time is looked up by tag, and not looked for among all tags of all times.
 KNOWN_TAGS: Final = f"tag IN (SELECT tag FROM points WHERE span_s = {DAY_S} AND kind = 'tag')"  # noqa: S608 - a number
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
@@ -16383,12 +16379,12 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
             parameters,
         )
     else:
-        kind = SPEND_POINTS.get(by)
-        if asked.labels:
-            kind = "each" if kind in POINTS_BY and not wanted.keys() - POINT_FILTERS else None
-        if kind is not None:
+        kind = "total" if by == "day" else by
+        if not asked.labels:
             table, where, errors = "points", f"kind = '{kind}'", "errors"
-        else:
+        elif kind in POINTS_BY and not wanted.keys() - POINT_FILTERS:
+            table, where, errors = "points", "kind = 'each'", "errors"
+        else:  # sums by label know all that filters ask for, but are many
             table, where = "rollups CROSS JOIN labels USING (label)", KNOWN_TAGS if by == "tag" else "tag = ''"
             errors = "requests * (status >= 400)"
         sums = ", ".join(f"SUM({name}) AS {name}" for name in (*TOLD_SUMS, "cost_nanousd"))
