@@ -16011,19 +16011,19 @@ def newest_rows(
     """The newest rows below `high` that fit. Each label has its rows in order in one index; the newest of all are wanted."""
     parameters = {**asked.parameters, "low": asked.low, "high": high, "limit": limit}
     clauses = ["seq >= :low", "seq < :high", *asked.rows]
-    if among is not None:
-        clauses += ["seq IN (SELECT value FROM json_each(:among))", *asked.labels]
-        parameters["among"] = dump_json(among).decode()
-    elif labels is not None and asked.rows:
-        clauses.append("label IN (SELECT value FROM json_each(:labels))")
-        parameters["labels"] = dump_json(labels).decode()
-    elif labels is not None and len(labels) <= LABELS_MAX:
+    if among is None and labels is not None and not asked.rows and len(labels) <= LABELS_MAX:
         own = "SELECT seq FROM calls WHERE label = ? AND seq >= ? AND seq < ? ORDER BY seq DESC LIMIT ?"
-        seqs = [row["seq"] for label in labels for row in store.read(own, (label, asked.low, high, limit))]
-        clauses.append("seq IN (SELECT value FROM json_each(:seqs))")
-        parameters["seqs"] = dump_json(sorted(seqs, reverse=True)[:limit]).decode()
-    elif labels is not None:
+        low, among = asked.low, []
+        for label in labels:
+            among += [row["seq"] for row in store.read(own, (label, low, high, limit))]
+            if len(among) > limit:
+                among = sorted(among, reverse=True)[:limit]
+                low = among[-1]  # none before this one is wanted of the others
+    else:
         clauses += asked.labels
+    if among is not None:
+        clauses.append("seq IN (SELECT value FROM json_each(:among))")
+        parameters["among"] = dump_json(among).decode()
     sql = f"{SELECT_CALLS} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT :limit"
     return store.read(sql, parameters)
 
