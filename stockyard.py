@@ -15079,11 +15079,11 @@ def searched_text(*bodies: bytes) -> str:
     """The texts in bodies one after the other, without those of UNSEARCHED_MEMBERS and files; their end, where they are long."""
     found: list[str] = []
     for body in bodies:
-        stack = [body_json(body)]
+        stack = [body_json(body)] if b"\0" not in body else []  # sound, a picture
         while stack:
             value = stack.pop()
             if isinstance(value, str):
-                found.append(FILE_TEXT.sub(" ", value) if len(value) >= 256 else value)
+                found.append(FILE_TEXT.sub(" ", value[-SEARCHED_MAX_CHARS:]) if len(value) >= 256 else value)
             elif isinstance(value, dict):
                 stack += [part for name, part in reversed(value.items()) if name not in UNSEARCHED_MEMBERS]
             elif isinstance(value, list):

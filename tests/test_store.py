@@ -795,16 +795,17 @@ def test_words_and_phrases_are_found_by_the_index(tmp_path: Path, make: Make) ->
         say(make, "a dog", "the fox ran", model="b"),
         say(make, "the ran fox " + picture, "42 C++", key_id="k", model="b"),
         say(make, "word " * 20_000 + "last", "tail"),
+        make(body=b"spoken words", answer=b"ID3\0\1 hidden \xff"),
     ]
     with opened(tmp_path, search=True) as store:
         for call in calls:
             store.put(call)
         committed(store)
-        fox, dog, picture_call, long = (call.id for call in calls)
+        fox, dog, picture_call, long, spoken = (call.id for call in calls)
         for text, found in (
             ("fox", [picture_call, dog, fox]), ("FOX said", [fox]), ("gruße", [fox]), ("o'brien", [fox]), ("nothin*", [fox]),
             ('"fox ran"', [dog]), ("fox ran", [picture_call, dog]), ("c++ &", [picture_call]), ("42", [picture_call]),
-            ("last tail", [long]), ("user", []), ("iVBOR*", []), ("nothin", []), ("cat", []),
+            ("last tail", [long]), ("user", []), ("iVBOR*", []), ("nothin", []), ("cat", []), ("spoken", [spoken]), ("hidden", []),
         ):  # fmt: skip
             assert ids(store, search=text) == found, text
         assert ids(store, search="fox", model="b") == [picture_call, dog]
