@@ -15095,23 +15095,26 @@ class SearchIndex:
     """The full text index, as the writer keeps it: FTS5 tables that have no text themselves, by the `seq` of calls.
 
     Each covers the calls of the blocks from the one in its name on, up to the next one's, and goes whole with the first
-    of them (SQLite before 3.43 deletes no single row from such a table): rather too early than after the bodies.
+    of them (SQLite before 3.43 deletes no single row from such a table): rather too early than after the bodies. The one
+    of block 0 stays empty; it says that there is an index.
     """
 
-    def __init__(self, connection: sqlite3.Connection, keep_ms: float, max_bytes: float) -> None:
-        self._execute = connection.execute
+    def __init__(self, connection: sqlite3.Connection, is_on: bool, keep_ms: float, max_bytes: float) -> None:
+        self.is_on, self._execute = is_on, connection.execute
         self._most_blocks, self._most_chars = keep_ms * (1 << BLOCK_BITS) / 32, max_bytes / 32
         self._chars = 0
         self._blocks: list[int] = []
 
-    def open(self, block: int) -> None:
-        try:
-            if not self._read():
-                self._begin(block)
-        except sqlite3.OperationalError as error:
+    def open(self) -> bool:
+        """Whether there is something to keep up: an index, or what is left of one. StoreError where there can be none."""
+        has_fts5 = self._execute("SELECT 1 FROM pragma_module_list WHERE name = 'fts5'").fetchone() is not None
+        if self.is_on and not has_fts5:
             raise StoreError(
-                f"STOCKYARD_LOG_SEARCH=on needs a SQLite with FTS5, unlike this Python's ({error}); set it to off"
-            ) from error
+                "STOCKYARD_LOG_SEARCH=on needs a SQLite with FTS5, which this Python has not; set it to off"
+            )
+        if self.is_on and not self._read():
+            self._begin(0)
+        return has_fts5 and bool(self._read())
 
     def forget(self) -> None:
         """What a transaction did that was rolled back."""
@@ -15128,27 +15131,26 @@ class SearchIndex:
         self._chars = 0
 
     def add(self, block: int, texts: list[tuple[int, str]]) -> None:
-        """The texts of a block's calls, by `seq`."""
-        if block - self._read()[-1] > self._most_blocks or self._chars > self._most_chars:
+        """The texts of a block's calls, by `seq`. An index that is off would miss them, so it goes."""
+        if not self.is_on:
+            while self._read():
+                self._drop(0)
+            return
+        newest = self._read()[-1]
+        if not newest or block - newest > self._most_blocks or self._chars > self._most_chars:
             self._begin(block)
         for seq, text in sorted(texts):  # in order, or FTS5 would write for each of them
             self._execute(f"INSERT INTO search_{self._blocks[-1]} (rowid, text) VALUES (?, ?)", (seq, text))  # noqa: S608 - a number
             self._chars += len(text)
 
     def drop_before(self, oldest: int) -> None:
-        """Drop what has words of a block that is older; there is always a table, which says that there is an index."""
-        blocks = self._read()
-        while blocks[0] < oldest or len(blocks) > SEARCH_TABLES_MAX:
-            if len(blocks) == 1:
-                self._begin(oldest)
-            self._execute(f"DROP TABLE search_{blocks.pop(0)}")
+        """Drop what has words of a block that is older."""
+        while len(self._read()) > 1 and (self._blocks[1] < oldest or len(self._blocks) > SEARCH_TABLES_MAX):
+            self._drop(1)
 
-
-def drop_search(connection: sqlite3.Connection) -> None:
-    """Where the index is off, it would miss calls, and keep words that nobody asked to be kept."""
-    for row in connection.execute(SEARCH_TABLES).fetchall():
-        with contextlib.suppress(sqlite3.OperationalError):  # a SQLite without FTS5
-            connection.execute(f"DROP TABLE search_{row['block']}")
+    def _drop(self, at: int) -> None:
+        self._execute(f"DROP TABLE search_{self._blocks[at]}")
+        del self._blocks[at]
 
 
 @dataclass(slots=True)
@@ -15183,7 +15185,7 @@ class LogStore:
         self.lost_rows = self.crashed_rows = 0
         self.last_error = ""
         self._bodies, self._keep_ms, self._max_bytes, self._now_ms = bodies, keep_ms, max_bytes, now_ms
-        self._searches, self._search, self._tell = search, cast(SearchIndex | None, None), tell
+        self._has_search, self._search, self._tell = search, cast(SearchIndex | None, None), tell
         self._labels: dict[tuple[Any, ...], int] = {}
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
@@ -15206,11 +15208,9 @@ class LogStore:
         """Open the database, and go on from the journals of the last process and of its workers."""
         self._connection = open_writer(self.path, self.full_sync, self._tell)
         self._last_block = self._connection.execute("SELECT MAX(block) FROM blocks").fetchone()[0] or 0
-        if self._searches:
-            self._search = SearchIndex(self._connection, self._keep_ms, self._max_bytes)
-            self._search.open(max(self._last_block + 1, self._now_ms() << BLOCK_BITS))
-        else:
-            drop_search(self._connection)
+        search = SearchIndex(self._connection, self._has_search, self._keep_ms, self._max_bytes)
+        if search.open():
+            self._search = search
         if self._connection.execute("SELECT 1 FROM audit").fetchone() is None:
             after = self._connection.execute("SELECT MAX(seq) FROM calls").fetchone()[0] or 0
             self._audit("began", {"after": after})
@@ -15514,7 +15514,7 @@ class LogStore:
         at = 0
         for call in calls if self._bodies else ():
             asked, answered = self._bodies_of(call)
-            if self._search is not None:
+            if self._has_search:
                 texts.append((call.row.seq, searched_text(asked, answered)))
             digests.append(audit_digest(asked, answered))
             is_split = len(asked) >= SPLIT_MIN_BYTES
@@ -15528,7 +15528,7 @@ class LogStore:
         stored = zlib.compress(raw, 1) if at > 512 else raw
         seqs = struct.pack(f"<{len(calls)}q", *[call.row.seq for call in calls])
         self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (block, seqs, at > 512, stored))
-        if self._search is not None:
+        if self._search is not None and not all(call.is_old for call in calls):
             self._search.add(block, texts)
         return block, places or [(0, 0, 0)] * len(calls), digests or [bytes(16)] * len(calls)
 
