@@ -630,6 +630,51 @@ def test_an_answer_with_everything() -> None:
     assert code in back
 
 
+def test_spoken_answers_thoughts_and_quoted_pages_are_kept() -> None:
+    thought = {"text": "Hmm", "thought": True, "thoughtSignature": "tT"}
+    spoken = [{"inlineData": {"mimeType": "audio/wav", "data": data}} for data in ("AAAA", "BBBB")]
+    told = answer([thought, *spoken, {"text": "So it is."}])
+    told["candidates"][0]["citationMetadata"] = {
+        "citations": [{"uri": "https://a.example", "startIndex": 3, "endIndex": 5}, {"title": "a book"}]
+    }
+    message = GEMINI.decode(told, translation())["choices"][0]["message"]
+    assert (message["audio"]["data"], message["content"]) == ("AAAABBBB", "So it is.")
+    assert (message["reasoning_content"], message["extra_content"]["google"]["parts"]) == ("Hmm", [thought])
+    [cited] = message["annotations"]
+    assert cited["url_citation"] | {"title": ""} == {
+        "url": "https://a.example", "title": "", "start_index": 3, "end_index": 5,
+    }  # fmt: skip
+
+
+def test_a_foreign_answer_is_written_with_its_pictures_its_voice_and_its_sources() -> None:
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}, **signed("pP")}
+    named = {"type": "image_url", "image_url": {"url": "https://a.example/x"}}
+    sources = [
+        {"type": "url_citation", "url_citation": {"url": "https://b.example", "title": "B", "start_index": 1, "end_index": 4}},
+        {"type": "url_citation", "url_citation": {"url": "https://c.example"}},
+        {"type": "file_citation"},
+    ]  # fmt: skip
+    message = {
+        "role": "assistant", "content": "text", "images": [picture, named], "annotations": sources,
+        "audio": {"id": "a", "data": "AAAA", "format": "mp3"},
+    }  # fmt: skip
+    completion = {"id": "c", "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    [candidate] = GEMINI.render(completion, {})["candidates"]
+    assert candidate["content"]["parts"] == [
+        {"inlineData": {"mimeType": "image/png", "data": PNG}, "thoughtSignature": "pP"},
+        {"fileData": {"fileUri": "https://a.example/x", "mimeType": "image/png"}},
+        {"inlineData": {"mimeType": "audio/mp3", "data": "AAAA"}},
+        {"text": "text"},
+    ]
+    assert candidate["groundingMetadata"] == {
+        "groundingChunks": [
+            {"web": {"uri": "https://b.example", "title": "B"}},
+            {"web": {"uri": "https://c.example", "title": ""}},
+        ],
+        "groundingSupports": [{"segment": {"startIndex": 1, "endIndex": 4}, "groundingChunkIndices": [0]}],
+    }
+
+
 @pytest.mark.parametrize(
     ("finish", "expected"),
     [
@@ -1071,6 +1116,31 @@ def test_parse_parts(part: Json, read: Json) -> None:
         assert back["inlineData"]["data"] == expected["data"]
     else:
         assert back == part
+
+
+def test_what_a_model_said_comes_back_with_its_signatures() -> None:
+    thought = {"text": "Hmm", "thought": True, "thoughtSignature": "tT"}
+    said = [thought, {"text": "See", "thoughtSignature": "sS"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}]
+    request = parse({"contents": [{"role": "user", "parts": [{"text": "x"}]}, {"role": "model", "parts": said}]})
+    message = request["messages"][1]
+    assert (message["content"], message["reasoning_content"]) == ("See", "Hmm")
+    assert message["extra_content"]["google"] == {"parts": [thought], "thought_signature": "sS"}
+    assert message["images"][0]["image_url"]["url"] == f"data:image/png;base64,{PNG}"
+
+
+@pytest.mark.parametrize(
+    ("config", "read", "kept"),
+    [
+        ({"responseMimeType": "application/json"}, {"type": "json_object"}, {}),
+        ({"responseMimeType": "text/x.enum", "responseSchema": {"type": "STRING", "enum": ["a"]}}, None,
+         {"responseMimeType": "text/x.enum", "responseSchema": {"type": "STRING", "enum": ["a"]}}),
+    ],
+)  # fmt: skip
+def test_parse_formats(config: Json, read: Json | None, kept: Json) -> None:
+    request = parse({"contents": [{"parts": [{"text": "x"}]}], "generationConfig": config})
+    assert request.get("response_format") == read
+    written = encode(request)[0]["generationConfig"]
+    assert {name: written.get(name) for name in kept} == kept
 
 
 def test_server_side_parts_survive_untouched() -> None:
