@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,42 @@ def test_nothing_is_lost_in_silence(feature: str, target: str) -> None:
 
 def test_the_table_in_readme_is_what_these_tests_found() -> None:
     assert f"<!-- conformance -->\n{matrix()}\n" in README.read_text(encoding="utf-8")
+
+
+def said(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, *parts]}]}
+
+
+REFUSED: dict[str, Any] = {"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}, USER]}
+MARKED = {"tools": [{**TOOL, "cache_control": {"type": "ephemeral"}}]}
+STRICT = {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": SCHEMA}}]}
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "asked", "dropped", "carried"),
+    [
+        ("gemini", "gemini-3-flash", MARKED, ["cache_control"], "look"),
+        ("gemini", "gemini-2.0-flash", STRICT, ["tools.strict"], '"f"'),
+        ("gemini", "gemini-3-flash", {"audio": {"voice": "Kore", "format": "mp3"}}, ["audio.format"], "Kore"),
+        ("gemini", "gemini-3-flash", REFUSED, [], '"no"'),
+        ("cohere", "command-a-03-2025", MARKED, ["cache_control"], "look"),
+        ("bedrock", "amazon.nova-lite-v1:0", said({"type": "hologram"}), ["content.hologram"], "Hi"),
+        ("bedrock", "amazon.nova-lite-v1:0", REFUSED, [], '"no"'),
+        ("bedrock", "meta.llama3-1-70b-instruct-v1:0", {"top_k": 5}, ["top_k"], ""),
+        ("bedrock", "amazon.nova-lite-v1:0", {"service_tier": "scale"}, ["service_tier"], ""),
+        ("bedrock", "amazon.nova-lite-v1:0", {"metadata": {"a": "\u0001"}}, ["metadata"], ""),
+        ("bedrock", "amazon.nova-lite-v1:0", said({"type": "native", "dialect": "bedrock", "part": {"video": {}}}), [], "video"),
+        ("replicate", "openai/gpt-5.4", {"stop": ["a"]}, ["stop"], ""),
+    ],
+)  # fmt: skip
+def test_what_only_some_take_is_named_for_the_others(
+    provider: str, model: str, asked: dict[str, Any], dropped: list[str], carried: str
+) -> None:
+    row = stockyard.PROVIDERS_BY_ID[provider]
+    translation = stockyard.Translation(model, row, False, 0, str, foreign=True)
+    body = stockyard.DIALECTS[row.dialect].encode({"model": model, "messages": [USER], **asked}, translation)
+    assert translation.dropped == dropped
+    assert carried in json.dumps(body)
 
 
 @pytest.mark.parametrize(("cap", "budget"), [(500, None), (2000, 1500), (50_000, 16_384)])
