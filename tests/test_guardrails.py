@@ -742,3 +742,30 @@ async def test_audio_passes_unchanged_though_its_request_was_hidden(start: Start
         proxy.upstream.answers = [Answer(headers={"content-type": "audio/mpeg"}, pieces=[b"\xff\xfb[EMAIL_\x00\x80"])]
         _, _, told = await proxy.post("/v1/audio/speech", {"model": "gpt-4o-mini", "input": EMAIL, "voice": "alloy"})
         assert told == b"\xff\xfb[EMAIL_\x00\x80" and EMAIL.encode() not in proxy.upstream.seen[0].body
+
+
+@pytest.mark.parametrize(
+    ("schema", "fits", "fails", "fault"),
+    [
+        ({"type": "string"}, "a", 1, "it must be string"),
+        ({"type": ["integer", "null"]}, None, True, "it must be integer or null"),
+        ({"enum": ["a", 2]}, 2, "b", 'it must be one of ["a", 2]'),
+        ({"const": {"a": 1}}, {"a": 1}, {"a": 2}, 'it must be one of [{"a": 1}]'),
+        ({"anyOf": [{"type": "string"}, {"minimum": 3}]}, 3, 2, "it fits none of anyOf"),
+        ({"minimum": 1, "maximum": 3}, 3, 3.5, "it must keep minimum and maximum"),
+        ({"minLength": 2}, "ab", "a", "it must keep minLength and maxLength"),
+        ({"maxItems": 1}, [1], [1, 2], "it must keep minItems and maxItems"),
+        ({"items": {"type": "number"}}, [1, 2.5], [1, "2"], "an item of it must be number"),
+        ({"required": ["a"]}, {"a": None}, {"b": 1}, "it lacks 'a'"),
+        ({"additionalProperties": False, "properties": {"a": {}}}, {"a": 1}, {"b": 1}, "it has members that are not allowed"),
+        ({"properties": {"a": {"properties": {"b": {"type": "null"}}}}}, {"a": {}}, {"a": {"b": 0}}, "b must be null"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_held_against_each_word_of_a_schema(schema: Any, fits: Any, fails: Any, fault: str) -> None:
+    assert s.checked_schema("x", schema) == schema
+    assert (s.schema_fault(fits, schema), s.schema_fault(fails, schema)) == ("", fault)
+
+
+def test_a_schema_is_made_of_tables() -> None:
+    with pytest.raises(s.SettingsError, match="must be made of tables"):
+        s.checked_schema("x", {"properties": {"a": True}})
