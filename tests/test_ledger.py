@@ -154,6 +154,7 @@ def test_settings_are_parsed() -> None:
     assert parse_budget(" $0.5 / total ").limit_nanousd == 500_000_000
     assert parse_budget("1000000000/day") == read_budget({"usd": 10**9, "period": "day"}, "", "global", "")
     assert read_limits({"queue_ms": 600_000}).queue_ms == 600_000
+    assert read_limits({"rpm": 5}).queue_ms == 0
     assert parse_rate_limit("64parallel, 600rpm,1000000tpm") == RateLimit(600, 1_000_000, 64)
     assert parse_rate_limit("5rpm") == RateLimit(rpm=5)
 
@@ -587,6 +588,22 @@ def test_restored_balances_do_not_tell_again() -> None:
     assert [e.percent for e in ledger.settle(admit(ledger, 150), None, NOW_MS).events] == [100]
 
 
+def test_a_soft_budget_of_nothing_tells_of_the_first_spend() -> None:
+    ledger = make_ledger(Budget("s", 0, "day", mode="soft"))
+    assert [event.percent for event in ledger.settle(admit(ledger, 1), None, NOW_MS).events] == [50, 80, 100]
+
+
+def test_books_hold_the_balance_of_yesterday_while_a_call_of_yesterday_is_open() -> None:
+    ledger, tomorrow_ms = make_ledger(Budget("b", 1000, "day")), NOW_MS + 86_400_000
+    ledger.settle(admit(ledger, 10), None, NOW_MS)
+    late = admit(ledger, 20)
+    ledger.admit(None, {}, "gpt-5", "openai", 5, tomorrow_ms)
+    books = ledger.books()
+    assert (books.settled["b", "2026-11-22"], books.settled["b", "2026-11-23"]) == (10, 0)
+    ledger.settle(late, 7, tomorrow_ms)
+    assert ("b", "2026-11-22") not in ledger.books().settled
+
+
 def test_headroom_is_what_clamping_budgets_leave() -> None:
     roomy, tight = Budget("g", 1000, "day"), Budget("k", 300, "day", "model", "gpt-5", clamp=True)
     ledger = make_ledger(roomy, tight)
@@ -956,6 +973,13 @@ def test_key_model_and_global_limits_are_taken_together_or_not_at_all() -> None:
     assert rates.headers(key, "gpt-5", 0)["x-ratelimit-limit-requests"] == "2"
     assert rates.headers(other, "gpt-5", 0)["x-ratelimit-limit-requests"] == "3"
     assert rates.headers(other, "claude", 0)["x-ratelimit-limit-requests"] == "10"
+
+
+def test_headers_forget_a_call_after_sixty_one_seconds_and_no_sooner() -> None:
+    rates, key = limiter(rpm=5)
+    rates.admit(key, "m", 0, 0)
+    left = [rates.headers(key, "m", now_ms)["x-ratelimit-remaining-requests"] for now_ms in (0, 60_999, 61_000)]
+    assert left == ["4", "4", "5"]
 
 
 def test_headers_are_in_openais_form() -> None:
