@@ -13994,7 +13994,13 @@ class Flow:
 
     @property
     def complete(self) -> bool:
+        """Whether the answer may end here."""
         raise NotImplementedError
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it can follow."""
+        return self.complete and self.usage is not None
 
     def feed(self, data: bytes) -> bytes:
         raise NotImplementedError
@@ -14070,6 +14076,10 @@ class OpenAiFlow(Flow):
     @property
     def complete(self) -> bool:
         return self._done or bool(self.finish_reason)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._done
 
     def feed(self, data: bytes) -> bytes:
         run = self._events.feed(data)
@@ -16860,7 +16870,13 @@ def write_books(store: LogStore, books: Books, generation: int) -> None:
 
 
 class Sink(Protocol):
-    """What a connection tells about one exchange. `head` once, `data` any times, then `end` or `fail`, exactly one."""
+    """What a connection tells about one exchange. `head` once, `data` any times, then `end` or `fail`, exactly one.
+
+    `has_ended` tells that the answer is whole, whatever the connection still does.
+    """
+
+    @property
+    def has_ended(self) -> bool: ...
 
     def head(self, status: int, headers: Mapping[str, str]) -> None: ...
     def data(self, data: bytes) -> None: ...
@@ -16891,12 +16907,20 @@ def take_buffered(payload: Any) -> bytes:
     return data
 
 
+#: How long a provider may keep a connection open after the last event of its stream.
+LINGER_S: Final = 1.0
+
+
 class Pace:
     """Stands before a sink and counts what comes, where a route asks for a minimum rate."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self._bytes, self._since_s = sink, 0, 0.0
         self.fail, self.end = sink.fail, sink.end
+
+    @property
+    def has_ended(self) -> bool:
+        return self._sink.has_ended
 
     def head(self, status: int, headers: Mapping[str, str]) -> None:
         self._since_s = 0.0
@@ -17060,7 +17084,9 @@ class UpstreamConnection(asyncio.Protocol):
         """Which deadline has passed, if one has."""
         if not self.answered and now_s - self.began_s > self.deadlines.first_byte_s:
             return "first byte"
-        if self.answered and not self._held and now_s - self.touched_s > self.deadlines.idle_s:
+        silent_s = now_s - self.touched_s
+        has_ended = silent_s > LINGER_S and self.sink is not None and self.sink.has_ended
+        if self.answered and not self._held and (silent_s > self.deadlines.idle_s or has_ended):
             return "next byte"
         if self.pace is not None and self.answered and not self._held and self.pace.is_stalled(now_s, self.deadlines):
             return "share of bytes"
@@ -17240,6 +17266,8 @@ class Upstream:
 
 class PlainAnswer:
     """Gathers a provider's whole answer."""
+
+    has_ended: bool = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.status = 0
@@ -17996,8 +18024,16 @@ class Relay:
             self._client.send(last)
         self.done.set_result(None)
 
+    @property
+    def has_ended(self) -> bool:
+        return self.flow.has_ended
+
     def fail(self, error: UpstreamError) -> None:
-        self._end(error)
+        """The connection ended badly, which is no matter where the answer ended well."""
+        if self.flow.has_ended:
+            self.end()
+        else:
+            self._end(error)
 
     def _end(self, error: UpstreamError) -> None:
         if not self.done.done():
@@ -20235,6 +20271,8 @@ class StreamedCall:
 
     def _heartbeat(self) -> None:
         """Keep an idle connection alive; this commits to a stream, but nothing of an answer was said yet."""
+        if self._relay is not None and self._relay.sent_content and self._relay.has_ended:
+            return  # nothing may follow the end
         self._gateway.commit(self._call, self._client)
         self._client.send(self._dialect.heartbeat)
         self._beat = self._gateway.loop.call_later(HEARTBEAT_S, self._heartbeat)

@@ -498,3 +498,36 @@ async def test_members_of_odd_types_are_the_clients_fault(start: Start, path: st
             status, _, told = await proxy.post(path, {**ask, name: value})
             assert (status, told["error"]["type"]) == (400, "invalid_request_error")
             assert name in told["error"]["message"]
+
+
+#: By the dialect of a provider: a client of another one, and a model that leads there.
+OTHERS = {
+    "openai": ("/v1/messages", "gpt-4o-mini"),
+    "anthropic": ("/v1/chat/completions", "claude-sonnet-4-5"),
+    "responses": ("/v1/chat/completions", "gpt-5-pro"),
+}
+
+
+@pytest.mark.parametrize("client", ["same", "other"])
+@pytest.mark.parametrize("spoken", ["openai", "anthropic", "responses"])
+@pytest.mark.parametrize("end", [{"gap_s": 5.0}, {"cut": True}], ids=["lingers", "breaks off"])
+async def test_what_comes_after_the_end_of_an_answer_is_no_matter(
+    start: Start, monkeypatch: pytest.MonkeyPatch, spoken: str, client: str, end: dict[str, Any]
+) -> None:
+    """The last event proves that it is whole: no heartbeat, no error and no wait follows."""
+    monkeypatch.setattr(stockyard, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(stockyard, "LINGER_S", 0.2)
+    golden, (path, model) = GOLDENS[spoken], OTHERS[spoken]
+    asked = {"model": model, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
+    if client == "same":
+        path, asked = golden.path, golden.request
+    async with start(retries=0, ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL="UPSTREAM") as proxy, asyncio.timeout(4):
+        whole = b"".join(golden.pieces)
+        proxy.upstream.answers = [stream([whole, b": bye\n\n"] if "gap_s" in end else [whole], **end)]
+        status, _, told = await proxy.post(path, {**asked, "stream": True})
+        [row] = await proxy.rows()
+    assert (status, row["status"], row["error"], row["output_tokens"]) == (200, 200, "", 5)
+    terminal = golden.terminal if client == "same" else b"message_stop" if path == "/v1/messages" else b"[DONE]"
+    blocks = told.split(b"\n\n")
+    last = next(at for at, block in enumerate(blocks) if terminal in block)
+    assert {*blocks[last + 1 :]} <= {b"", b": bye"}
