@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Start
-from upstreams import COMPLETION, plain
+from upstreams import COMPLETION, DONE, Answer, chunk, plain, stream
 
 import stockyard
 
@@ -452,3 +452,30 @@ async def test_what_a_dead_process_held_for_a_key_of_the_file_counts_at_once_and
             await proxy.gateway.store.flush()
             assert len(stockyard.Journal.paths(tmp_path)) == 1
         assert not stockyard.Journal.paths(tmp_path)
+
+
+def unmetered() -> Answer:
+    """A stream that says nothing of its usage."""
+    return stream([chunk({"role": "assistant", "content": "Hello there"}), chunk({}, "stop"), DONE])
+
+
+async def test_an_answer_whose_usage_is_not_told_is_charged_at_its_whole_hold(start: Start) -> None:
+    async with start(toml=PRICES, budget="1/day", cache="off") as proxy:
+        proxy.upstream.answers = [unmetered()]
+        assert (await proxy.post(PATH, {**ASK, "max_tokens": 100, "stream": True}))[0] == 200
+        [row] = await proxy.rows()
+        explained = stockyard.find_request(proxy.gateway.store, row["id"])
+        assert explained is not None
+        [budget] = [line["budget"] for line in explained["attempt_log"]]
+        assert row["cost_usd"] < budget["charged_usd"] == budget["held_usd"]
+        assert account(proxy.gateway)["settled_nanousd"] == round(budget["held_usd"] * 1e9)
+
+
+async def test_a_soft_budget_is_charged_by_estimate_where_nothing_bounds_a_call(start: Start) -> None:
+    soft = PRICES + '[[budgets]]\nusd = 1\nperiod = "day"\nmode = "soft"\n'
+    async with start(toml=soft, cache="off") as proxy:
+        proxy.upstream.answers = [unmetered()]
+        asked = {**ASK, "stream": True, "web_search_options": {"search_context_size": "low"}}
+        assert (await proxy.post(PATH, asked))[0] == 200
+        [row] = await proxy.rows()
+        assert account(proxy.gateway)["settled_nanousd"] == round(row["cost_usd"] * 1e9) > 0
