@@ -19104,7 +19104,6 @@ class Gateway:
         targets = await self.route(call)
         if call.key is not None:  # what was kept may be more than the key may have by now
             call.key.check(targets[0].provider.id, call.model, targets[0].model)
-        call.cache = "miss"
         endpoint, dialect = call.endpoint, DIALECTS[call.endpoint.dialect]
         names = (*dialect.forwarded_headers, "x-stockyard-strict")
         headers = [(name, clean_header(text)) for name in names if (text := call.headers.get(name))]

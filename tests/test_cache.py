@@ -312,9 +312,34 @@ async def test_the_admin_empties_the_cache(start: Any) -> None:
             view = await answer.json()
             assert (view["entries"], view["policy"], view["scope"]) == (1, "deterministic", "key")
             assert view["max_bytes"] == 2 * 1024 * 1024
+            assert (view["ttl_s"], view["on_disk"]) == (3600, True)
         async with proxy.session.delete(proxy.url + "/api/cache", headers=admin) as answer:
             assert await answer.json() == {"deleted": 1}
         assert (await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] == "miss"
+
+
+async def test_what_is_under_way_while_the_cache_is_emptied_is_not_kept(start: Any) -> None:
+    async with start() as proxy:
+        cache = proxy.gateway.cache
+        proxy.upstream.answers = [
+            plain(COMPLETION),
+            dataclasses.replace(plain(COMPLETION), hang_s=0.3),
+            plain(COMPLETION),
+        ]
+        await proxy.post(PATH, CHAT)
+        slow = asyncio.create_task(proxy.post(PATH, {**CHAT, "seed": 2}))
+        while len(proxy.upstream.seen) < 2:
+            await asyncio.sleep(0.01)
+        await cache.clear()
+        assert proxy.gateway.store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 0
+        assert (await slow)[1]["x-stockyard-cache"] == "miss"
+        assert (await cache.view())["entries"] == 0
+        assert (await proxy.post(PATH, {**CHAT, "seed": 2}))[1]["x-stockyard-cache"] == "miss"
+
+
+async def test_one_answer_asked_for_by_number_is_kept(start: Any) -> None:
+    async with start() as proxy:
+        assert [(await proxy.post(PATH, {**CHAT, "n": 1}))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "hit"]
 
 
 # ----- What is never kept
