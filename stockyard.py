@@ -15200,6 +15200,8 @@ class LogStore:
         self._parts: dict[bytes, tuple[int, int]] = {}
         self._tags_of_hour: tuple[int, set[str]] = (0, set())
         self._queue: collections.deque[Logged | Note | Write | Callable[[], object]] = collections.deque()
+        #: What dead processes left; taken first, and no reason to refuse a call.
+        self._left: collections.deque[Logged | Callable[[], object]] = collections.deque()
         self._group: Group | None = None  # could not be committed, and is tried again
         self._queued_bytes = self._written_bytes = 0
         self._wake, self._hurry = threading.Event(), threading.Event()
@@ -15237,12 +15239,12 @@ class LogStore:
         ended, intents = Journal.leftovers(directory)
         self.crashed_rows += len(intents)
         old = [*ended, *map(crashed_row, intents)]
-        self._queue.extend(Logged(row, row_line(row), is_old=True) for row in old)
+        self._left.extend(Logged(row, row_line(row), is_old=True) for row in old)
 
     def take_over(self, directory: Path) -> None:
         """The journals of a worker that has ended; its directory goes once all of them is committed."""
         self._replay(directory)
-        self._queue.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
+        self._left.append(functools.partial(shutil.rmtree, directory, ignore_errors=True))
         self._wake.set()
 
     # -- event loop side
@@ -15253,7 +15255,7 @@ class LogStore:
 
     @property
     def queued_rows(self) -> int:
-        return len(self._queue)
+        return len(self._left) + len(self._queue)
 
     @property
     def is_behind(self) -> bool:
@@ -15345,18 +15347,21 @@ class LogStore:
             self._wake.clear()
             while True:
                 committed = self._commit_group()
-                if self._closing and not (committed and self._queue):
+                if self._closing and not (committed and (self._left or self._queue)):
                     return
                 self._keep_up()
-                if committed and len(self._queue) < COMMIT_MAX_ROWS and not self._closing:
+                if committed and not self._left and len(self._queue) < COMMIT_MAX_ROWS and not self._closing:
                     break
             # Rest, so that rows gather while the loop works: small groups cost it the interpreter lock each time.
             self._hurry.wait(COMMIT_REST_S)
             self._hurry.clear()
 
     def _take(self) -> Group:
-        group, queue = Group(), self._queue
-        while queue and len(group.rows) < COMMIT_MAX_ROWS and group.size_bytes < 32 * LOGGED_BODY_MAX_BYTES:
+        group = Group()
+        most_bytes = 32 * LOGGED_BODY_MAX_BYTES
+        while (
+            (queue := self._left or self._queue) and len(group.rows) < COMMIT_MAX_ROWS and group.size_bytes < most_bytes
+        ):
             item = queue.popleft()
             if isinstance(item, Write):
                 group.writes.append(item)
@@ -23641,7 +23646,7 @@ class SharedStore(LogStore):
 
     @property
     def queued_rows(self) -> int:
-        return len(self._queue) + sum(int(hand.now["queued_rows"]) for hand in self.hands)
+        return super().queued_rows + sum(int(hand.now["queued_rows"]) for hand in self.hands)
 
     def trouble(self) -> str:
         return super().trouble() or next((hand.now["trouble"] for hand in self.hands if hand.now["trouble"]), "")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -296,6 +297,25 @@ def kill_under_load(path: Path, after_s: float, acknowledged: set[str]) -> None:
 
 
 # -- starts
+
+
+def test_what_a_dead_process_left_refuses_no_call(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as store:
+        calls = [make() for _ in range(20)]
+        monkeypatch.setattr(store, "_take", stockyard.Group)  # commits nothing, as one that is killed
+        for call in calls:
+            store.put(call)
+        shutil.copytree(tmp_path, tmp_path / "left")
+        monkeypatch.undo()
+    monkeypatch.setattr(stockyard, "QUEUE_MAX_ROWS", 10)
+    monkeypatch.setattr(stockyard.LogStore, "_run", lambda store: None)
+    store = LogStore(tmp_path / "left" / "stockyard.db")
+    assert (store.queued_rows, store.is_full) == (20, False)
+    store.close()
+    monkeypatch.undo()
+    with opened(tmp_path / "left") as store:
+        committed(store)
+        assert (len(ids(store)), store.queued_rows) == (20, 0)
 
 
 def test_an_older_database_keeps_its_rows_its_bodies_and_its_sums(tmp_path: Path, make: Make) -> None:
