@@ -188,7 +188,7 @@ def measure(program: str, folder: Path, upstream_port: int, log: Path | None) ->
 def report(found: Mapping[str, list[tuple[int, float]]]) -> str:
     lines = [
         f"# Scale\n\n{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. {os.cpu_count()} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}.\n",
+        f"Python {run.version('python3', '--version')}.\n",
         "| beside, or with | how many | CPU µs a call | against the first |", "| --- | --: | --: | --: |",
     ]  # fmt: skip
     for what, values in found.items():
