@@ -22025,10 +22025,9 @@ async def put_guardrails(request: web.Request) -> web.Response:
     What is not named stays. Rules and recognisers are rows of stockyard.toml; POST /api/config/reload reads them anew.
     """
     body = await body_json_of(request)
-    if odd := next(
-        (name for name, value in body.items() if name not in GUARD_SETTINGS or not isinstance(value, str | None)), None
-    ):
-        raise InvalidRequest(f"{odd!r} cannot be set here; what can: {', '.join(GUARD_SETTINGS)}", param=odd)
+    for name, value in body.items():
+        if name not in GUARD_SETTINGS or not isinstance(value, str | None):
+            raise InvalidRequest(f"{name!r} cannot be set here; what can: {', '.join(GUARD_SETTINGS)}", param=name)
     reload_now(request, body)
     return await get_guardrails(request)
 

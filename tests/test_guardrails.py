@@ -705,8 +705,9 @@ async def test_operators_see_try_and_set_guardrails(start: Start, tmp_path: Path
         assert told["action"] == "block" and told["verdicts"][0]["rule"] == "words"
         for wrong in ({"text": 1}, {"request": "x"}):
             assert (await proxy.post("/api/guardrails/try", wrong, **headers))[0] == 400
-        async with proxy.session.put(url, headers=headers, json={"redact": ["x"]}) as answer:
-            assert answer.status == 400
+        for wrong in ({"redact": ["x"]}, {"log_bodies": "none"}, {"": None}):
+            async with proxy.session.put(url, headers=headers, json=wrong) as answer:
+                assert answer.status == 400
         assert not await proxy.rows()
 
 
