@@ -22597,7 +22597,11 @@ async def open_server(
     assert manager is not None
     options = manager._kwargs
     make_lane = functools.partial(lane, manager, loop=gateway.loop, **options)
-    server = await gateway.loop.create_server(make_lane, sock=listener, backlog=1024) if listener is not None else None
+    server = None
+    if listener is not None:
+        # asyncio accepts `backlog` times a turn, and fails and logs as often where files have run out: once is enough
+        server = await gateway.loop.create_server(make_lane, sock=listener, backlog=1)
+        listener.listen(1024)
     try:
         yield make_lane
     finally:

@@ -315,13 +315,16 @@ LITTLE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_{}, ({}, {}))
 sys.argv = ["stockyard", "serve"]
+sys.modules |= dict.fromkeys({})
 import stockyard
 stockyard.main()
 """
 
 
 @contextlib.contextmanager
-def little(tmp_path: Path, kind: str = "NOFILE", limit: int = 64) -> Iterator[tuple[int, int]]:
+def little(
+    tmp_path: Path, kind: str = "NOFILE", limit: int = 64, without: tuple[str, ...] = ()
+) -> Iterator[tuple[int, int]]:
     """A proxy that has little of something: with 64 files, 16 clients. Its port, and its process."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -330,7 +333,7 @@ def little(tmp_path: Path, kind: str = "NOFILE", limit: int = 64) -> Iterator[tu
         "STOCKYARD_PORT": "0",
     }
     with subprocess.Popen(
-        [sys.executable, "-c", LITTLE.format(kind, limit, limit)],
+        [sys.executable, "-c", LITTLE.format(kind, limit, limit, without)],
         cwd=Path(stockyard.__file__).parent,
         env=environment,
         stdout=subprocess.PIPE,
@@ -391,11 +394,12 @@ def cpu_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_without_a_free_file_it_waits_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", [(), ("uvloop",)])
+def test_without_a_free_file_it_waits_and_goes_on(tmp_path: Path, without: tuple[str, ...]) -> None:
     """Every file in use, and strangers knocking: no spinning, calls under way end well, then all is as before."""
     request = {"model": "echo", "stream": True, "chunk_ms": 100, "messages": [{"role": "user", "content": "a " * 30}]}
     body = json.dumps(request).encode()
-    with little(tmp_path) as (port, process), contextlib.ExitStack() as held:
+    with little(tmp_path, without=without) as (port, process), contextlib.ExitStack() as held:
         at_work = [held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(5)]
         for client in at_work:
             client.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
