@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable
@@ -68,6 +69,13 @@ class Proxy:
 
 
 Start = Callable[..., AbstractAsyncContextManager[Proxy]]
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    """Wait for what other tasks do, long enough for a busy machine."""
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

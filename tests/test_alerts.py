@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -12,12 +11,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Start
+from conftest import Start, until
 from upstreams import Answer, FakeUpstream, fake_upstream, plain
 
 import stockyard
@@ -37,12 +36,6 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeUpstrea
 
 def alerts_to(receiver: FakeUpstream, more: str = "") -> str:
     return f'[[alerts]]\nurl = "{receiver.url}/hook/canary-path"\nsecret_env = "ALERT_SECRET"\n{more}\n'
-
-
-async def until(is_so: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not is_so():
-            await asyncio.sleep(0.01)
 
 
 def is_signed(headers: dict[str, str], body: bytes) -> bool:

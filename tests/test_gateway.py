@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yarl
-from conftest import Start
+from conftest import Start, until
 from upstreams import COMPLETION, DONE, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
 
 import stockyard
@@ -217,10 +217,7 @@ async def test_a_client_that_leaves_ends_the_providers_work_and_leaves_a_row(sta
         answer = await proxy.session.post(proxy.url + CHAT_PATH, json={**CHAT, "stream": True})
         assert await answer.content.readany()
         answer.close()
-        for _ in range(100):
-            if proxy.upstream.hung_up:
-                break
-            await asyncio.sleep(0.02)
+        await until(lambda: proxy.upstream.hung_up and not proxy.gateway.in_flight)
         assert proxy.upstream.hung_up == 1
         [row] = await proxy.rows()
     assert (row["status"], row["error"]) == (499, "client_closed_request")

@@ -1036,6 +1036,15 @@ def test_idle_keys_are_forgotten_and_busy_ones_are_not() -> None:
         rates.admit(busy, "m", 0, 5_000_000)
 
 
+def test_what_a_key_used_this_minute_outlives_the_arrival_of_other_keys() -> None:
+    rates, now_ms = RateLimiter(None, {}), 1_800_000_000_000
+    early, late = (create_key({"rate_limit": {"rpm": 1}}, name, "", 0) for name in ("early", "late"))
+    rates.settle(rates.admit(early, "m", 0, now_ms), 0)
+    rates.settle(rates.admit(late, "m", 0, now_ms + 1000), 0)
+    with pytest.raises(LimitExceeded):
+        rates.admit(early, "m", 0, now_ms + 2000)
+
+
 @settings(max_examples=150)
 @given(
     st.integers(1, 6),
@@ -1246,6 +1255,7 @@ def test_a_provider_that_raises_a_cap_is_held_for_what_it_makes_of_it() -> None:
         ({"generationConfig": {"maxOutputTokens": 3, "candidateCount": 4}}, 12),
         ({"input": {"max_new_tokens": "250"}}, 250),
         ({"max_tokens": 5, "prompt": ["a", "b"], "n": 2}, 20),
+        ({"max_tokens": 5, "prompt": ["a"]}, 5),
         ({"max_tokens": 5, "metadata": {"max_tokens": "900"}, "tools": [{"max_tokens": 900}]}, 5),
         ({"max_tokens": None, "n": 3}, None),
         ({"max_tokens": True}, None),
