@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 from typing import Any
 
-import aiohttp
 import openai
 import pytest
+from conftest import until
 from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, chunk, plain, stream
 
 import stockyard as s
@@ -321,17 +320,14 @@ async def test_the_admin_empties_the_cache(start: Any) -> None:
 async def test_what_is_under_way_while_the_cache_is_emptied_is_not_kept(start: Any) -> None:
     async with start() as proxy:
         cache = proxy.gateway.cache
-        proxy.upstream.answers = [
-            plain(COMPLETION),
-            dataclasses.replace(plain(COMPLETION), hang_s=0.3),
-            plain(COMPLETION),
-        ]
+        go = asyncio.Event()
+        proxy.upstream.answers = [plain(COMPLETION), dataclasses.replace(plain(COMPLETION), go=go), plain(COMPLETION)]
         await proxy.post(PATH, CHAT)
         slow = asyncio.create_task(proxy.post(PATH, {**CHAT, "seed": 2}))
-        while len(proxy.upstream.seen) < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(proxy.upstream.seen) == 2)
         await cache.clear()
         assert proxy.gateway.store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 0
+        go.set()
         assert (await slow)[1]["x-stockyard-cache"] == "miss"
         assert (await cache.view())["entries"] == 0
         assert (await proxy.post(PATH, {**CHAT, "seed": 2}))[1]["x-stockyard-cache"] == "miss"
@@ -632,22 +628,20 @@ async def test_a_stream_that_breaks_after_content_breaks_for_all(start: Any) -> 
             assert b"[DONE]" not in events
 
 
-async def post_and_leave(proxy: Any, body: dict[str, Any], after_s: float) -> None:
-    with contextlib.suppress(TimeoutError, aiohttp.ServerTimeoutError):
-        async with asyncio.timeout(after_s):
-            await proxy.post(PATH, body)
-            pytest.fail("it was answered")
-
-
 @pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
 async def test_a_leaders_hang_up_does_not_end_the_others(start: Any, body: dict[str, Any]) -> None:
     async with start() as proxy:
-        slow = stream(STREAM, gap_s=0.1) if body is STREAMED else dataclasses.replace(plain(COMPLETION), hang_s=0.5)
-        proxy.upstream.answers = [slow]
-        leader = asyncio.create_task(post_and_leave(proxy, body, 0.15))
-        await asyncio.sleep(0.05)
-        told = await asyncio.gather(*(proxy.post(PATH, body) for _ in range(5)))
-        await leader
+        answer, go = stream(STREAM) if body is STREAMED else plain(COMPLETION), asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(answer, go=go)]
+        leader = asyncio.create_task(proxy.post(PATH, body))
+        await until(lambda: proxy.upstream.seen)
+        [flight] = proxy.gateway.cache.flights.values()
+        others = [asyncio.create_task(proxy.post(PATH, body)) for _ in range(5)]
+        await until(lambda: proxy.gateway.in_flight == 6)
+        leader.cancel()
+        await until(lambda: flight.leader.is_carried)
+        go.set()
+        told = await asyncio.gather(*others)
         assert {answer[0] for answer in told} == {200}
         assert {answer[1]["x-stockyard-cache"] for answer in told} == {"coalesced"}
         assert (len(proxy.upstream.seen), proxy.upstream.hung_up) == (1, 0)
@@ -662,12 +656,12 @@ async def test_a_leaders_hang_up_does_not_end_the_others(start: Any, body: dict[
 @pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
 async def test_the_last_to_hang_up_ends_the_call(start: Any, body: dict[str, Any]) -> None:
     async with start() as proxy:
-        proxy.upstream.answers = [stream(STREAM, hang_s=5.0)]
-        await asyncio.gather(*(post_and_leave(proxy, body, 0.1 + 0.05 * number) for number in range(3)))
-        for _ in range(100):
-            if proxy.upstream.hung_up and not proxy.gateway.in_flight:
-                break
-            await asyncio.sleep(0.01)
+        proxy.upstream.answers = [stream(STREAM, hang_s=20)]
+        riders = [asyncio.create_task(proxy.post(PATH, body)) for _ in range(3)]
+        await until(lambda: proxy.upstream.seen and proxy.gateway.in_flight == 3)
+        for rider in riders:
+            rider.cancel()
+        await until(lambda: proxy.upstream.hung_up and not proxy.gateway.in_flight)
         assert proxy.upstream.hung_up == 1
         rows = await proxy.rows()
         assert [row["status"] for row in rows] == [499] * 3
@@ -676,10 +670,13 @@ async def test_the_last_to_hang_up_ends_the_call(start: Any, body: dict[str, Any
 
 async def test_a_refresh_does_not_join_what_began_before(start: Any) -> None:
     async with start() as proxy:
-        proxy.upstream.answers = [dataclasses.replace(plain({**COMPLETION, "id": name}), hang_s=0.1) for name in "ab"]
+        go = asyncio.Event()
+        slow = dataclasses.replace(plain({**COMPLETION, "id": "a"}), go=go)
+        proxy.upstream.answers = [slow, plain({**COMPLETION, "id": "b"})]
         first = asyncio.create_task(proxy.post(PATH, CHAT))
-        await asyncio.sleep(0.03)
+        await until(lambda: proxy.upstream.seen)
         fresh = await proxy.post(PATH, CHAT, **{"x-stockyard-cache": "refresh"})
+        go.set()
         assert (fresh[2]["id"], (await first)[2]["id"]) == ("b", "a")
         assert len(proxy.upstream.seen) == 2
 

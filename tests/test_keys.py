@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Start
+from conftest import Start, until
 from upstreams import COMPLETION, plain
 
 import stockyard
@@ -245,11 +245,14 @@ async def test_estimated_tokens_give_way_to_those_used(start: Start) -> None:
 async def test_calls_that_come_too_soon_wait_in_turns_by_key(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     async with start(toml="[limits]\nparallel = 1\nqueue_ms = 20000\n") as proxy:
         keys = [await make_key(proxy, name=name) for name in "ab"]
-        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.05)]
+        go = asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), go=go)]
         greedy = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **keys[0])) for _ in range(6)]
-        await asyncio.sleep(0.02)
+        await until(lambda: proxy.gateway.in_flight == 6)
         monkeypatch.setattr(stockyard, "PARALLEL_RETRY_S", 1000.0)  # whoever ends lets the next one in
         modest = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **keys[1])) for _ in range(2)]
+        await until(lambda: proxy.gateway.in_flight == 8)
+        go.set()
         assert {(await call)[0] for call in greedy + modest} == {200}
         rows = await proxy.rows()
         assert not proxy.gateway.lines
@@ -266,16 +269,18 @@ async def test_the_line_has_an_end_and_whoever_hangs_up_leaves_it(
 ) -> None:
     monkeypatch.setattr(stockyard, "MAX_QUEUED", 2)
     async with start(toml="[limits]\nparallel = 1\nqueue_ms = 300\n") as proxy:
-        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=1)]
-        calls = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT)) for _ in range(2)]
-        await asyncio.sleep(0.1)
-        calls[1].cancel()
-        async with asyncio.timeout(5):
-            while proxy.gateway.lines:
-                await asyncio.sleep(0.01)
+        go = asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), go=go)]
+        first = asyncio.create_task(proxy.post(CHAT_PATH, CHAT))
+        await until(lambda: proxy.upstream.seen)
+        second = asyncio.create_task(proxy.post(CHAT_PATH, CHAT))
+        await until(lambda: proxy.gateway.lines)
+        second.cancel()
+        await until(lambda: not proxy.gateway.lines)
         late, *_ = await proxy.post(CHAT_PATH, CHAT)
         assert late == 429
-        assert (await calls[0])[0] == 200
+        go.set()
+        assert (await first)[0] == 200
         status, *_ = await proxy.post("/proxy/openai/v1/chat/completions", CHAT)
         assert (status, proxy.gateway.lines) == (200, {})
     assert len(proxy.upstream.seen) == 2

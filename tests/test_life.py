@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from conftest import Start
 from test_process import Process
 from upstreams import DONE, STREAM, stream
@@ -41,7 +42,7 @@ async def test_clients_that_leave_at_any_time_end_the_providers_work(start: Star
         began_s = time.monotonic()
         while proxy.upstream.hung_up < count or proxy.gateway.in_flight:
             await asyncio.sleep(0.02)
-            assert time.monotonic() - began_s < 5  # under a second where nothing else runs
+            assert time.monotonic() - began_s < 20  # under a second where nothing else runs
         rows = await proxy.rows()
     assert [(row["status"], row["error"]) for row in rows] == [(499, "client_closed_request")] * count
     assert all(row["output_tokens"] > 0 for row in rows)
@@ -128,9 +129,11 @@ async def test_a_second_signal_waits_for_nothing(tmp_path: Path) -> None:
     running = await asyncio.to_thread(Process, tmp_path, STOCKYARD_DRAIN_TIMEOUT="60")
     async with aiohttp.ClientSession() as session:
         answer = await begin(session, running.url, 0)
-        for _ in range(2):
-            running.run.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.3)
+        running.run.send_signal(signal.SIGTERM)
+        with pytest.raises(aiohttp.ClientConnectorError):
+            while True:
+                (await session.get(running.url + "/health")).close()
+        running.run.send_signal(signal.SIGTERM)
         await asyncio.to_thread(running.run.communicate, timeout=10)
         answer.close()
     assert running.run.returncode == 1

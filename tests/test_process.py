@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,7 +262,6 @@ def test_kill_dash_nine_loses_no_answered_call_and_starts_again(upstream: FakeUp
             ]
             for _ in range(5)
         ]
-    time.sleep(0.5)
     running.stop(signal.SIGKILL)
     again = Process(tmp_path, **variables)
     second = Process(tmp_path, **variables)

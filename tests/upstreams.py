@@ -129,7 +129,10 @@ GOLDENS = {
 
 @dataclass
 class Answer:
-    """One scripted answer. `pieces` are body bytes; `cut` closes without the proper end; `hang_s` waits before it."""
+    """One scripted answer. `pieces` are body bytes; `cut` closes without the proper end; `hang_s` waits before it.
+
+    The last piece waits for `go`, where a test has to do something first.
+    """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Answer:
     cut: bool = False
     hang_s: float = 0.0
     gap_s: float = 0.0
+    go: asyncio.Event | None = None
     #: Sent as it is instead of all the rest; then the connection is closed, or reset.
     raw: bytes | None = None
     reset: bool = False
@@ -209,6 +213,8 @@ class FakeUpstream:
         )
         writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
         for piece in answer.pieces:
+            if answer.go is not None and piece is answer.pieces[-1]:
+                await answer.go.wait()
             writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if answer.chunked else piece)
             await writer.drain()
             await self._wait(reader, answer.gap_s)
