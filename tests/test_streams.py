@@ -75,6 +75,21 @@ async def test_a_streamed_response_is_its_makers_to_fetch(start: Start) -> None:
             assert (answer.status, proxy.upstream.seen[-1].path) == (200, path)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("model", ["echo", "gpt-4o-mini"])
+@pytest.mark.parametrize(("asked", "kept"), [({}, True), ({"store": True}, True), ({"store": False}, False)])
+async def test_an_answer_that_is_not_to_be_stored_is_not(
+    start: Start, asked: dict[str, Any], kept: bool, model: str, streamed: bool
+) -> None:
+    async with start() as proxy:
+        golden = GOLDENS["responses"]
+        proxy.upstream.answers = [stream(golden.pieces) if streamed else plain(golden.plain)]
+        body = {"model": model, "input": "a secret", "stream": streamed, **asked}
+        assert (await proxy.post("/v1/responses", body))[0] == 200
+        await proxy.gateway.store.flush()
+        assert len(proxy.gateway.store.read("SELECT id FROM responses")) == kept
+
+
 async def test_what_stockyard_keeps_of_a_conversation_goes_to_any_provider_in_full(start: Start) -> None:
     async with start() as proxy:
         _, _, first = await proxy.post("/v1/responses", {"model": "echo", "input": "one"})
