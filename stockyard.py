@@ -18876,9 +18876,9 @@ class Gateway:
                 wait_s = error.retry_after_s
                 if not queue_s or wait_s is None or wait_s > max(PARALLEL_RETRY_S, queue_s + 1):
                     raise
-        line = self.lines.setdefault(call.key_id, collections.deque())
         if sum(map(len, self.lines.values())) >= MAX_QUEUED:
             return self.limit(call, body_bytes)
+        line = self.lines.setdefault(call.key_id, collections.deque())
         turn = (call, body_bytes, self.loop.create_future())
         line.append(turn)
         self.serve_lines()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
 from typing import Any
 
 import aiohttp
@@ -351,6 +353,29 @@ async def test_passthrough_uploads_and_files(start: Start) -> None:
     assert (raw, passed.path) == (200, "/v1/chat/completions?x=1")
     assert (climbed, unknown) == (400, 404)
     assert [row["status"] for row in rows] == [200, 200, 400, 404]
+
+
+async def test_with_full_durability_a_call_and_the_end_of_its_answer_wait_for_the_disk(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with start(durability="full", cache="off") as proxy:
+        waiting, turns = [], threading.Semaphore(0)
+        real = os.fsync
+
+        def slow(file: int) -> None:
+            waiting.append(file)
+            turns.acquire(timeout=20)
+            real(file)
+
+        monkeypatch.setattr(os, "fsync", slow)
+        call = asyncio.create_task(proxy.post(CHAT_PATH, CHAT))
+        await until(lambda: len(waiting) == 1)
+        assert proxy.upstream.seen == []
+        turns.release()
+        await until(lambda: len(waiting) == 2)
+        assert (len(proxy.upstream.seen), call.done()) == (1, False)
+        turns.release(9)  # the end of the proxy needs some as well
+        assert (await call)[0] == 200
 
 
 async def test_a_hard_budget_admits_what_fits_and_no_more(start: Start) -> None:

@@ -286,6 +286,41 @@ async def test_the_line_has_an_end_and_whoever_hangs_up_leaves_it(
     assert len(proxy.upstream.seen) == 2
 
 
+async def test_a_call_for_which_the_lines_have_no_room_is_refused_at_once(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "MAX_QUEUED", 2)
+    async with start(toml="[limits]\nparallel = 1\nqueue_ms = 600000\n") as proxy, asyncio.timeout(20):
+        many, one = [await make_key(proxy, name=name) for name in "ab"]
+        go = asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), go=go)]
+        calls = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **many)) for _ in range(3)]
+        await until(lambda: [len(line) for line in proxy.gateway.lines.values()] == [2])
+        for key in (one, many):
+            assert (await proxy.post(CHAT_PATH, CHAT, **key))[0] == 429
+        assert len(proxy.gateway.lines) == 1, "who was refused has no line"
+        go.set()
+        assert [(await call)[0] for call in calls] == [200] * 3
+        assert not proxy.gateway.lines
+
+
+async def test_who_may_go_on_does_not_wait_behind_those_who_may_not(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stockyard, "PARALLEL_RETRY_S", 1000.0)
+    async with start(toml="[limits]\nqueue_ms = 600000\n") as proxy, asyncio.timeout(20):
+        busy, free = [await make_key(proxy, name=name, rate_limit={"parallel": 1}) for name in "ab"]
+        go = asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), go=go), plain(COMPLETION)]
+        calls = [asyncio.create_task(proxy.post(CHAT_PATH, CHAT, **busy)) for _ in range(2)]
+        await until(lambda: proxy.gateway.lines)
+        assert (await proxy.post(CHAT_PATH, CHAT, **free))[0] == 200
+        assert len(proxy.upstream.seen) == 2 and [len(line) for line in proxy.gateway.lines.values()] == [1]
+        go.set()
+        assert [(await call)[0] for call in calls] == [200] * 2
+        assert not proxy.gateway.lines
+
+
 async def test_calls_in_line_get_their_turn_when_the_window_has_moved_on(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ import pytest
 from conftest import Start
 from hypothesis import given
 from hypothesis import strategies as st
+from upstreams import COMPLETION, STREAM, plain, stream
 
 import stockyard
 from stockyard import Call, Endpoint, Journal, LogStore, Usage
@@ -229,11 +230,20 @@ def test_fsyncs_are_shared_and_their_failure_is_told(tmp_path: Path, monkeypatch
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("durability", ["process", "full"])
+#: What happens in order, to a call whose first try its provider refuses; with a budget each try has a hold, and a line.
+STEPS = {
+    ("process", ""): "begin send send end",
+    ("process", "1/day"): "begin send begin send end",
+    ("full", ""): "begin fsync send send end fsync",
+    ("full", "1/day"): "begin fsync send begin fsync send end fsync",
+}
+
+
+@pytest.mark.parametrize(("durability", "budget"), STEPS)
 async def test_a_call_has_its_line_before_it_leaves_and_its_row_before_its_answer_ends(
-    start: Start, durability: str, monkeypatch: pytest.MonkeyPatch
+    start: Start, durability: str, budget: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with start(durability=durability, cache="off") as proxy:
+    async with start(durability=durability, budget=budget, cache="off") as proxy:
         steps: list[str] = []
         store, upstream = proxy.gateway.store, proxy.gateway.upstream
         for owner, name in ((store.journal, "begin"), (store.journal, "end"), (upstream, "send"), (os, "fsync")):
@@ -244,11 +254,11 @@ async def test_a_call_has_its_line_before_it_leaves_and_its_row_before_its_answe
                 return _real(*given)
 
             monkeypatch.setattr(owner, name, note)
-        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}]}
-        expected = ["begin", "send", "end"] if durability == "process" else ["begin", "fsync", "send", "end", "fsync"]
-        for streams in (False, True):
-            status, _, _ = await proxy.post("/v1/chat/completions", {**body, "stream": streams})
-            assert (status, steps) == (200, expected)
+        body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
+        for answer in (plain(COMPLETION), stream(STREAM)):
+            proxy.upstream.answers = [plain({"error": {"message": "overloaded"}}, 503), answer]
+            status, _, _ = await proxy.post("/v1/chat/completions", {**body, "stream": answer.chunked})
+            assert (status, steps) == (200, STEPS[durability, budget].split())
             steps.clear()
         assert len(await proxy.rows()) == 2
 
