@@ -722,6 +722,8 @@ class Endpoint:
     dialect: str = "openai"
     streams: bool = False
     upload: bool = False
+    #: The provider's door for the client's own bytes, where the kind's usual one takes another body.
+    door: str = ""
 
 
 #: The output cap by the names that dialects give it.
@@ -1059,6 +1061,8 @@ class Dialect:
     name: ClassVar[str] = ""
     #: Dialects of one family are the same on the wire; bytes pass between them.
     family: ClassVar[str] = ""
+    #: Whether that holds for embeddings as well.
+    embeds_alike: ClassVar[bool] = True
     #: Request headers of a client that may travel to a provider of the same dialect.
     forwarded_headers: ClassVar[tuple[str, ...]] = ()
     #: Headers every request to a provider of this dialect carries.
@@ -5516,6 +5520,7 @@ class GeminiVertex(GeminiGenerate):
     def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
         found = [item.get("embeddings") or {} for item in answer["predictions"]]
         tokens = sum(_count((item.get("statistics") or {}).get("token_count")) for item in found)
+    embeds_alike = False
         return [item.get("values") or [] for item in found], tokens
 
 
@@ -8145,6 +8150,7 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Signing:
     """AWS signatures in place of a key: the variables that hold the credentials, the region's template, the service."""
+    "embed_one": "/v1beta/models/{model}:embedContent",
 
     access_env: str
     secret_env: str
@@ -8444,7 +8450,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     Provider(
         id="gemini", name="Google Gemini", key_env=("GOOGLE_API_KEY", "GEMINI_API_KEY", "GOOGLE_GENERATIVE_AI_API_KEY"),
         base_url="https://generativelanguage.googleapis.com", dialect="gemini", auth_header="x-goog-api-key", auth_prefix="",
-        offers=_offers("stream embeddings count_tokens images"), stream_usage="always", paths=GEMINI_PATHS,
+        offers=_offers("stream embeddings embed_one count_tokens images"), stream_usage="always", paths=GEMINI_PATHS,
         pattern=r"(models/)?(gemini-|gemma-(?=[^:]*$)|learnlm-|imagen-|veo-)",
     ),
     Provider(
@@ -19894,7 +19900,7 @@ class Gateway:
             body = dump_json(encoded)
             call.dropped, call.sent_dialect = translation.dropped, dialect.name
         else:
-            body = self.passing_body(call, target, dialect)
+            body, kind = self.passing_body(call, target, dialect), call.endpoint.door or kind
         path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
         origin, head = self.request_head(target.provider, dialect, path, call)
         if target.provider.credentials is not None:
@@ -19960,6 +19966,8 @@ class Gateway:
         if call.stream and dialect.name == "openai" and row.stream_usage == "stream_options":
             options = request.get("stream_options")
             if not options:
+        if not dialect.embeds_alike and call.endpoint.kind == "embeddings":
+            return True
                 body = splice_member(body, request, "stream_options", {"include_usage": True})
             elif not options.get("include_usage"):
                 body = dump_json({**request, "stream_options": {**options, "include_usage": True}})
@@ -20805,7 +20813,7 @@ RESPONSES_ENDPOINT: Final = Endpoint("stored", "/v1/responses", "responses")
 GEMINI_ENDPOINTS: Final[Mapping[str, Endpoint]] = {
     "generateContent": Endpoint("chat", "/v1beta/models:generateContent", "gemini", streams=True),
     "streamGenerateContent": Endpoint("chat", "/v1beta/models:streamGenerateContent", "gemini", streams=True),
-    "embedContent": Endpoint("embeddings", "/v1beta/models:embedContent", "gemini"),
+    "embedContent": Endpoint("embeddings", "/v1beta/models:embedContent", "gemini", door="embed_one"),
     "batchEmbedContents": Endpoint("embeddings", "/v1beta/models:batchEmbedContents", "gemini"),
     "countTokens": Endpoint("count_tokens", "/v1beta/models:countTokens", "gemini"),
 }
