@@ -1177,6 +1177,10 @@ class Dialect:
         """The same where providers of one dialect count differently."""
         return self.read_usage(answer)
 
+    def read_finish(self, answer: Json) -> str:
+        """Why a plain answer ended, in OpenAI's words; empty where it does not say."""
+        return str(first_of(answer.get("choices")).get("finish_reason") or "")
+
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         """An error answer; the default reads OpenAI's, which most providers write."""
         members = read_error_members(body)
@@ -1244,6 +1248,11 @@ def present(holder: Json) -> Json:
 
 def without(holder: Json, *names: str) -> Json:
     return {name: value for name, value in holder.items() if name not in names}
+
+
+def first_of(items: Any) -> Json:
+    """The first object of a list in a provider's answer; empty where it is no such list."""
+    return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
 
 
 def filled(**members: Any) -> Json:
@@ -3015,6 +3024,18 @@ class ItemProgress:
         return full[start:]
 
 
+#: Items that call a tool of the client's.
+CALL_ITEMS: Final = frozenset({"function_call", "custom_tool_call"})
+
+
+def read_responses_finish(response: Json, called: bool) -> str:
+    """Why a response ended, in OpenAI's words for chat."""
+    why = (response.get("incomplete_details") or {}).get("reason")
+    if response.get("status") == "incomplete":
+        return "content_filter" if why == "content_filter" else "length"
+    return "tool_calls" if called else "stop"
+
+
 class ResponsesDecoder(EventDecoder):
     """Reads a Responses stream into canonical chunks.
 
@@ -3054,18 +3075,12 @@ class ResponsesDecoder(EventDecoder):
         for at, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 self._end_item(self._item_at(at), item)
-        self._emit({}, self._reason(response))
+        self._emit({}, read_responses_finish(response, bool(self._calls.started)))
         usage = self._responses.read_usage(response)
         if usage is not None:
             self._out.append(self._chunks.usage(write_openai_usage(usage)))
         self.complete = True
         return self._out
-
-    def _reason(self, response: Json) -> str:
-        why = (response.get("incomplete_details") or {}).get("reason")
-        if response.get("status") == "incomplete":
-            return "content_filter" if why == "content_filter" else "length"
-        return "tool_calls" if self._calls.started else "stop"
 
     def _open(self, response: Json) -> None:
         if self._begun:
@@ -3096,7 +3111,7 @@ class ResponsesDecoder(EventDecoder):
 
     def _added(self, event: Json) -> None:
         item, progress = event.get("item") or {}, self._progress(event)
-        if item.get("type") in ("function_call", "custom_tool_call"):
+        if item.get("type") in CALL_ITEMS:
             self._start_call(progress, item)
 
     def _start_call(self, progress: ItemProgress, item: Json) -> None:
@@ -3678,6 +3693,11 @@ class OpenAiResponses(Dialect):
         told = (usage.get("tool_calls_details") or {}).get("search_web") or {}
         searches = searches or (told.get("invocation") if isinstance(told, dict) else 0) or 0
         return read_openai_usage(usage)._replace(searches=searches)
+
+    def read_finish(self, answer: Json) -> str:
+        output = answer.get("output") or ()
+        called = any(item.get("type") in CALL_ITEMS for item in output)
+        return read_responses_finish(answer, called) if output else ""
 
     def failure(self, error: Any) -> UpstreamError:
         """An error told inside a 200, in a stream or as a failed response."""
@@ -5405,6 +5425,13 @@ class GeminiGenerate(Dialect):
             return None
         return read_gemini_usage(meta, count_searches(answer.get("candidates"), answer.get("modelVersion") or ""))
 
+    def read_finish(self, answer: Json) -> str:
+        candidate = first_of(answer.get("candidates"))
+        reason = str(candidate.get("finishReason") or "")
+        parts = (candidate.get("content") or {}).get("parts") or () if reason == "STOP" else ()
+        called = any("functionCall" in part for part in parts)
+        return "tool_calls" if called else GEMINI_FINISHES.get(reason, reason.lower())
+
     def read_error(self, status: int, body: bytes) -> UpstreamError:
         """Google's details say what its status hides: a bad key is a 400, and waiting times are details too."""
         members = read_error_members(body)
@@ -5493,6 +5520,7 @@ class GeminiVertex(GeminiGenerate):
     """generateContent on Vertex AI: other paths (in the provider's row), labels, buckets, and `:predict` embeddings."""
 
     name = "vertex"
+    embeds_alike = False
     refused: ClassVar[frozenset[str]] = frozenset({
         "store", "tools.fileSearch", "tools.mcpServers", "toolConfig.includeServerSideToolInvocations",
         "toolConfig.functionCallingConfig.streamFunctionCallArguments",
@@ -5520,7 +5548,6 @@ class GeminiVertex(GeminiGenerate):
     def _vectors(self, answer: Json) -> tuple[list[list[float]], int]:
         found = [item.get("embeddings") or {} for item in answer["predictions"]]
         tokens = sum(_count((item.get("statistics") or {}).get("token_count")) for item in found)
-    embeds_alike = False
         return [item.get("values") or [] for item in found], tokens
 
 
@@ -6411,6 +6438,10 @@ class AnthropicMessages(Dialect):
     def read_usage(self, answer: Json) -> Usage | None:
         usage = answer.get("usage")
         return read_claude_usage(usage) if isinstance(usage, dict) else None
+
+    def read_finish(self, answer: Json) -> str:
+        reason = str(answer.get("stop_reason") or "")
+        return CLAUDE_FINISHES.get(reason, reason)
 
     def refuse_error(self, event: Json) -> None:
         """Raise the error that an event or answer is; its type tells the status."""
@@ -8119,6 +8150,7 @@ GEMINI_PATHS: Final[Mapping[str, str]] = {
     "chat": "/v1beta/models/{model}:generateContent",
     "stream": "/v1beta/models/{model}:streamGenerateContent?alt=sse",
     "embeddings": "/v1beta/models/{model}:batchEmbedContents",
+    "embed_one": "/v1beta/models/{model}:embedContent",
     "count_tokens": "/v1beta/models/{model}:countTokens",
     "models": "/v1beta/models?pageSize=1000",
     "images": "/v1beta/openai/images/generations",
@@ -8150,7 +8182,6 @@ class Variant:
 @dataclass(frozen=True, slots=True)
 class Signing:
     """AWS signatures in place of a key: the variables that hold the credentials, the region's template, the service."""
-    "embed_one": "/v1beta/models/{model}:embedContent",
 
     access_env: str
     secret_env: str
@@ -19749,9 +19780,10 @@ class Gateway:
                 refuse_error_event(document, outgoing.dialect)
             try:
                 usage = outgoing.dialect.read_usage_for(document, target.provider.row)
+                finish = outgoing.dialect.read_finish(document)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 raise unforeseen_shape(error) from error
-            self.learn(call, target, usage, finish_reason_of(document))
+            self.learn(call, target, usage, finish)
             self.remember(call, document, native=True)
             return body
         outgoing.translation.names["answer_headers"] = answer.headers
@@ -19760,7 +19792,7 @@ class Gateway:
             usage = read_openai_usage(completion["usage"]) if completion.get("usage") else None
             for choice in completion.get("choices") or ():
                 self.keep_signatures(signatures_of(choice.get("message") or {}))
-            self.learn(call, target, usage, finish_reason_of(completion))
+            self.learn(call, target, usage, str(first_of(completion.get("choices")).get("finish_reason") or ""))
             call.dropped = outgoing.translation.dropped
             if call.endpoint.dialect == "responses":
                 completion["id"] = call.id  # it will be asked for by this id, so it must be ours and never repeat
@@ -19934,6 +19966,8 @@ class Gateway:
         client = DIALECTS[call.endpoint.dialect]
         if dialect.family != client.family or row.rewrites_answers or call.must_translate:
             return True
+        if not dialect.embeds_alike and call.endpoint.kind == "embeddings":
+            return True
         return call.stream and client.must_render(call.request)
 
     def translation(self, call: Call, target: Target) -> Translation:
@@ -19966,8 +20000,6 @@ class Gateway:
         if call.stream and dialect.name == "openai" and row.stream_usage == "stream_options":
             options = request.get("stream_options")
             if not options:
-        if not dialect.embeds_alike and call.endpoint.kind == "embeddings":
-            return True
                 body = splice_member(body, request, "stream_options", {"include_usage": True})
             elif not options.get("include_usage"):
                 body = dump_json({**request, "stream_options": {**options, "include_usage": True}})
@@ -20314,15 +20346,6 @@ def plain_body(answer: PlainAnswer) -> bytes:
     if unpacker.unconsumed_tail:
         raise UpstreamError("the provider's answer is too large", code="upstream_too_large")
     return body
-
-
-def finish_reason_of(document: Json) -> str:
-    choices = document.get("choices")
-    return (
-        str(choices[0].get("finish_reason") or "")
-        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
-        else ""
-    )
 
 
 def build_head(
@@ -21347,7 +21370,8 @@ def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str
         if content_type == "application/json":
             document = orjson.loads(body)
             if isinstance(document, dict):
-                usage, finish = dialect.read_usage_for(document, target.provider.row), finish_reason_of(document)
+                usage = dialect.read_usage_for(document, target.provider.row)
+                finish = dialect.read_finish(document)
                 model = document.get("model") or model
         elif content_type == "text/event-stream":
             decoder = dialect.decoder(gateway.translation(call, target))

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import yarl
 from conftest import Start, until
-from upstreams import COMPLETION, DONE, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
+from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
 
 import stockyard
 
@@ -578,6 +578,63 @@ async def test_embeddings_are_packed_as_the_sdks_ask_whoever_packs_them(start: S
         status, _, told = await proxy.post("/v1/embeddings", asked)
     assert (status, told["data"][0]["embedding"]) == (200, "AAAAPwAAgL4=")
     assert proxy.upstream.seen[0].json["output_dimension"] == 2
+
+
+VERTEX_KEYS = {"VERTEX_ACCESS_TOKEN": "t", "GOOGLE_CLOUD_PROJECT": "p", "VERTEX_BASE_URL": "UPSTREAM"}
+GEMINI_KEYS = {"GEMINI_API_KEY": "k", "GEMINI_BASE_URL": "UPSTREAM"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "sent_to"),
+    [
+        (GEMINI_KEYS, "gemini/gemini-embedding-001", "/v1beta/models/gemini-embedding-001:embedContent"),
+        (VERTEX_KEYS, "vertex/text-embedding-005", ".../publishers/google/models/text-embedding-005:predict"),
+    ],
+)
+async def test_one_content_embedded_by_a_gemini_client(
+    start: Start, keys: dict[str, str], model: str, sent_to: str
+) -> None:
+    vector = {"values": [0.5]}
+    async with start(**keys) as proxy:
+        proxy.upstream.answers = [plain({"embedding": vector, "predictions": [{"embeddings": vector}]})]
+        asked = {"content": {"parts": [{"text": "x"}]}}
+        status, _, told = await proxy.post(f"/v1beta/models/{model}:embedContent", asked)
+    assert (status, told["embedding"]) == (200, vector)
+    assert proxy.upstream.seen[0].path.endswith(sent_to.removeprefix("..."))
+    body = proxy.upstream.seen[0].json
+    assert body == asked if "gemini/" in model else body["instances"] == [{"content": "x"}]
+
+
+@pytest.mark.parametrize("spoken", GOLDENS)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_log_says_in_one_language_why_an_answer_ended(start: Start, spoken: str, streamed: bool) -> None:
+    golden = GOLDENS[spoken]
+    path = golden.path + ("streamGenerateContent?alt=sse" if streamed else "generateContent") * (spoken == "gemini")
+    request = golden.request | ({"stream": True} if streamed and spoken != "gemini" else {})
+    async with start(ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL="UPSTREAM", **GEMINI_KEYS) as proxy:
+        proxy.upstream.answers = [stream(golden.pieces) if streamed else plain(golden.plain)]
+        assert (await proxy.post(path, request))[0] == 200
+        assert [row["finish_reason"] for row in await proxy.rows()] == ["stop"]
+
+
+def test_why_an_answer_ended_in_each_dialects_words() -> None:
+    for dialect, answer, finish in (
+        ("anthropic", {"stop_reason": "max_tokens"}, "length"),
+        ("anthropic", {"stop_reason": "tool_use"}, "tool_calls"),
+        ("gemini", {"candidates": [{"finishReason": "MAX_TOKENS"}]}, "length"),
+        (
+            "gemini",
+            {"candidates": [{"finishReason": "STOP", "content": {"parts": [{"functionCall": {}}]}}]},
+            "tool_calls",
+        ),
+        ("gemini", {"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}, "malformed_function_call"),
+        ("gemini", {"promptFeedback": {"blockReason": "SAFETY"}}, ""),
+        ("responses", {"status": "completed", "output": [{"type": "function_call"}]}, "tool_calls"),
+        ("responses", {"status": "incomplete", "output": [{"type": "message"}]}, "length"),
+        ("openai", {"choices": [{"finish_reason": "length"}]}, "length"),
+        ("openai", {"data": []}, ""),
+    ):
+        assert stockyard.DIALECTS[dialect].read_finish(answer) == finish, answer
 
 
 def test_azure_deployments_and_v1() -> None:
