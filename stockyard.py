@@ -12888,8 +12888,11 @@ class Sessions:
 
 
 # ----- Holds and settlement -------------------------------------------------------------------------------------------
-# Records are lines of JSON, {"op": "hold"|"settle"|"release", "id", "budgets": [[budget id, window]], "nanousd", "held",
-# "at"}: `nanousd` is what the operation means (amount held, cost, 0), `held` the hold that it opens or closes.
+# Records are lines of JSON: {"op": "hold", "id", "budgets": [[budget id, window]], "nanousd", "at"} opens a hold, and
+# {"op": "settle"|"release", "id", "nanousd"} ends it, at its cost or 0.
+
+#: What a call touches: key id, tags (where a budget is of one), the model asked for, provider, the model it goes to.
+Touched = tuple[str, tuple[tuple[str, str], ...], str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -12961,10 +12964,6 @@ class Hold:
         self.nanousd, self.bounded = nanousd or 0, nanousd is not None
         self.open = True
 
-    @property
-    def balances(self) -> Sequence[Balance]:
-        return self.windows.balances
-
     def told(self, charged_nanousd: int) -> str:
         """What the log keeps of it, as JSON; see `show_hold`."""
         return f'{{"budgets":{self.windows.places},"held":{self.nanousd},"charged":{charged_nanousd}}}'
@@ -12972,12 +12971,9 @@ class Hold:
     @property
     def record(self) -> bytes | None:
         """What must be durable before the request leaves; None where no budget is concerned."""
-        return self.record_of("hold", self.nanousd, self.at_ms) if self.balances else None
-
-    def record_of(self, op: str, nanousd: int, at_ms: int) -> bytes:
-        return (
-            f'{{"op":"{op}","id":"{self.id}","budgets":{self.windows.places},"nanousd":{nanousd},"held":{self.nanousd},"at":{at_ms}}}'
-        ).encode()
+        if not self.windows.balances:
+            return None
+        return f'{{"op":"hold","id":"{self.id}","budgets":{self.windows.places},"nanousd":{self.nanousd},"at":{self.at_ms}}}'.encode()
 
 
 def show_hold(told: Json) -> Json:
@@ -12991,7 +12987,7 @@ class Settlement(NamedTuple):
 
     cost_nanousd: int
     record: bytes | None
-    events: list[ThresholdCrossed]
+    events: Sequence[ThresholdCrossed] = ()
 
 
 class Account:
@@ -13048,25 +13044,25 @@ class Books:
         if record["op"] == "hold":
             if hold_id not in self._closed:
                 self.open[hold_id] = record
-        elif self.open.pop(hold_id, None) is not None:
+        elif (hold := self.open.pop(hold_id, None)) is not None:
             self._closed.add(hold_id)
-            for budget_id, window in record["budgets"]:
+            for budget_id, window in hold["budgets"]:
                 self.settled[budget_id, window] = self.settled.get((budget_id, window), 0) + record["nanousd"]
 
 
 class Ledger:
     """Admits attempts against all matching budgets, and settles them. One per process that admits.
 
-    `new_id` mints hold ids; they are never a client's, since billing hangs on them.
+    `new_id` mints the stem of its holds' ids; they are never a client's, since billing hangs on them.
     """
 
     def __init__(self, budgets: Iterable[Budget], new_id: Callable[[str], str], now_ms: int) -> None:
-        self._new_id = new_id
+        self._ids = map((new_id("hold_") + "_%d").__mod__, itertools.count(1))
         self._high_ms = now_ms
         self._accounts: dict[str, Account] = {}
         self._exact: dict[str, dict[str, list[Account]]] = {scope: {} for scope in SCOPES}
         self._patterns: list[Account] = []
-        self._matches: dict[tuple[Any, ...], Match] = {}
+        self._matches: dict[Touched, Match] = {}
         self.open: dict[str, Hold] = {}
         self.bound_violations = 0
         self.repeated_ends = 0
@@ -13106,24 +13102,24 @@ class Ledger:
     def _known_balance(self, budget_id: str, window: str) -> Balance | None:
         account = self._accounts.get(budget_id)
         known = [account.balance] if account else []
-        known += [balance for hold in self.open.values() for balance in hold.balances]
+        known += [balance for hold in self.open.values() for balance in hold.windows.balances]
         return next((b for b in known if b.budget.id == budget_id and b.window == window), None)
 
-    def _match(
-        self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str = ""
-    ) -> Match:
+    def tags_of(self, tags: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """Those tags of a call, as `Touched` has them, if any budget is of a tag."""
+        return (*tags.items(),) if tags and self._exact["tag"] else ()
+
+    def _match(self, touched: Touched) -> Match:
         """The budgets of a call, remembered until one changes."""
-        call = key_id, model, provider, upstream_model
-        which = (call, *tags.items()) if tags and self._exact["tag"] else call
-        found = self._matches.get(which)
+        found = self._matches.get(touched)
         if found is None:
             if len(self._matches) >= MAX_REMEMBERED:
                 self._matches.clear()
-            found = self._matches[which] = Match(self._find_match(key_id, tags, model, provider, upstream_model))
+            found = self._matches[touched] = Match(self._find_match(*touched))
         return found
 
     def _find_match(
-        self, key_id: str, tags: Mapping[str, str], model: str, provider: str, upstream_model: str
+        self, key_id: str, tags: tuple[tuple[str, str], ...], model: str, provider: str, upstream_model: str
     ) -> list[Account]:
         """Budgets of models count for the name a call was asked for and for the one it goes to.
 
@@ -13131,9 +13127,8 @@ class Ledger:
         """
         exact = self._exact
         found = [*exact["global"].get("", ()), *exact["key"].get(key_id, ())]
-        if tags and exact["tag"]:
-            for name, value in tags.items():
-                found += exact["tag"].get(f"{name}={value}", ())
+        for name, value in tags:
+            found += exact["tag"].get(f"{name}={value}", ())
         if exact["model"]:
             for name in {model, upstream_model} if model or upstream_model else exact["model"]:
                 found += exact["model"].get(name, ())
@@ -13157,16 +13152,7 @@ class Ledger:
 
     # -- attempts
 
-    def admit(
-        self,
-        key: VirtualKey | None,
-        tags: Mapping[str, str],
-        model: str,
-        provider: str,
-        price_upper_bound: int | None,
-        now_ms: int,
-        upstream_model: str = "",
-    ) -> Hold:
+    def admit(self, touched: Touched, price_upper_bound: int | None, now_ms: int) -> Hold:
         """Hold `price_upper_bound` nano-dollars in every matching budget, or raise BudgetExceeded and take nothing.
 
         None means that no bound is known: refused under a hard budget, held as nothing elsewhere.
@@ -13175,70 +13161,61 @@ class Ledger:
         nanousd = price_upper_bound or 0
         if nanousd < 0:
             raise ValueError("a price bound is never negative")
-        windows = self._match(key.id if key else "", tags, model, provider, upstream_model).at(now_ms)
+        windows = self._match(touched).at(now_ms)
         for balance in windows.balances:
             if balance.is_hard and (
                 price_upper_bound is None
                 or balance.settled_nanousd + balance.held_nanousd + nanousd > balance.limit_nanousd
             ):
-                raise _refusal(balance, model, price_upper_bound, now_ms)
+                raise _refusal(balance, touched[2], price_upper_bound, now_ms)
         if not windows.balances:
             return Hold("", price_upper_bound, windows, now_ms)
         for balance in windows.balances:
             balance.held_nanousd += nanousd
-        hold = Hold(self._new_id("hold_"), price_upper_bound, windows, now_ms)
-        self.open[hold.id] = hold
+        hold_id = next(self._ids)
+        hold = self.open[hold_id] = Hold(hold_id, price_upper_bound, windows, now_ms)
         return hold
 
-    def headroom(
-        self,
-        key: VirtualKey | None,
-        tags: Mapping[str, str],
-        model: str,
-        provider: str,
-        needed: int,
-        now_ms: int,
-        upstream_model: str = "",
-    ) -> int:
+    def headroom(self, touched: Touched, needed: int, now_ms: int) -> int:
         """The most of `needed` that could be held now: all of it, what clamping budgets leave, or 0.
 
         0 where a budget that does not clamp is too small: such a budget refuses rather than shortens.
         """
         now_ms = self._now(now_ms)
         most = needed
-        for account in self._match(key.id if key else "", tags, model, provider, upstream_model).accounts:
+        for account in self._match(touched).accounts:
             if account.balance.is_hard and (room := account.room(now_ms)) < needed:
                 most = min(most, room) if account.budget.clamp else 0
         return most
 
-    def settle(self, hold: Hold, cost_nanousd: int | None, now_ms: int) -> Settlement:
+    def settle(self, hold: Hold, cost_nanousd: int | None) -> Settlement:
         """Charge an attempt's cost; None (usage unknown) charges the whole hold. A second end changes nothing."""
         cost = hold.nanousd if cost_nanousd is None else cost_nanousd
         if cost < 0:
             raise ValueError("a cost is never negative")
-        if hold.open and hold.bounded and cost > hold.nanousd:
+        if cost > hold.nanousd and hold.open and hold.bounded:
             self.bound_violations += 1
-        return self._end(hold, "settle", cost, now_ms)
+        return self._end(hold, "settle", cost)
 
-    def release(self, hold: Hold, now_ms: int) -> Settlement:
+    def release(self, hold: Hold) -> Settlement:
         """Give back the hold of an attempt that surely cost nothing."""
-        return self._end(hold, "release", 0, now_ms)
+        return self._end(hold, "release", 0)
 
-    def _end(self, hold: Hold, op: str, cost: int, now_ms: int) -> Settlement:
+    def _end(self, hold: Hold, op: str, cost: int) -> Settlement:
         if not hold.open:
             self.repeated_ends += 1
-            return Settlement(0, None, [])
-        hold.open, balances = False, hold.windows.balances
-        if not balances:
-            return Settlement(cost, None, [])
+            return Settlement(0, None)
+        hold.open = False
+        if not (balances := hold.windows.balances):
+            return Settlement(cost, None)
         del self.open[hold.id]
-        events: list[ThresholdCrossed] = []
+        events: Sequence[ThresholdCrossed] = ()
         for balance in balances:
             balance.held_nanousd -= hold.nanousd
             balance.settled_nanousd += cost
             if balance.settled_nanousd >= balance.alarm_nanousd:
-                events += balance.crossed()
-        return Settlement(cost, hold.record_of(op, cost, self._now(now_ms)), events)
+                events = [*events, *balance.crossed()]
+        return Settlement(cost, f'{{"op":"{op}","id":"{hold.id}","nanousd":{cost}}}'.encode(), events)
 
     # -- views, start
 
@@ -13259,7 +13236,7 @@ class Ledger:
     def books(self) -> Books:
         """The balances in memory: of current windows, and of older ones that open holds belong to."""
         balances = [account.balance for account in self._accounts.values()]
-        balances += [balance for hold in self.open.values() for balance in hold.balances]
+        balances += [balance for hold in self.open.values() for balance in hold.windows.balances]
         records = [orjson.loads(record) for hold in self.open.values() if (record := hold.record)]
         return Books({(b.budget.id, b.window): b.settled_nanousd for b in balances}, records)
 
@@ -13292,7 +13269,7 @@ class Ledger:
         for balance in balances:
             balance.held_nanousd += hold.nanousd
         self.open[hold.id] = hold
-        return self.settle(hold, None, self._high_ms)
+        return self.settle(hold, None)
 
     def _orphan_balance(self, budget_id: str, window: str) -> Balance:
         # An older window, or a budget that is gone: only the record matters, so the limit is one that never alarms.
@@ -16766,11 +16743,9 @@ class Journal:
         self._open_calls.pop(call_id, None)
         self.keep(row)
 
-    def defer(self, record: bytes) -> bool:
-        """Keep the end of a hold for the next write, or `flush`: lost, it is charged whole. True for the first kept."""
-        is_first = not self._deferred
+    def defer(self, record: bytes) -> None:
+        """Keep the end of a hold for the next write, or `flush`: lost, it is charged whole."""
         self._deferred += record + b"\n"
-        return is_first
 
     def flush(self) -> None:
         if self._deferred:
@@ -18490,7 +18465,6 @@ class Watcher:
 
 
 #: What an attempt touches budgets by: its key, tags, model and provider.
-Touched = tuple[VirtualKey | None, Mapping[str, str], str, str]
 
 
 def worker_count(settings: Settings) -> int:
@@ -19506,40 +19480,38 @@ class Gateway:
         most = call.headers.get(MAX_COST_HEADER)
         if not self.has_budgets and most is None:
             return None
-        names = (call.key, call.tag_map, call.model, target.provider.id)
+        touched = (call.key_id, self.ledger.tags_of(call.tag_map), call.model, target.provider.id, target.model)
         cap, needed = whole, _ = self.cost_bound(call, target) if bounded else (None, None)
         if most is not None:
-            cap, needed = await self.clamped(call, target, cap, needed)
+            cap, needed = await self.clamped(call, target, touched, cap, needed)
             if needed is None or needed > read_max_cost(most):
                 shown = "is not known" if needed is None else f"may be ${format_usd(needed)}"
                 raise BudgetExceeded(
                     f"the cost of this call {shown}, more than {MAX_COST_HEADER} allows ({clean_header(most, 20)})"
                 )
         try:
-            hold = await self.set_aside(names, needed, target.model)
+            hold = await self.set_aside(touched, needed)
         except BudgetExceeded:
-            cap, needed = await self.clamped(call, target, cap, needed)
-            hold = await self.set_aside(names, needed, target.model)
+            cap, needed = await self.clamped(call, target, touched, cap, needed)
+            hold = await self.set_aside(touched, needed)
         call.clamped, call.output_cap, call.held_tokens = cap != whole, None, None
         if cap is not None and (most is not None or hold.windows.is_hard):
             call.output_cap, call.held_tokens = cap.tokens if cap.injected else None, cap.total_tokens
         return hold
 
     async def clamped(
-        self, call: Call, target: Target, cap: OutputCap | None, needed: int | None
+        self, call: Call, target: Target, touched: Touched, cap: OutputCap | None, needed: int | None
     ) -> tuple[OutputCap | None, int | None]:
         """The cap and the cost of a call, lowered to what its budgets leave where they clamp and leave something."""
-        if needed and cap is not None:
-            names = (call.key, call.tag_map, call.model, target.provider.id)
-            if 0 < (room := await self.headroom(names, needed, target.model)) < needed:
-                return self.cost_bound(call, target, room)
+        if needed and cap is not None and 0 < (room := await self.headroom(touched, needed)) < needed:
+            return self.cost_bound(call, target, room)
         return cap, needed
 
-    async def headroom(self, names: Touched, needed: int, upstream_model: str) -> int:
-        return self.ledger.headroom(*names, needed, int(self.clock() * 1000), upstream_model)
+    async def headroom(self, touched: Touched, needed: int) -> int:
+        return self.ledger.headroom(touched, needed, int(self.clock() * 1000))
 
-    async def set_aside(self, names: Touched, needed: int | None, upstream_model: str) -> Hold:
-        return self.ledger.admit(*names, needed, int(self.clock() * 1000), upstream_model)
+    async def set_aside(self, touched: Touched, needed: int | None) -> Hold:
+        return self.ledger.admit(touched, needed, int(self.clock() * 1000))
 
     def depart(self, call: Call, hold: Hold | None) -> None:
         """Tell the journal that an attempt is about to leave, and on which hold: before it does."""
@@ -19547,7 +19519,7 @@ class Gateway:
             self.store.begin(call, None if hold is None else hold.record)
         except StorageUnavailable:
             assert hold is not None
-            self.record_end(self.ledger.release(hold, int(self.clock() * 1000)))
+            self.record_end(self.ledger.release(hold))
             raise
 
     def cost_bound(
@@ -19587,15 +19559,14 @@ class Gateway:
 
     def charge(self, call: Call, hold: Hold, line: Attempt) -> None:
         """End a hold exactly once: at the cost where it is known, released where surely nothing was billed, else whole."""
-        now_ms = int(self.clock() * 1000)
         exact = call.usage is not None and not call.usage_estimated and call.cost_nanousd is not None
         if line.status == 200 and exact:
-            ended = self.ledger.settle(hold, call.cost_nanousd, now_ms)
+            ended = self.ledger.settle(hold, call.cost_nanousd)
         elif line.billed == "no":
-            ended = self.ledger.release(hold, now_ms)
+            ended = self.ledger.release(hold)
         else:
-            ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0, now_ms)
-        if hold.balances:
+            ended = self.ledger.settle(hold, None if hold.bounded else call.cost_nanousd or 0)
+        if hold.windows.balances:
             line.hold, line.charged_nanousd = hold, ended.cost_nanousd
             self.record_end(ended)
 
@@ -23357,17 +23328,17 @@ class WorkerLedger(Ledger):
 
     link: Link
 
-    def clamps(self, names: Touched, upstream_model: str) -> bool:
-        return any(account.budget.clamp for account in self._match(*wire_names(names), upstream_model).accounts)
+    def clamps(self, touched: Touched) -> bool:
+        return any(account.budget.clamp for account in self._match(touched).accounts)
 
     def windows_at(self, places: Iterable[tuple[str, str]]) -> Windows:
         return Windows([self._orphan_balance(*place) for place in places])
 
-    def _end(self, hold: Hold, op: str, cost: int, now_ms: int) -> Settlement:
-        if hold.open and hold.balances:
+    def _end(self, hold: Hold, op: str, cost: int) -> Settlement:
+        if hold.open and hold.windows.balances:
             self.link.tell("end", hold.id, op, cost)
         hold.open = False
-        return Settlement(cost, None, [])
+        return Settlement(cost, None)
 
 
 class Worker(Gateway):
@@ -23444,21 +23415,21 @@ class Worker(Gateway):
                 return await super().hold(call, target, bounded)
         return await super().hold(call, target, bounded)
 
-    async def headroom(self, names: Touched, needed: int, upstream_model: str) -> int:
-        if not self.ledger.clamps(names, upstream_model):
+    async def headroom(self, touched: Touched, needed: int) -> int:
+        if not self.ledger.clamps(touched):
             return needed
-        room: int = await self.link.ask("room", *wire_names(names), needed, upstream_model)
+        room: int = await self.link.ask("room", touched, needed)
         return room
 
-    async def set_aside(self, names: Touched, needed: int | None, upstream_model: str) -> Hold:
+    async def set_aside(self, touched: Touched, needed: int | None) -> Hold:
         hold_id = str(next(self._numbers))
         try:
-            places = await self.link.ask("hold", hold_id, *wire_names(names), needed, upstream_model)
+            places = await self.link.ask("hold", hold_id, touched, needed)
         except asyncio.CancelledError:
             self.link.tell("end", hold_id, "release", 0)
             raise
         except BudgetExceeded as error:
-            if needed and 0 < await self.headroom(names, needed, upstream_model) < needed:
+            if needed and 0 < await self.headroom(touched, needed) < needed:
                 raise RoomTaken(error.message, fields=error.fields, retry_after_s=error.retry_after_s) from error
             raise
         return Hold(hold_id, needed, self.ledger.windows_at(places), int(self.clock() * 1000))
@@ -23473,11 +23444,6 @@ class Worker(Gateway):
 def scope_meter(scope: str) -> Meter:
     """A meter that only tells its scope, for the log."""
     return Meter(scope, RateLimit())
-
-
-def wire_names(names: Touched) -> tuple[str, dict[str, str], str, str]:
-    key, tags, model, provider = names
-    return key.id if key is not None else "", dict(tags), model, provider
 
 
 def counters_of(gateway: Gateway) -> list[tuple[object, str]]:
@@ -23909,24 +23875,21 @@ class Hand:
             if self.gateway.lines:
                 self.gateway.serve_lines()
 
-    def _room(self, key_id: str, tags: Json, model: str, provider: str, needed: int, upstream_model: str) -> int:
-        now_ms = int(self.gateway.clock() * 1000)
-        return self.gateway.ledger.headroom(self._key(key_id), tags, model, provider, needed, now_ms, upstream_model)
+    def _room(self, touched: Touched, needed: int) -> int:
+        return self.gateway.ledger.headroom(touched, needed, int(self.gateway.clock() * 1000))
 
-    def _hold(
-        self, hold_id: str, key_id: str, tags: Json, model: str, provider: str, needed: int | None, upstream_model: str
-    ) -> Any:
+    def _hold(self, hold_id: str, touched: Touched, needed: int | None) -> Any:
         """A hold in every budget that an attempt touches, in the journal; those budgets, each with its window."""
-        gateway, now_ms = self.gateway, int(self.gateway.clock() * 1000)
-        hold = gateway.ledger.admit(self._key(key_id), tags, model, provider, needed, now_ms, upstream_model)
+        gateway = self.gateway
+        hold = gateway.ledger.admit(touched, needed, int(gateway.clock() * 1000))
         if hold.record is not None:
             if not gateway.store.journal.keep(hold.record):
-                gateway.record_end(gateway.ledger.release(hold, now_ms))
+                gateway.record_end(gateway.ledger.release(hold))
                 raise StorageUnavailable(
                     "spending cannot be recorded, so calls under a budget are refused; see the disk"
                 )
             self._holds[hold_id] = hold
-        places = [(balance.budget.id, balance.window) for balance in hold.balances]
+        places = [(balance.budget.id, balance.window) for balance in hold.windows.balances]
         return self._synced(places) if gateway.store.full_sync and places else places
 
     async def _synced(self, places: Any) -> Any:
@@ -23936,10 +23899,7 @@ class Hand:
     def _end(self, hold_id: str, op: str, cost: int) -> None:
         hold, ledger = self._holds.pop(hold_id, None), self.gateway.ledger
         if hold is not None:
-            now_ms = int(self.gateway.clock() * 1000)
-            self.gateway.record_end(
-                ledger.settle(hold, cost, now_ms) if op == "settle" else ledger.release(hold, now_ms)
-            )
+            self.gateway.record_end(ledger.settle(hold, cost) if op == "settle" else ledger.release(hold))
 
 
 class Crew:

@@ -85,7 +85,9 @@ def make_ledger(*budgets: Budget) -> Ledger:
 
 def admit(ledger: Ledger, nanousd: int | None, now_ms: int = NOW_MS, **matching: object):
     call = {"key": None, "tags": {}, "model": "gpt-5", "provider": "openai", **matching}
-    return ledger.admit(call["key"], call["tags"], call["model"], call["provider"], nanousd, now_ms)
+    tags = ledger.tags_of(call["tags"])
+    touched = (call["key"].id if call["key"] else "", tags, call["model"], call["provider"], "")
+    return ledger.admit(touched, nanousd, now_ms)
 
 
 def balance_of(ledger: Ledger, budget_id: str, now_ms: int = NOW_MS) -> tuple[int, int]:
@@ -415,8 +417,8 @@ def test_a_call_without_budgets_needs_no_record() -> None:
     ledger = make_ledger()
     hold = admit(ledger, None)
     assert hold.record is None
-    assert ledger.settle(hold, 5, NOW_MS) == (5, None, [])
-    assert ledger.settle(hold, 5, NOW_MS) == (0, None, [])
+    assert ledger.settle(hold, 5) == (5, None, ())
+    assert ledger.settle(hold, 5) == (0, None, ())
     assert (ledger.repeated_ends, ledger.bound_violations) == (1, 0)
 
 
@@ -429,31 +431,30 @@ def test_a_hold_is_settled_once_and_leaves_records() -> None:
         "id": hold.id,
         "budgets": where,
         "nanousd": 400,
-        "held": 400,
         "at": NOW_MS,
     }
     assert (balance_of(ledger, "global:day"), ledger.held_nanousd) == ((0, 400), 400)
-    done = ledger.settle(hold, 150, NOW_MS + 5)
-    ended = {"op": "settle", "id": hold.id, "budgets": where, "nanousd": 150, "held": 400, "at": NOW_MS + 5}
+    done = ledger.settle(hold, 150)
+    ended = {"op": "settle", "id": hold.id, "nanousd": 150}
     assert (json.loads(done.record), done.cost_nanousd) == (ended, 150)
     for _ in range(2):
-        assert ledger.settle(hold, 150, NOW_MS) == (0, None, [])
-        assert ledger.release(hold, NOW_MS) == (0, None, [])
+        assert ledger.settle(hold, 150) == (0, None, ())
+        assert ledger.release(hold) == (0, None, ())
     assert (balance_of(ledger, "global:day"), ledger.repeated_ends, ledger.held_nanousd) == ((150, 0), 4, 0)
 
 
 def test_unknown_usage_costs_the_hold_and_a_release_nothing() -> None:
     ledger = make_ledger(Budget("global:day", 1000, "day"))
-    assert ledger.settle(admit(ledger, 300), None, NOW_MS).cost_nanousd == 300
-    assert json.loads(ledger.release(admit(ledger, 300), NOW_MS).record)["op"] == "release"
+    assert ledger.settle(admit(ledger, 300), None).cost_nanousd == 300
+    assert json.loads(ledger.release(admit(ledger, 300)).record)["op"] == "release"
     assert balance_of(ledger, "global:day") == (300, 0)
 
 
 def test_a_cost_above_its_hold_is_charged_and_counted() -> None:
     ledger = make_ledger(Budget("global:day", 1000, "day"))
     hold = admit(ledger, 300)
-    ledger.settle(hold, 1200, NOW_MS)
-    ledger.settle(hold, 1200, NOW_MS)
+    ledger.settle(hold, 1200)
+    ledger.settle(hold, 1200)
     assert (balance_of(ledger, "global:day"), ledger.bound_violations) == ((1200, 0), 1)
     with pytest.raises(BudgetExceeded):
         admit(ledger, 0)
@@ -481,13 +482,13 @@ def test_all_matching_budgets_or_none() -> None:
     hold = admit(ledger, 500, key=key, tags=key.tags)
     touched = {budget_id for budget_id, _ in json.loads(hold.record)["budgets"]}
     assert touched == {"g", "key:key_1:day", "t", "m", "exact", "p"}
-    assert ledger.release(hold, NOW_MS).record
+    assert ledger.release(hold).record
     assert ledger.snapshot(NOW_MS) == before
 
 
 def test_a_call_of_an_unknown_model_touches_the_budgets_of_all_models() -> None:
     ledger = make_ledger(Budget("m", 10, "day", "model", "gpt-4o"), Budget("p", 10, "day", "model", "claude-*"))
-    assert [b.budget.id for b in admit(ledger, 4, model="").balances] == ["m", "p"]
+    assert [b.budget.id for b in admit(ledger, 4, model="").windows.balances] == ["m", "p"]
     assert balance_of(ledger, "p") == (0, 4)
     with pytest.raises(BudgetExceeded):
         admit(ledger, None, model="")
@@ -495,7 +496,7 @@ def test_a_call_of_an_unknown_model_touches_the_budgets_of_all_models() -> None:
 
 def test_a_refusal_tells_the_arithmetic() -> None:
     ledger = make_ledger(Budget("global:day", parse_usd(20), "day"))
-    ledger.settle(admit(ledger, parse_usd(15)), None, NOW_MS)
+    ledger.settle(admit(ledger, parse_usd(15)), None)
     admit(ledger, parse_usd(3))
     with pytest.raises(BudgetExceeded) as caught:
         admit(ledger, parse_usd("6.5"))
@@ -525,7 +526,7 @@ def test_a_refusal_tells_the_arithmetic() -> None:
 )
 def test_retry_after_says_when_waiting_helps(period: str, needed: int, retry_after_s: float | None) -> None:
     ledger = make_ledger(Budget("b", 100, period))
-    ledger.settle(admit(ledger, 40), None, NOW_MS)
+    ledger.settle(admit(ledger, 40), None)
     admit(ledger, 60)
     with pytest.raises(BudgetExceeded) as caught:
         admit(ledger, needed)
@@ -538,9 +539,9 @@ def test_unknown_prices_are_refused_under_hard_budgets_only() -> None:
         admit(hard, None)
     assert caught.value.fields["needed_nanousd"] is None
     soft = make_ledger(Budget("b", 100, "day", mode="soft"))
-    soft.settle(admit(soft, None), 250, NOW_MS)
+    soft.settle(admit(soft, None), 250)
     assert (balance_of(soft, "b"), soft.bound_violations) == ((250, 0), 0)
-    assert soft.settle(admit(soft, None), None, NOW_MS).cost_nanousd == 0
+    assert soft.settle(admit(soft, None), None).cost_nanousd == 0
 
 
 def test_negative_amounts_are_a_programming_error() -> None:
@@ -549,69 +550,67 @@ def test_negative_amounts_are_a_programming_error() -> None:
         admit(ledger, -1)
     hold = admit(ledger, 1)
     with pytest.raises(ValueError, match="never negative"):
-        ledger.settle(hold, -1, NOW_MS)
+        ledger.settle(hold, -1)
     assert balance_of(ledger, "b") == (0, 1)
 
 
 def test_a_soft_budget_only_warns() -> None:
     ledger = make_ledger(Budget("b", 100, "day", mode="soft"))
-    events = ledger.settle(admit(ledger, 1000), 1000, NOW_MS).events
+    events = ledger.settle(admit(ledger, 1000), 1000).events
     assert [event.percent for event in events] == [50, 80, 100]
     assert ledger.snapshot(NOW_MS)[0]["remaining_nanousd"] == 0
-    assert ledger.settle(admit(ledger, 1), 10**18, NOW_MS).events == []  # a billion dollars cross no further one
+    assert ledger.settle(admit(ledger, 1), 10**18).events == ()  # a billion dollars cross no further one
 
 
 def test_thresholds_are_told_once_in_a_window() -> None:
     ledger = make_ledger(Budget("b", 1000, "day"))
     told = []
     for _ in range(10):
-        told += [
-            (e.percent, e.settled_nanousd, e.window) for e in ledger.settle(admit(ledger, 100), None, NOW_MS).events
-        ]
+        told += [(e.percent, e.settled_nanousd, e.window) for e in ledger.settle(admit(ledger, 100), None).events]
     assert told == [(50, 500, "2026-11-22"), (80, 800, "2026-11-22"), (100, 1000, "2026-11-22")]
     ledger.put_budget(Budget("b", 2000, "day"), NOW_MS)
-    assert ledger.settle(admit(ledger, 900), None, NOW_MS).events == []
-    events = ledger.settle(admit(ledger, 1500, NOW_MS + DAY_MS), None, NOW_MS + DAY_MS).events
+    assert ledger.settle(admit(ledger, 900), None).events == ()
+    events = ledger.settle(admit(ledger, 1500, NOW_MS + DAY_MS), None).events
     assert [(e.percent, e.window) for e in events] == [(50, "2026-11-23")]
 
 
 def test_a_lowered_limit_brings_the_next_threshold_nearer() -> None:
     ledger = make_ledger(Budget("b", 1000, "day"))
-    assert ledger.settle(admit(ledger, 100), None, NOW_MS).events == []
+    assert ledger.settle(admit(ledger, 100), None).events == ()
     ledger.put_budget(Budget("b", 220, "day"), NOW_MS)
-    assert [event.percent for event in ledger.settle(admit(ledger, 10), None, NOW_MS).events] == [50]
+    assert [event.percent for event in ledger.settle(admit(ledger, 10), None).events] == [50]
 
 
 def test_restored_balances_do_not_tell_again() -> None:
     books = Books({("b", "2026-11-22"): 850})
     ledger, _ = Ledger.restore([Budget("b", 1000, "day")], books, Ids(), NOW_MS)
-    assert [e.percent for e in ledger.settle(admit(ledger, 150), None, NOW_MS).events] == [100]
+    assert [e.percent for e in ledger.settle(admit(ledger, 150), None).events] == [100]
 
 
 def test_a_soft_budget_of_nothing_tells_of_the_first_spend() -> None:
     ledger = make_ledger(Budget("s", 0, "day", mode="soft"))
-    assert [event.percent for event in ledger.settle(admit(ledger, 1), None, NOW_MS).events] == [50, 80, 100]
+    assert [event.percent for event in ledger.settle(admit(ledger, 1), None).events] == [50, 80, 100]
 
 
 def test_books_hold_the_balance_of_yesterday_while_a_call_of_yesterday_is_open() -> None:
     ledger, tomorrow_ms = make_ledger(Budget("b", 1000, "day")), NOW_MS + 86_400_000
-    ledger.settle(admit(ledger, 10), None, NOW_MS)
+    ledger.settle(admit(ledger, 10), None)
     late = admit(ledger, 20)
-    ledger.admit(None, {}, "gpt-5", "openai", 5, tomorrow_ms)
+    admit(ledger, 5, tomorrow_ms)
     books = ledger.books()
     assert (books.settled["b", "2026-11-22"], books.settled["b", "2026-11-23"]) == (10, 0)
-    ledger.settle(late, 7, tomorrow_ms)
+    ledger.settle(late, 7)
     assert ("b", "2026-11-22") not in ledger.books().settled
 
 
 def test_headroom_is_what_clamping_budgets_leave() -> None:
     roomy, tight = Budget("g", 1000, "day"), Budget("k", 300, "day", "model", "gpt-5", clamp=True)
     ledger = make_ledger(roomy, tight)
-    args = (None, {}, "gpt-5", "openai")
-    assert [ledger.headroom(*args, needed, NOW_MS) for needed in (200, 300, 900, 1001)] == [200, 300, 300, 0]
-    assert admit(ledger, ledger.headroom(*args, 900, NOW_MS)).windows.is_hard
-    assert ledger.headroom(*args, 1, NOW_MS) == 0
-    assert ledger.headroom(None, {}, "other", "openai", 10, NOW_MS) == 10
+    touched = ("", (), "gpt-5", "openai", "")
+    assert [ledger.headroom(touched, needed, NOW_MS) for needed in (200, 300, 900, 1001)] == [200, 300, 300, 0]
+    assert admit(ledger, ledger.headroom(touched, 900, NOW_MS)).windows.is_hard
+    assert ledger.headroom(touched, 1, NOW_MS) == 0
+    assert ledger.headroom(("", (), "other", "openai", ""), 10, NOW_MS) == 10
     assert not admit(make_ledger(Budget("s", 1, "day", mode="soft")), 1).windows.is_hard
 
 
@@ -625,7 +624,7 @@ def test_a_burst_on_five_and_a_half_worst_cases_admits_five() -> None:
             refused += 1
     assert (len(holds), refused) == (5, 195)
     for hold in holds:
-        ledger.settle(hold, 0, NOW_MS)
+        ledger.settle(hold, 0)
     assert admit(ledger, 5500)
 
 
@@ -634,7 +633,8 @@ def test_a_hold_belongs_to_the_window_it_was_made_in() -> None:
     hold = admit(ledger, 100)
     tomorrow = NOW_MS + DAY_MS
     fresh = admit(ledger, 100, tomorrow)
-    assert json.loads(ledger.settle(hold, 70, tomorrow).record)["budgets"] == [["b", "2026-11-22"]]
+    books = Ledger.replay([json.loads(record) for record in (hold.record, ledger.settle(hold, 70).record)])
+    assert books.settled == {("b", "2026-11-22"): 70}
     assert balance_of(ledger, "b", tomorrow) == (0, 100)
     assert json.loads(fresh.record)["budgets"] == [["b", "2026-11-23"]]
 
@@ -675,21 +675,21 @@ def test_a_changed_limit_keeps_the_balance() -> None:
         admit(ledger, 1)
     ledger.put_budget(Budget("b", 90, "day"), NOW_MS)
     admit(ledger, 10)
-    ledger.settle(hold, 80, NOW_MS)
+    ledger.settle(hold, 80)
     assert balance_of(ledger, "b") == (80, 10)
 
 
 def test_a_dropped_budget_comes_back_with_its_balance() -> None:
     ledger = make_ledger(Budget("b", 100, "day"))
     spent, hold = admit(ledger, 30), admit(ledger, 20)
-    records = [spent.record, hold.record, ledger.settle(spent, 30, NOW_MS).record]
+    records = [spent.record, hold.record, ledger.settle(spent, 30).record]
     ledger.drop_budget("b")
     ledger.drop_budget("b")
     assert admit(ledger, 10_000).record is None
     ledger.put_budget(Budget("b", 100, "day"), NOW_MS)
     assert balance_of(ledger, "b") == (30, 20)
     ledger.drop_budget("b")
-    records.append(ledger.settle(hold, 20, NOW_MS).record)
+    records.append(ledger.settle(hold, 20).record)
     ledger.put_budget(Budget("b", 100, "day"), NOW_MS, Ledger.replay(map(json.loads, records)).settled)
     assert balance_of(ledger, "b") == (50, 0)
 
@@ -712,7 +712,7 @@ def test_a_crash_settles_open_holds_whole_in_their_own_windows() -> None:
 def test_replay_takes_a_record_twice_and_overlaps() -> None:
     ledger = make_ledger(Budget("b", 100, "day"))
     hold = admit(ledger, 60)
-    records = [json.loads(record) for record in (hold.record, ledger.settle(hold, 25, NOW_MS).record)]
+    records = [json.loads(record) for record in (hold.record, ledger.settle(hold, 25).record)]
     books = Ledger.replay(records + records)
     assert (books.settled, books.open) == ({("b", "2026-11-22"): 25}, {})
     overlapping = Ledger.replay(records, Books(books.settled, closed=[hold.id]))
@@ -721,7 +721,7 @@ def test_replay_takes_a_record_twice_and_overlaps() -> None:
 
 def test_snapshot_shows_amounts_and_reset() -> None:
     ledger = make_ledger(Budget("b", parse_usd(1), "week", clamp=True), Budget("t", 5, "total", "tag", "a=b", "soft"))
-    ledger.settle(admit(ledger, parse_usd("0.25")), None, NOW_MS)
+    ledger.settle(admit(ledger, parse_usd("0.25")), None)
     admit(ledger, parse_usd("0.5"))
     week, total = ledger.snapshot(NOW_MS)
     assert week == {
@@ -795,7 +795,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def pay(self, line: bytes, nanousd: int) -> None:
         record = json.loads(line)
         self.journal.append(record)
-        for budget_id, window in record["budgets"]:
+        for budget_id, window in next(hold["budgets"] for hold in self.journal if hold["id"] == record["id"]):
             self.paid[budget_id, window] = self.paid.get((budget_id, window), 0) + nanousd
 
     @precondition(lambda self: self.open)
@@ -803,15 +803,15 @@ class LedgerMachine(RuleBasedStateMachine):
     def settle(self, data: st.DataObject, percent: int | None) -> None:
         hold = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
         cost = None if percent is None else hold.nanousd * percent // 100
-        done = self.ledger.settle(hold, cost, self.now_ms)
+        done = self.ledger.settle(hold, cost)
         self.pay(done.record, hold.nanousd if cost is None else cost)
-        assert self.ledger.settle(hold, cost, self.now_ms).record is None
+        assert self.ledger.settle(hold, cost).record is None
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         hold = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
-        self.pay(self.ledger.release(hold, self.now_ms).record, 0)
+        self.pay(self.ledger.release(hold).record, 0)
 
     @rule(lost_ms=st.integers(-3 * DAY_MS, 3 * DAY_MS))
     def crash(self, lost_ms: int) -> None:
@@ -845,7 +845,7 @@ class LedgerMachine(RuleBasedStateMachine):
             admit(self.ledger, room + 1, self.now_ms, **call)
         hold = admit(self.ledger, room, self.now_ms, **call)
         self.journal.append(json.loads(hold.record))
-        self.pay(self.ledger.release(hold, self.now_ms).record, 0)
+        self.pay(self.ledger.release(hold).record, 0)
 
     @invariant()
     def hard_limits_hold(self) -> None:

@@ -178,9 +178,10 @@ async def test_a_provider_that_bills_the_most_it_may_never_bills_more_than_the_l
             assert 0 < billed <= spent <= limit
             assert account(gateway)["held_nanousd"] == 0
             left, now_ms = limit - spent, int(gateway.clock() * 1000)
+            touched = ("", (), "m", "openai", "")
             with pytest.raises(stockyard.BudgetExceeded):
-                gateway.ledger.admit(None, {}, "m", "openai", left + 1, now_ms)
-            gateway.ledger.release(gateway.ledger.admit(None, {}, "m", "openai", left, now_ms), now_ms)
+                gateway.ledger.admit(touched, left + 1, now_ms)
+            gateway.ledger.release(gateway.ledger.admit(touched, left, now_ms))
             assert gateway.internal_errors == 0
 
 
