@@ -19810,7 +19810,7 @@ class Gateway:
         call.answer = dump_json(body)
         headers = [("content-type", "application/json"), *self.answer_headers(call)]
         if error.retry_after_s is not None or status in (429, 503):
-            headers.append(("retry-after", str(max(1, math.ceil(error.retry_after_s or 1)))))
+            headers.append(("retry-after", str(math.ceil(error.retry_after_s or 1))))
         if isinstance(error, UpstreamError):  # the official SDKs would otherwise multiply the tries made here
             headers.append(("x-should-retry", "false"))
         return Reply(status, headers, call.answer)

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Start
+from conftest import Start, until
 from upstreams import COMPLETION, DONE, Answer, chunk, plain, stream
 
 import stockyard
@@ -317,6 +317,22 @@ async def test_a_crash_soon_after_a_call_charges_its_cost_and_not_its_hold(start
                     break
                 await asyncio.sleep(0.01)
             assert [*left.settled.values()] == [account(proxy.gateway)["settled_nanousd"]] == [calls * 60_000]
+
+
+async def test_the_end_of_a_hold_is_written_where_no_row_follows_it(start: Start, tmp_path: Path) -> None:
+    """As where a process keeps the ledger for several workers, whose rows are not its own."""
+    async with start(budget="1/day") as proxy:
+        gateway, now_ms = proxy.gateway, int(proxy.gateway.clock() * 1000)
+
+        def left() -> stockyard.Books:
+            return stockyard.Ledger.replay(stockyard.Journal.movements(tmp_path, 1))
+
+        for calls in (1, 2):
+            hold = gateway.ledger.admit(None, {}, "m", "openai", 70, now_ms)
+            assert hold.record is not None and gateway.store.journal.keep(hold.record) and left().open
+            gateway.record_end(gateway.ledger.settle(hold, 50, now_ms))
+            await until(lambda: not left().open)
+            assert [*left().settled.values()] == [50 * calls]
 
 
 async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Start) -> None:
