@@ -8393,7 +8393,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         offers=_offers("completions embeddings responses"), renames=_MAX_TOKENS, also_speaks=_NATIVE_RESPONSES,
     ),
     Provider(
-        id="azure", name="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
+        id="azure", name="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY", "AZURE_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
         base_url="{AZURE_OPENAI_ENDPOINT}/openai/v1", requires=("AZURE_OPENAI_ENDPOINT",),
         auth_header="api-key", auth_prefix="", also_speaks=_NATIVE_RESPONSES, choose_dialect=_openai_door,
         adapt=_adapt_openai, adapts=frozenset({"max_tokens"}), foreign_drops=_drops("top_k"),
@@ -8462,7 +8462,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         paths={"chat": "/v2/chat", "embeddings": "/v2/embed", "rerank": "/v2/rerank", "models": "/v1/models?page_size=1000"},
     ),
     Provider(
-        id="bedrock", name="AWS Bedrock", key_env=("AWS_BEARER_TOKEN_BEDROCK", "AWS_ACCESS_KEY_ID"),
+        id="bedrock", name="AWS Bedrock", key_env=("AWS_BEARER_TOKEN_BEDROCK", "BEDROCK_API_KEY", "AWS_ACCESS_KEY_ID"),
         base_url="https://bedrock-runtime.{AWS_REGION|AWS_DEFAULT_REGION|=us-east-1}.amazonaws.com", dialect="bedrock",
         offers=_offers("embeddings") - {"models"}, paths={"chat": "/openai/v1/chat/completions", "embeddings": "/model/{model}/invoke"},
         pattern=r"((us|eu|apac|global|jp|au|us-gov)\.)?(anthropic|amazon|meta|mistral|cohere|ai21|deepseek|openai|qwen|writer|moonshotai|zai)\.|arn:aws",
@@ -8470,7 +8470,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
         signing=Signing("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "{AWS_REGION|AWS_DEFAULT_REGION|=us-east-1}", "bedrock"),
     ),
     Provider(
-        id="replicate", name="Replicate", key_env=("REPLICATE_API_TOKEN",), base_url="https://api.replicate.com/v1", dialect="replicate",
+        id="replicate", name="Replicate", key_env=("REPLICATE_API_TOKEN", "REPLICATE_API_KEY"), base_url="https://api.replicate.com/v1", dialect="replicate",
         offers=_offers(), paths={"chat": "/predictions", "models": "/models"},
     ),
     Provider(

@@ -185,3 +185,13 @@ async def test_the_newest_openai_models_get_the_cap_they_take(start: Start) -> N
         newest, older = (json.loads(seen.body) for seen in proxy.upstream.seen)
     assert (newest["max_completion_tokens"], "max_tokens" in newest) == (5, False)
     assert older["max_tokens"] == 5
+
+
+def test_every_provider_is_on_by_the_key_of_its_own_name() -> None:
+    keyed = [row for row in stockyard.PROVIDERS if row.key_env and not row.key_is_file and row.id != "vertex"]
+    for row in keyed:
+        variables = {f"{row.id.upper()}_API_KEY": "k", f"{row.id.upper()}_BASE_URL": "http://127.0.0.1:9/v1"}
+        found = stockyard.configure_provider(row, variables)
+        assert found is not None, row.id
+        assert found.keys == ("k",), row.id
+    assert len(keyed) > 20
