@@ -22751,13 +22751,24 @@ def configured_limits(settings: Settings) -> Limits:
         raise SettingsError(f"rate_limit: {getattr(error, 'message', error)}") from None
 
 
-def configured_keys(gateway: Gateway, settings: Settings, environment: Mapping[str, str]) -> list[VirtualKey]:
+def configured_keys(
+    settings: Settings, environment: Mapping[str, str], ring: KeyRing, admin_key: str, now_s: float
+) -> list[VirtualKey]:
     """The virtual keys of stockyard.toml; SettingsError where one is not understood or its secret cannot be had."""
     try:
-        table, now_ms = settings.tables.get("keys", {}), int(gateway.clock() * 1000)
-        return declare_keys(table, environment, gateway.keys, gateway.admin_key, now_ms)
+        return declare_keys(settings.tables.get("keys", {}), environment, ring, admin_key, int(now_s * 1000))
     except InvalidRequest as error:
         raise SettingsError(error.message) from None
+
+
+def check_tables(settings: Settings, environment: Mapping[str, str]) -> None:
+    """SettingsError for what in the tables of stockyard.toml a start would refuse."""
+    load_router(settings, environment, load_prices(settings))
+    guardrails_of(settings, b"")
+    read_alerts(settings.tables.get("alerts", []), environment)
+    configured_budgets(settings)
+    configured_limits(settings)
+    configured_keys(settings, environment, KeyRing(b""), settings.admin_key, 0)
 
 
 def open_ledger(gateway: Gateway) -> None:
@@ -22777,7 +22788,8 @@ def open_ledger(gateway: Gateway) -> None:
         (orjson.loads(ended.record) for ended in orphans if ended.record), books
     ).settled
     gateway.has_budgets = bool(budgets)
-    gateway.declare_keys(configured_keys(gateway, settings, gateway.environment))
+    declared = configured_keys(settings, gateway.environment, gateway.keys, gateway.admin_key, gateway.clock())
+    gateway.declare_keys(declared)
     for ended in orphans:
         gateway.record_end(ended)
     if orphans:
@@ -22869,7 +22881,7 @@ def prepare_settings(gateway: Gateway, settings: Settings, environment: Mapping[
     prices = with_own_prices(gateway.prices, settings)
     router = load_router(settings, environment, prices, gateway.router)
     budgets, limits = configured_budgets(settings), configured_limits(settings)
-    keys = configured_keys(gateway, settings, environment)
+    keys = configured_keys(settings, environment, gateway.keys, gateway.admin_key, gateway.clock())
     alerts = read_alerts(settings.tables.get("alerts", []), environment)
     guardrails = guardrails_of(settings, gateway.placeholder_secret)
     gone = {budget.id for budget in configured_budgets(gateway.settings)} - {budget.id for budget in budgets}
@@ -24374,6 +24386,7 @@ def run_doctor(options: argparse.Namespace) -> int:
     note("uvloop", True, "used" if importlib.util.find_spec("uvloop") else "not installed, asyncio's own loop is used")
     try:
         settings = load_settings(options)
+        check_tables(settings, os.environ)
         note("settings", True, "understood")
         workers, cores = worker_count(settings), os.cpu_count() or 1
         note("workers", None if workers > cores else True, f"{workers}, on {cores} cores")
@@ -24805,9 +24818,7 @@ def run_config(options: argparse.Namespace) -> int:
         print(read_asset(CONFIG_FILES[options.action]).decode(), end="")
         return 0
     settings = load_settings(options)
-    load_router(settings, os.environ, load_prices(settings))
-    guardrails_of(settings, b"")
-    read_alerts(settings.tables.get("alerts", []), os.environ)
+    check_tables(settings, os.environ)
     return print_rows(
         config_view(settings),
         options,

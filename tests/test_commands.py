@@ -136,6 +136,19 @@ def test_providers_models_and_routes_are_shown(shell: Shell, monkeypatch: pytest
         assert "sk-canary-openai" not in shell.run("config", "check") + told
 
 
+@pytest.mark.parametrize("command", [["config", "check"], ["doctor", "--json"]])
+@pytest.mark.parametrize(
+    ("table", "wrong"),
+    [
+        ('[keys.a]\nname = "x"', "keys.a"), ('[[budgets]]\nusd = 1\nperiode = "day"', "periode"), ("[limits]\nrps = 3", "rps"),
+        ('[routes.a]\ntarget = ["echo"]', "target"), ('[[alerts]]\nurl = "here"', "alerts"), ("[guardrails.a]\nword = 1", "words"),
+    ],
+)  # fmt: skip
+def test_what_a_start_would_refuse_is_found_before_it(shell: Shell, command: list[str], table: str, wrong: str) -> None:
+    Path("stockyard.toml").write_text(table)
+    assert wrong in shell.run(*command, status=2 if command[0] == "config" else 1)
+
+
 def healthy(fake: FakeUpstream) -> list[Any]:
     return []
 
