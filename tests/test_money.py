@@ -328,9 +328,9 @@ async def test_the_end_of_a_hold_is_written_where_no_row_follows_it(start: Start
             return stockyard.Ledger.replay(stockyard.Journal.movements(tmp_path, 1))
 
         for calls in (1, 2):
-            hold = gateway.ledger.admit(None, {}, "m", "openai", 70, now_ms)
+            hold = gateway.ledger.admit(("", (), "m", "openai", "m"), 70, now_ms)
             assert hold.record is not None and gateway.store.journal.keep(hold.record) and left().open
-            gateway.record_end(gateway.ledger.settle(hold, 50, now_ms))
+            gateway.record_end(gateway.ledger.settle(hold, 50))
             await until(lambda: not left().open)
             assert [*left().settled.values()] == [50 * calls]
 
