@@ -13313,7 +13313,7 @@ def _refusal(balance: Balance, model: str, needed: int | None, now_ms: int) -> B
     fields |= _amounts(limit=limit, spent=spent, held=held)
     if needed is None:
         what = (
-            f"the most this call to {model!r} could cost is not known (no price, or a part without a bound), and the "
+            f"the most this call to {model!r} could cost is not known (no price, or a part or a tier without one), and the "
             f"budget {budget.id} is a hard one; set a price for the model or make the budget soft"
         )
         return BudgetExceeded(what, fields={**fields, "needed_usd": None, "needed_nanousd": None})
@@ -13662,14 +13662,38 @@ def input_token_bound(
     return total
 
 
+# Members by which a request chooses terms that providers price apart, by their name in the price table, and what they may
+# say without making a call dearer than at its standard price.
+TERM_MEMBERS: Final = {
+    "service_tier": "service_tier", "serviceTier": "service_tier", "speed": "speed", "inference_geo": "inference_geo",
+    "performanceConfig": "latency",
+}  # fmt: skip
+USUAL_TERMS: Final = frozenset({"", "auto", "default", "standard", "standard_only", "flex", "on_demand", "global"})
+
+
+def asked_terms(request: Json) -> tuple[str, bool]:
+    """What a request asks for beside standard terms, as `service_tier=flex`, and whether that may make it dearer."""
+    terms = value = ""
+    if "extra_body" in request or not TERM_MEMBERS.keys().isdisjoint(request):
+        for members, (name, term) in itertools.product(_member_sets(request), TERM_MEMBERS.items()):
+            if said := members.get(name):
+                said = str(next(iter(said.values())) if isinstance(said, dict) else said)[:40]
+                if not value or said not in USUAL_TERMS:
+                    value, terms = said, f"{term}={said}"
+    return terms, value not in USUAL_TERMS
+
+
+def _member_sets(request: Json) -> list[Json]:
+    """A request's members, and those it holds for one provider's dialect."""
+    extras = request.get("extra_body")
+    found = (request, *extras.values()) if isinstance(extras, dict) else (request,)
+    return [members for members in found if isinstance(members, dict)]
+
+
 def _is_self_contained(request: Json) -> bool:
     """False where a member or a tool makes the provider bill what the request does not hold."""
-    extras = request.get("extra_body")
-    for members in (request, *extras.values()) if isinstance(extras, dict) else (request,):
-        if (
-            isinstance(members, dict) and not UNBOUNDED_MEMBERS.isdisjoint(members)
-            and any(members.get(name) for name in UNBOUNDED_MEMBERS)
-        ):  # fmt: skip
+    for members in _member_sets(request):
+        if not UNBOUNDED_MEMBERS.isdisjoint(members) and any(members.get(name) for name in UNBOUNDED_MEMBERS):
             return False
     if isinstance(request.get("prompt"), dict):
         return False
@@ -16488,7 +16512,9 @@ def reprice(store: LogStore, prices: PriceBook, wanted: Mapping[str, str], now_m
     ):
         for row in rows:
             told = {**dict(row), "usage": orjson.loads(row["usage"] or "{}")}
-            usage, price = logged_usage(told), prices.find(row["provider"], row["upstream_model"], now_ms / 1000)
+            terms = "".join(row["price_id"].split(";")[1:2])
+            price = prices.find(row["provider"], row["upstream_model"], now_ms / 1000, terms)
+            usage = logged_usage(told)
             at = (row["provider"], row["upstream_model"], row["price_id"])
             line = found.setdefault(at, {
                 "provider": at[0], "model": at[1], "price_id": at[2] or None, "now_price_id": price.id if price else None,
@@ -16517,7 +16543,8 @@ def explain_request(found: Json, prices: PriceBook) -> Json:
     routed = notes.get("targets") or (
         [[found["provider"], found["upstream_model"], notes["via"]]] if "via" in notes else []
     )
-    price = prices.find(found["provider"], found["upstream_model"], parse_time(found["ts"], 0) / 1000)
+    at_s, terms = parse_time(found["ts"], 0) / 1000, "".join((found["price_id"] or "").split(";")[1:2])
+    price = prices.find(found["provider"], found["upstream_model"], at_s, terms)
     same_price = price if price is not None and price.id == found["price_id"] else None
     kept = found["cache"] in ("hit", "coalesced") and not found["attempt_log"]
     cost: Json = {
@@ -19531,9 +19558,12 @@ class Gateway:
         """
         if call.endpoint.kind == "count_tokens":  # free at every provider that counts
             return None, 0
-        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000)
+        terms, is_dearer = asked_terms(call.request)
+        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000, terms if is_dearer else "")
         request = call.canonical or call.request
         if price is None or call.endpoint.kind not in BOUNDED_KINDS:
+            return None, None
+        if is_dearer and price.variant != terms and price is not FREE:
             return None, None
         family = DIALECTS[target.provider.row.dialect].family
         tokens_in = input_token_bound(
@@ -19795,7 +19825,8 @@ class Gateway:
 
     def price(self, call: Call, target: Target, usage: Usage) -> int | None:
         """Charge a usage to the call; None, never zero, where the price is unknown."""
-        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000)
+        terms, _ = asked_terms(call.request)
+        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000, terms)
         if price is None:
             return None
         call.price_id, call.cost_nanousd = price.id, price.cost(usage)

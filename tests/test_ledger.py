@@ -35,6 +35,7 @@ from stockyard import (
     RateLimiter,
     Unauthenticated,
     VirtualKey,
+    asked_terms,
     create_key,
     digest_secret,
     format_duration,
@@ -1186,6 +1187,25 @@ def test_parts_without_a_bound_take_the_models_window(part: object, is_bounded: 
 )
 def test_what_is_fetched_from_elsewhere_has_no_bound(request_body: dict[str, object]) -> None:
     assert input_token_bound(request_body, 1000, "openai", 128_000) is None
+
+
+@pytest.mark.parametrize(
+    ("request_body", "terms"),
+    [
+        ({}, ("", False)),
+        ({"service_tier": None, "extra_body": None}, ("", False)),
+        ({"service_tier": "auto"}, ("service_tier=auto", False)),
+        ({"service_tier": "flex"}, ("service_tier=flex", False)),
+        ({"service_tier": "priority"}, ("service_tier=priority", True)),
+        ({"serviceTier": {"type": "priority"}}, ("service_tier=priority", True)),
+        ({"service_tier": "priority", "serviceTier": "flex"}, ("service_tier=priority", True)),
+        ({"service_tier": "default", "extra_body": {"anthropic": {"speed": "fast"}}}, ("speed=fast", True)),
+        ({"performanceConfig": {"latency": "optimized"}}, ("latency=optimized", True)),
+        ({"speed": ["x" * 1000]}, ("speed=['" + "x" * 38, True)),
+    ],
+)
+def test_terms_that_a_request_asks_for(request_body: dict[str, object], terms: tuple[str, bool]) -> None:
+    assert asked_terms(request_body) == terms
 
 
 def test_bounded_tools_and_empty_members_do_not_matter() -> None:

@@ -390,6 +390,30 @@ async def test_a_budget_that_clamps_shortens_an_answer_to_what_it_has_left(start
         assert (await proxy.post(PATH, ASK))[0] == 200, "a new day"
 
 
+async def test_dearer_terms_are_held_charged_and_priced_anew_as_such(start: Start) -> None:
+    async with start(budget="0.000001/day", cache="off") as proxy:
+        gateway, asks = proxy.gateway, {**ASK, "model": "gpt-5"}
+        needed = [
+            (await proxy.post(PATH, {**asks, **more}))[2]["error"]["needed_nanousd"]
+            for more in ({}, {"service_tier": "priority"}, {"service_tier": "flex"}, {"service_tier": "gold"})
+        ]
+        assert needed[1] > 1.99 * needed[0]
+        assert needed[2] >= needed[0], "flex may be answered at the standard price"
+        assert needed[3] is None, "a tier without a price of its own has no bound"
+        leave(gateway, needed[1])
+        costs = [
+            float((await proxy.post(PATH, {**asks, "service_tier": tier}))[1]["x-stockyard-cost-usd"])
+            for tier in ("priority", "default")
+        ]
+        assert costs[0] == 2 * costs[1] > 0
+        leave(gateway, needed[0])
+        assert (await proxy.post(PATH, {**asks, "service_tier": "priority"}))[0] == 429
+        row = (await proxy.rows())[4]
+        lines = stockyard.reprice(gateway.store, gateway.prices, {}, int(gateway.clock() * 1000))
+    assert ";service_tier=priority" in row["price_id"]
+    assert (row["price_id"],) * 2 in [(line["price_id"], line["now_price_id"]) for line in lines]
+
+
 async def test_a_call_may_say_the_most_that_it_may_cost(start: Start) -> None:
     async with start(toml=PRICES, cache="off") as proxy:
 
