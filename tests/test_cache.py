@@ -275,6 +275,22 @@ async def test_hits_survive_a_restart(start: Any) -> None:
         assert (await proxy.gateway.cache.view())["entries"] == 2
 
 
+@pytest.mark.parametrize("asked", [CHAT, STREAMED], ids=["as it came", "in the other form"])
+async def test_the_disk_gives_an_answer_in_either_form_and_memory_then_has_it(
+    start: Any, asked: dict[str, Any]
+) -> None:
+    async with start() as proxy:
+        url = proxy.upstream.url
+        await proxy.post(PATH, CHAT)
+    async with start(OPENAI_BASE_URL=url) as proxy:
+        for is_there in (False, True):
+            assert (len(proxy.gateway.cache.memory) > 0) == is_there
+            assert (await proxy.post(PATH, asked))[1]["x-stockyard-cache"] == "hit"
+    async with start() as proxy:  # there is something on the disk, but nothing of this provider
+        status, headers, _ = await proxy.post(PATH, asked)
+        assert (status, headers["x-stockyard-cache"], len(proxy.upstream.seen)) == (200, "miss", 1)
+
+
 async def test_bodies_that_are_not_logged_are_not_kept_on_disk(start: Any) -> None:
     async with start(log_bodies="none") as proxy:
         await proxy.post(PATH, CHAT)
@@ -317,7 +333,10 @@ async def test_the_admin_empties_the_cache(start: Any) -> None:
         assert (await proxy.post(PATH, CHAT))[1]["x-stockyard-cache"] == "miss"
 
 
-async def test_what_is_under_way_while_the_cache_is_emptied_is_not_kept(start: Any) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["ends later", "ends meanwhile"])
+async def test_what_is_under_way_while_the_cache_is_emptied_is_not_kept(
+    start: Any, meanwhile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with start() as proxy:
         cache = proxy.gateway.cache
         go = asyncio.Event()
@@ -325,6 +344,15 @@ async def test_what_is_under_way_while_the_cache_is_emptied_is_not_kept(start: A
         await proxy.post(PATH, CHAT)
         slow = asyncio.create_task(proxy.post(PATH, {**CHAT, "seed": 2}))
         await until(lambda: len(proxy.upstream.seen) == 2)
+        flush = proxy.gateway.store.flush
+
+        async def end_and_flush(*given: Any) -> None:
+            go.set()
+            await slow
+            await flush(*given)
+
+        if meanwhile:
+            monkeypatch.setattr(proxy.gateway.store, "flush", end_and_flush)
         await cache.clear()
         assert proxy.gateway.store.read("SELECT COUNT(*) AS n FROM cache")[0]["n"] == 0
         go.set()
@@ -351,13 +379,16 @@ async def test_truncated_and_filtered_answers_are_not_kept(start: Any, finish: s
         assert [(await proxy.post(PATH, STREAMED))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", "miss"]
 
 
-async def test_one_truncated_answer_of_several_is_enough(start: Any) -> None:
+@pytest.mark.parametrize(("last", "again"), [("stop", "hit"), ("length", "miss"), (None, "miss")])
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+async def test_one_truncated_answer_of_several_is_enough(start: Any, path: str, last: Any, again: str) -> None:
     async with start(cache="all") as proxy:
-        choices = [
-            {**COMPLETION["choices"][0], "index": at, "finish_reason": end} for at, end in enumerate(("stop", "length"))
-        ]
+        head = {"text": "Hi"} if path != PATH else {"message": COMPLETION["choices"][0]["message"]}
+        choices = [{**head, "index": at, "finish_reason": end} for at, end in enumerate(("stop", last))]
         proxy.upstream.answers = [plain({**COMPLETION, "choices": choices})]
-        assert [(await proxy.post(PATH, {**CHAT, "n": 2}))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss"] * 2
+        body = {**CHAT, "prompt": "Hi", "n": 2}
+        del body["messages" if path != PATH else "prompt"]
+        assert [(await proxy.post(path, body))[1]["x-stockyard-cache"] for _ in range(2)] == ["miss", again]
 
 
 async def test_errors_and_broken_streams_are_not_kept(start: Any) -> None:
@@ -557,7 +588,8 @@ async def test_fifty_equal_calls_make_one(start: Any) -> None:
         assert all(answer[2] == COMPLETION for answer in told)
         how = sorted(answer[1]["x-stockyard-cache"] for answer in told)
         assert how == ["coalesced"] * 49 + ["miss"]
-        assert (await proxy.gateway.cache.view())["coalesced"] == 49
+        view = await proxy.gateway.cache.view()
+        assert (view["coalesced"], view["misses"], view["hit_ratio"]) == (49, 1, 0.98)
         assert len({answer[1]["x-stockyard-request-id"] for answer in told}) == 50
         rows = await proxy.rows()
         assert len(rows) == 50

@@ -468,6 +468,16 @@ async def test_embeddings_are_bounded_by_their_input_alone(start: Start) -> None
     assert told["error"]["needed_nanousd"] == bound * INPUT_NANOUSD
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/messages"])
+async def test_what_a_route_adds_to_a_call_is_held_for(start: Start, path: str) -> None:
+    needed = []
+    for system in ("", "Be brief. " * 50):
+        toml = PRICES + f'[routes.r]\ntargets = ["openai/m"]\nsystem_prefix = "{system}"\n'
+        async with start(toml=toml, budget="0.000001/day") as proxy:
+            needed.append((await proxy.post(path, {**ASK, "model": "r"}))[2]["error"]["needed_nanousd"])
+    assert needed[1] - needed[0] >= 500 * INPUT_NANOUSD
+
+
 async def test_no_call_leaves_while_too_many_rows_wait_to_be_written(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
