@@ -12821,7 +12821,10 @@ class KeyRing:
             ends_ms = NEVER_MS if key.expires_at_ms is None else key.expires_at_ms
             self._known[name] = key, ends_ms if current else min(ends_ms, key.previous_until_ms)
             return key
-        raise Unauthenticated("this API key is not valid here; ask the operator of this Stockyard for another")
+        said = "is not valid here" if secret else "is missing (a bearer token, x-api-key or x-goog-api-key)"
+        raise Unauthenticated(
+            f"the API key {said}; the operator of this Stockyard makes one with `stockyard keys create`"
+        )
 
 
 # ----- Sign-in --------------------------------------------------------------------------------------------------------
@@ -22486,6 +22489,7 @@ async def boundary(
     """Host and Origin first, then the route's role, then the handler; every failure becomes one error body."""
     gateway = request.app[GATEWAY_KEY]
     row = request.match_info.route.name and ROUTES_BY_NAME.get(request.match_info.route.name)
+    headers: dict[str, str] = {}
     try:
         refusal = request.app[GUARD_KEY].check(request.headers) or odd_request(request)
         if refusal is not None:
@@ -22499,7 +22503,7 @@ async def boundary(
             note_admin(request, gateway, response.status, row.audits_body)
         return response
     except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
+        headers["allow"] = allowed = ", ".join(sorted(error.allowed_methods))
         failure: GatewayError = GatewayError(
             f"this path takes {allowed}", status=405, type="invalid_request_error", code="method_not_allowed"
         )
@@ -22516,10 +22520,12 @@ async def boundary(
         failure = gateway.internal_error(error)
     finally:
         cast(Lane, request.protocol).forget_bytes()
-    status, body = dialect_of_path(request.path).render_error(failure, gateway.new_id("req_"))
+    headers["x-stockyard-request-id"] = request_id = gateway.new_id("req_")
+    status, body = dialect_of_path(request.path).render_error(failure, request_id)
     response = json_response(body, status)
     if failure.retry_after_s is not None:
-        response.headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(failure.retry_after_s)))
+    response.headers.update(headers)
     if status in (400, 413):
         response.force_close()
     return response
@@ -22551,17 +22557,19 @@ def require_role(request: web.Request, gateway: Gateway, role: str) -> str:
         if request.method != "GET" and not session.takes_header(request.headers):
             raise Forbidden("changes by session need its header token, x-stockyard-csrf", code="csrf")
     elif not is_admin_key(given, gateway.admin_key):
-        key = key_for_admin(gateway, given)
+        key = key_for_admin(gateway, given, role)
         had, key_id = key.role, key.id
     if role != "client" and had != "admin" and not (had == "viewer" and (role == "viewer" or request.method == "GET")):
         raise Forbidden(f"a key of the role {had} may not do this")
     return key_id
 
 
-def key_for_admin(gateway: Gateway, given: str) -> VirtualKey:
+def key_for_admin(gateway: Gateway, given: str, role: str) -> VirtualKey:
     try:
         return gateway.keys.authenticate(given, int(gateway.clock() * 1000))
     except Unauthenticated:
+        if role == "client":
+            raise
         message = "this needs the admin key as `Authorization: Bearer …`; it lies in admin.key in the data directory"
         raise Unauthenticated(message) from None
 

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yarl
-from conftest import Start, until
+from conftest import Proxy, Start, until
 from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
 
 import stockyard
@@ -649,3 +649,25 @@ def test_azure_deployments_and_v1() -> None:
         old.base_url + old.row.path("chat", "d")
         == "https://a.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-10-21"
     )
+
+
+async def test_errors_outside_of_calls_tell_their_id_and_what_the_client_can_do(start: Start) -> None:
+    async with start(require_key="always") as proxy:
+        for path, said in (
+            ("/v1/models", "missing"),
+            ("/v1/chat/completions", "missing"),
+            ("/v1/nothing", "nothing is served"),
+        ):
+            _, headers, told = await (proxy.post(path, CHAT) if "models" not in path else fetch(proxy, "GET", path))
+            assert said in told["error"]["message"]
+            assert "admin" not in told["error"]["message"]
+            assert headers["x-stockyard-request-id"] == told["error"]["request_id"]
+        _, _, told = await fetch(proxy, "GET", "/v1/models", authorization="Bearer sy-wrong")
+        assert "not valid here" in told["error"]["message"]
+        status, headers, _ = await fetch(proxy, "DELETE", CHAT_PATH)
+        assert (status, headers["allow"]) == (405, "POST")
+
+
+async def fetch(proxy: Proxy, method: str, path: str, **headers: str) -> tuple[int, Any, Any]:
+    async with proxy.session.request(method, proxy.url + path, headers=headers) as answer:
+        return answer.status, answer.headers, await answer.json()
