@@ -21477,6 +21477,12 @@ async def get_model(request: web.Request) -> web.Response:
     """One model."""
     gateway, name = request.app[GATEWAY_KEY], request.match_info["id"].removeprefix("models/")
     for row in await gateway.models():
+async def get_all_models(request: web.Request) -> web.Response:
+    """The same for operators, whatever their client is."""
+    rows = await request.app[GATEWAY_KEY].models()
+    return json_response({**DIALECTS["openai"].render_models(rows), "next": None})
+
+
         if name in (row["id"], f"{row['provider']}/{row['id']}"):
             return json_response(list_dialect(request).render_model({**row, "id": name}))
     target = gateway.router.targets(name)[0]  # known by prefix though not listed; else UnknownModel
@@ -22458,7 +22464,7 @@ ROUTES: Final[tuple[RouteRow, ...]] = (
     RouteRow("POST", "/api/backup", get_backup, "admin"),
     RouteRow("GET", "/api/providers", get_providers, "admin"),
     RouteRow("POST", "/api/providers/{name}/check", check_provider, "admin"),
-    RouteRow("GET", "/api/models", get_models, "admin"),
+    RouteRow("GET", "/api/models", get_all_models, "admin"),
     RouteRow("GET", "/api/route", get_route, "admin"),
     RouteRow("GET", "/api/audit", get_audit, "viewer"),
     RouteRow("GET", "/api/audit/verify", verify_audit, "admin"),

@@ -671,3 +671,36 @@ async def test_errors_outside_of_calls_tell_their_id_and_what_the_client_can_do(
 async def fetch(proxy: Proxy, method: str, path: str, **headers: str) -> tuple[int, Any, Any]:
     async with proxy.session.request(method, proxy.url + path, headers=headers) as answer:
         return answer.status, answer.headers, await answer.json()
+
+
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "gpt-4o-mini"])
+async def test_counting_tokens_costs_nothing_and_is_no_unknown_cost(start: Start, model: str) -> None:
+    async with start(ANTHROPIC_API_KEY="k", ANTHROPIC_BASE_URL="UPSTREAM") as proxy:
+        proxy.upstream.answers = [plain({"input_tokens": 3})]
+        asked = {"model": model, "messages": CHAT["messages"]}
+        _, headers, told = await proxy.post("/v1/messages/count_tokens", asked)
+        assert (told["input_tokens"] > 0, headers["x-stockyard-cost-usd"]) == (True, "0")
+        assert [(row["priced"], row["cost_usd"]) for row in await proxy.rows()] == [(True, 0)]
+        assert stockyard.unpriced_models(proxy.gateway.store, int(proxy.gateway.clock() * 1000)) == []
+
+
+async def test_a_passed_call_is_explained_by_the_price_it_was_charged(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [plain(COMPLETION)]
+        await proxy.post("/proxy/openai/chat/completions", CHAT)
+        [row] = await proxy.rows()
+        found = stockyard.find_request(proxy.gateway.store, row["id"])
+        assert found is not None
+        assert row["price_id"] == stockyard.explain_request(found, proxy.gateway.prices)["cost"]["price_id"]
+        assert not any(
+            "not hold any more" in line for line in stockyard.explain_request(found, proxy.gateway.prices)["summary"]
+        )
+
+
+async def test_lists_for_operators_end_with_their_cursor(start: Start) -> None:
+    async with start() as proxy:
+        proxy.upstream.answers = [plain({"data": []})]
+        key = f"Bearer {proxy.gateway.admin_key}"
+        for name in ("requests", "keys", "spend", "timeseries", "budgets", "providers", "models", "audit", "config"):
+            status, _, told = await fetch(proxy, "GET", f"/api/{name}", authorization=key)
+            assert (status, isinstance(told["data"], list), told["next"]) == (200, True, None), name
