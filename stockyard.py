@@ -19078,6 +19078,7 @@ class Gateway:
             return await self.attempted(call, target, self.attempt_plain)
         call.provider, call.upstream_model, call.status = row.id, target.model, 200
         call.answer = dump_json(client.count_tokens(call.canonical or {}, call.request))
+        self.learn(call, target, None, "")
         return Reply(200, [("content-type", "application/json"), *self.answer_headers(call)], call.answer)
 
     async def stream(self, call: Call, client: Client) -> None:
@@ -19825,6 +19826,8 @@ class Gateway:
         if usage is not None:
             call.usage = usage
             self.price(call, target, usage)
+        elif call.endpoint.kind == "count_tokens":
+            call.price_id, call.cost_nanousd = FREE.id, 0
 
     def price(self, call: Call, target: Target, usage: Usage) -> int | None:
         """Charge a usage to the call; None, never zero, where the price is unknown."""
