@@ -21388,8 +21388,9 @@ def watch_answer(gateway: Gateway, call: Call, target: Target, content_type: str
                 usage = read_openai_usage(chunk["usage"]) if chunk.get("usage") else usage
     except (orjson.JSONDecodeError, GatewayError, AttributeError, TypeError, KeyError):
         return  # not a shape of this dialect: passed on all the same, logged without usage
-    call.model = call.model or str(model or "")
-    gateway.learn(call, dataclasses.replace(target, model=str(model or "")), usage, finish)
+    served = str(model or "")
+    call.model, call.upstream_model = call.model or served, call.upstream_model or served
+    gateway.learn(call, dataclasses.replace(target, model=served), usage, finish)
 
 
 # ----- Handlers -------------------------------------------------------------------------------------------------------
@@ -21476,16 +21477,16 @@ async def get_models(request: web.Request) -> web.Response:
     return json_response(list_dialect(request).render_models(await request.app[GATEWAY_KEY].models()))
 
 
-async def get_model(request: web.Request) -> web.Response:
-    """One model."""
-    gateway, name = request.app[GATEWAY_KEY], request.match_info["id"].removeprefix("models/")
-    for row in await gateway.models():
 async def get_all_models(request: web.Request) -> web.Response:
     """The same for operators, whatever their client is."""
     rows = await request.app[GATEWAY_KEY].models()
     return json_response({**DIALECTS["openai"].render_models(rows), "next": None})
 
 
+async def get_model(request: web.Request) -> web.Response:
+    """One model."""
+    gateway, name = request.app[GATEWAY_KEY], request.match_info["id"].removeprefix("models/")
+    for row in await gateway.models():
         if name in (row["id"], f"{row['provider']}/{row['id']}"):
             return json_response(list_dialect(request).render_model({**row, "id": name}))
     target = gateway.router.targets(name)[0]  # known by prefix though not listed; else UnknownModel
