@@ -335,6 +335,17 @@ async def test_the_end_of_a_hold_is_written_where_no_row_follows_it(start: Start
             assert [*left().settled.values()] == [50 * calls]
 
 
+async def test_what_was_settled_is_remembered_for_a_year_and_totals_for_ever(start: Start, tmp_path: Path) -> None:
+    gone, kept, total = (("taken away", window) for window in ("2025-11-21", "2025-11-24", "total"))
+    async with start() as proxy:
+        gateway, store = proxy.gateway, proxy.gateway.store
+        gateway.clock = lambda: 1_795_435_200.0  # 2026-11-23T12:00:00Z
+        gateway.stored_settled = {gone: 1, kept: 2, total: 3}
+        gateway.put_balances(store.journal.generation)
+        await store.flush()
+        assert stockyard.read_books(store, tmp_path).settled == {kept: 2, total: 3}
+
+
 async def test_a_hold_that_cannot_be_written_down_lets_no_call_leave(start: Start) -> None:
     body = {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
     async with (
