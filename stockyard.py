@@ -10804,9 +10804,7 @@ def looks_random(match: re.Match[str]) -> bool:
     return len(set(text[-24:])) >= min(8, len(text[-24:]) // 2) and not FILLER_WORDS.search(text)
 
 
-FILLER_WORDS: Final = re.compile(
-    r"(?i)x{5}|\*{3}|\.{3}|(.)\1{6}|your[_-]|placeholder|redacted|changeme|abcdefghij|1234567890ab"
-)
+FILLER_WORDS: Final = re.compile(r"(?i)x{5}|\*{3}|\.{3}|(.)\1{6}|your[_-]|placeholder|redacted|changeme")
 
 
 def is_password(match: re.Match[str]) -> bool:
@@ -11021,9 +11019,10 @@ ASSIGNED: Final = (
     r"(?i)(?:pass(?:word|wd|phrase|code)?|pwd|secret|token|api[_ -]?key|apikey|access[_-]?key|private[_-]?key|auth[_-]?key|account[_-]?key|"
     r"credentials?|contraseña|passwort|mot de passe|senha)[\"'`]?(?: ?(?:=>|:=|[:=]) ?| is )(?:bearer )?[\"'`]?(?P<value>[^\s\"'`,;<>]{6,200})"
 )
+PEM_END: Final = r"-----END (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----"
 PEM: Final = (
-    r"-----BEGIN (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----[^-]{40,20000}+(?:-(?!----)[^-]{0,2000}+){0,200}+"
-    r"(?:-----END (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----)?"
+    r"-----BEGIN (?:[A-Z0-9]{2,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----(?:"
+    rf"[^-]{{1,39}}{PEM_END}|[^-]{{40,20000}}+(?:-(?!----)[^-]{{0,2000}}+){{0,200}}+(?:{PEM_END})?)"
 )
 SECRETS: Final[tuple[Recogniser, ...]] = (
     _row_of("private_key", PEM, keywords=("-----begin",), secret=True),

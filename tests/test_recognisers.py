@@ -57,6 +57,8 @@ def test_a_value_is_found_where_it_stands(text: str, entity: str, value: str) ->
         ("0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed", "crypto_address"), ("token = 'kJ8#mP2$vL9q'", "password"),
         ("eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U", "jwt"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA7bq8Qk2mFz1Yx4Vd9Lr0Jw3Hs6Tn\n-----END RSA PRIVATE KEY-----", "private_key"),
+        ("-----BEGIN EC PRIVATE KEY-----\nMHcCAQ==\n-----END EC PRIVATE KEY-----", "private_key"),
+        ("sk-proj-" + "abcdefghijklmnopqrstuvwxyz0123456789", "openai_key"), ("AKIA" + "1234567890ABCDEF", "aws_access_key"),
         ("AKIAIOSFODNN7EXAMPLE", "aws_access_key"), ("ghp_" + "x7Kq2mB9vL4tR8wZ1nC6yH3jD5gF0s" + "2QpTaE", "github_token"),
     ],
 )  # fmt: skip
