@@ -21319,7 +21319,8 @@ async def pass_answer(
     headers = {name.lower(): value for name, value in answer.headers.items() if name.lower() in PROXY_ANSWER_HEADERS}
     if answer.headers.get("content-encoding"):
         headers["content-encoding"] = answer.headers["content-encoding"]
-    headers |= dict(gateway.answer_headers(call))
+    # A page among what passes (a file's content, an answer in HTML) must not run as one of this origin: the dashboard's.
+    headers |= {**dict(gateway.answer_headers(call)), "content-security-policy": "sandbox"}
     restorer = None
     if gateway.output_rules(call) or (call.hidden is not None and call.hidden.values):
         if answer.headers.get("content-encoding", "identity") != "identity":

@@ -372,3 +372,13 @@ async def test_google_credentials_that_do_not_work_are_the_operators_fault(
             await stockyard.GoogleTokens(proxy.gateway.upstream, lambda: 0).refresh(str(path))
     assert caught.value.code in ("upstream_misconfigured", "upstream_authentication")
     assert caught.value.is_unbilled
+
+
+async def test_a_page_of_a_provider_does_not_run_as_the_dashboards_origin(start: Start) -> None:
+    page = Answer(200, {"content-type": "text/html", "content-security-policy": "script-src *"}, [b"<script>"])
+    async with start() as proxy:
+        for path in ("/proxy/openai/containers/c/files/f/content", "/v1/files/file-1/content"):
+            proxy.upstream.answers = [page]
+            async with proxy.session.get(proxy.url + path) as answer:
+                assert (answer.status, await answer.read()) == (200, b"<script>")
+                assert answer.headers.getall("content-security-policy") == ["sandbox"]
