@@ -21055,7 +21055,54 @@ PROXY_ANSWER_HEADERS: Final = frozenset(
     {"content-type", "content-disposition", "content-range", "x-request-id", "request-id", "retry-after"}
 )
 WATCHED_ANSWER_BYTES: Final = 4 * 1024 * 1024
-MODEL_PART: Final = re.compile(rb'name="model"[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,300})\r\n')
+# Forms are read in one strict way, as all clients write them: a provider that reads what is odd in another way, or goes by
+# a second `model`, would use a model that nobody admitted.
+FORM_TYPE: Final = re.compile(
+    r"""multipart/form-data;(?: ?charset=[\w-]+;)? ?boundary=("?)([\w'()+,./:=?-]{1,70})\1""", re.IGNORECASE
+)
+PART_NAME: Final = re.compile(
+    rb"""content-disposition: ?form-data; ?name="([^"\\]*)"(?:; ?filename="[^"]*")?(?:; ?filename\*=[^;"]*)?""",
+    re.IGNORECASE,
+)
+PART_BEGUN: Final = re.compile(rb"-?|\r|\r\n(?:[^\r\n]+\r\n)*[^\r\n]*\r?")
+PART_HEAD_MAX_BYTES: Final = 8192
+
+
+def form_mark(request: web.Request) -> bytes:
+    """What stands before each part of a request's form."""
+    given = request.headers.getall("content-type", [])
+    if len(given) != 1 or not (found := FORM_TYPE.fullmatch(given[0])):
+        raise InvalidRequest("the body must be a multipart/form-data form with one plain boundary")
+    return b"--" + found[2].encode()
+
+
+async def checked_form(pieces: AsyncIterator[bytes], mark: bytes) -> AsyncIterator[bytes]:
+    """Pass a form on, but for the rest of one with a part that is written oddly, or a second that names a model."""
+    unread, models = b"", 0
+    async for piece in pieces:
+        unread, at = unread + piece, 0
+        while (found := unread.find(mark, at)) >= 0:
+            begin = found + len(mark)
+            head, end, _ = unread[begin : begin + PART_HEAD_MAX_BYTES].partition(b"\r\n\r\n")
+            if not end and len(head) < PART_HEAD_MAX_BYTES and PART_BEGUN.fullmatch(head):
+                break  # the rest of it is still to come
+            at = begin
+            if not head.startswith(b"--"):
+                models += part_name(head) == b"model"
+            if models > 1:
+                raise InvalidRequest("the form has a second `model` part", param="model")
+        unread = unread[found:] if found >= 0 else unread[max(at, len(unread) - len(mark) + 1) :]
+        yield piece
+
+
+def part_name(head: bytes) -> bytes:
+    """The name that a part's header lines give it; InvalidRequest where they could be read in more than one way."""
+    first, *lines = head.split(b"\r\n")
+    places = [line for line in lines if line.lower().startswith(b"content-disposition")]
+    named = PART_NAME.fullmatch(places[0]) if len(places) == 1 else None
+    if first or named is None or any(line[:1] in b" \t" or b"\r" in line or b"\n" in line for line in lines):
+        raise InvalidRequest('a part of the form must have one `Content-Disposition: form-data; name="..."`')
+    return named[1].strip().lower()
 
 
 async def pass_upload(request: web.Request) -> web.StreamResponse:
@@ -21065,8 +21112,14 @@ async def pass_upload(request: web.Request) -> web.StreamResponse:
 
     async def work() -> web.StreamResponse:
         gateway.admit(call)
-        head, pieces = bytearray(), paced(request, gateway)
-        while not (found := MODEL_PART.search(head)) and len(head) < 262_144 and (piece := await anext(pieces, b"")):
+        head, pieces, mark = bytearray(), paced(request, gateway), re.escape(form_mark(request))
+        model = re.compile(
+            mark
+            + rb'\r\n(?:[^\r\n]+\r\n)*content-disposition: ?form-data; ?name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,300})\r\n'
+            + mark,
+            re.IGNORECASE,
+        )
+        while not (found := model.search(head)) and len(head) < 262_144 and (piece := await anext(pieces, b"")):
             head += piece
         if found is None:
             raise InvalidRequest(
@@ -21226,6 +21279,8 @@ async def forward(
     body: AsyncIterator[bytes] | bytes | None = None
     if request.can_read_body or read_ahead:
         body = upload_body(request, gateway, read_ahead)
+        if read_ahead:
+            body = checked_form(body, form_mark(request))
     if request.content_length is not None and body is not None:
         headers["content-length"] = str(request.content_length + grown)
     timeout = aiohttp.ClientTimeout(

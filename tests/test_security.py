@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import urllib.parse
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +383,59 @@ async def test_a_page_of_a_provider_does_not_run_as_the_dashboards_origin(start:
             async with proxy.session.get(proxy.url + path) as answer:
                 assert (answer.status, await answer.read()) == (200, b"<script>")
                 assert answer.headers.getall("content-security-policy") == ["sandbox"]
+
+
+def form(*parts: tuple[str, str]) -> bytes:
+    texts = [f"--bound\r\nContent-Disposition: form-data; {head}\r\n\r\n{value}\r\n" for head, value in parts]
+    return ("".join(texts) + "--bound--\r\n").encode()
+
+
+CHEAP, DEAR, FILE = (
+    ('name="model"', "cheap"),
+    ('name="model"', "dear"),
+    ('name="file"; filename="a.wav"', "RIFF\r\n--b"),
+)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        form(CHEAP, DEAR, FILE),
+        form(CHEAP, FILE, ('name="MODEL"', "dear")),
+        form(CHEAP, FILE, ("name=model", "dear")),
+        form(CHEAP, ('name="mod\\el"', "dear")),
+        form(CHEAP, ("name*=utf-8''model", "dear")),
+        form(CHEAP, ('name="x"; name="model"', "dear")),
+        form(CHEAP, ('name="x"\r\n ; name="model"', "dear")),
+        form(CHEAP, ('name="x"\r\ncontent-disposition: form-data; name="model"', "dear")),
+        form(CHEAP, ('name="x"', '--bound\nContent-Disposition: form-data; name="model"\n\ndear\n')),
+        form(CHEAP, ('name="model"\n\ndear', "")).replace(b"dear\r\n\r\n", b"dear"),
+        form(('name="x"; filename="model"', "cheap"), DEAR),
+        form(('name="prompt"', 'name="model"\r\n\r\ncheap'), ("name=model", "dear")),
+        form(CHEAP, ('name="x"\r\nX-Long: ' + "x" * 9000, "y"), DEAR),
+        form(CHEAP)[:-4] + form(DEAR),
+    ],
+)
+async def test_a_form_names_one_model_however_it_is_read(start: Start, sent: bytes) -> None:
+    async with start() as proxy:
+        _, key = proxy.gateway.create_key({"name": "k", "models": ["openai/cheap", "cheap"]})
+        proxy.upstream.answers = [plain({"text": "hi"})]
+        headers = {"content-type": "multipart/form-data; boundary=bound", "x-stockyard-provider": "openai"}
+        headers["authorization"] = f"Bearer {key}"
+        assert (await proxy.post("/v1/audio/transcriptions", form(CHEAP, FILE), **headers))[0] == 200
+        assert (await proxy.post("/v1/audio/transcriptions", sent, **headers))[0] in (400, 403)
+    assert [b"dear" in seen.body for seen in proxy.upstream.seen] == [False]
+
+
+async def test_a_form_is_read_alike_however_it_is_cut() -> None:
+    async def read(body: bytes, step: int) -> bytes:
+        async def pieces() -> AsyncIterator[bytes]:
+            for at in range(0, len(body), step):
+                yield body[at : at + step]
+
+        return b"".join([piece async for piece in stockyard.checked_form(pieces(), b"--bound")])
+
+    for step in range(1, 60):
+        assert await read(form(CHEAP, FILE), step) == form(CHEAP, FILE)
+        with pytest.raises(stockyard.InvalidRequest, match="second"):
+            await read(form(CHEAP, FILE, DEAR), step)
