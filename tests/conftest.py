@@ -100,8 +100,9 @@ def start(tmp_path: Path) -> Start:
             async with (
                 stockyard.open_gateway(settings, environment) as gateway,
                 stockyard.open_server(gateway, listener),
-                aiohttp.ClientSession() as session,
             ):
-                yield Proxy(gateway, f"http://127.0.0.1:{port}", upstream, session)
+                async with aiohttp.ClientSession() as session:
+                    yield Proxy(gateway, f"http://127.0.0.1:{port}", upstream, session)
+                await until(lambda: not gateway.in_flight)  # whatever a test does, no call stays under way for ever
 
     return run
