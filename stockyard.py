@@ -325,15 +325,13 @@ def splice_member(body: bytes, document: Json, name: str, value: Any) -> bytes:
     """Add the member `name` to a non-empty object's bytes, or replace it (by writing the document anew)."""
     if name in document or not document:
         return dump_json({**document, name: value})
-    at = body.index(b"{") + 1
-    return body[:at] + b'"%b":%b,' % (name.encode(), dump_json(value)) + body[at:]
+    return b"%b,%b" % (dump_json({name: value})[:-1], body[body.index(b"{") + 1 :])
 
 
 def splice_change(body: bytes, document: Json, changed: Json) -> bytes:
     """The bytes of `changed`, which is `document` but for some members: spliced where it only has one more, its last."""
     if len(changed) == len(document) + 1 and document.items() <= changed.items():
-        last = next(reversed(changed))
-        return splice_member(body, document, last, changed[last])
+        return splice_member(body, document, *next(reversed(changed.items())))
     return dump_json(changed)
 
 
@@ -728,6 +726,7 @@ class Endpoint:
 
 #: The output cap by the names that dialects give it.
 OUTPUT_CAP_FIELDS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+OUTPUT_CAPS: Final = frozenset(OUTPUT_CAP_FIELDS)
 
 
 @dataclass(slots=True)
@@ -1206,10 +1205,9 @@ class Dialect:
 
     def with_output_cap(self, request: Json, tokens: int) -> Json:
         """This dialect's own request with a real cap on the output, under the one name that binds."""
-        names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-        found = [name for name in names if name in request]
-        if not found:
-            return {**request, names[0]: tokens}
+        if OUTPUT_CAPS.isdisjoint(request):
+            return {**request, "max_completion_tokens": tokens}
+        found = [name for name in ("max_completion_tokens", "max_tokens", "max_output_tokens") if name in request]
         return {**{key: value for key, value in request.items() if key not in found}, found[0]: tokens}
 
     def least_output_tokens(self, request: Json, model: str) -> int:
@@ -8737,20 +8735,17 @@ class Price:
         """False where the usage holds something this price does not list, so that its cost would be too low."""
         return not any(getattr(usage, bucket) for bucket in self.unpriced)
 
-    def upper_bound(self, input_tokens: int, output_tokens: int, requests: int = 1, searches: int = 0) -> int:
-        """Nano-dollars that no usage within these totals can exceed, however it falls into buckets and tiers.
+    def upper_bound(self, input_tokens: int, output_tokens: int) -> int:
+        """Nano-dollars that no call within these totals can exceed, however its usage falls into buckets and tiers.
 
-        `input_tokens` bounds the prompt in all, `output_tokens` text, reasoning, audio and image together; both are
-        totals over all `requests` (at least 1), whose fees are counted. Searches are not bounded by tokens, so a call
-        that may search states how many times.
+        `input_tokens` bounds the prompt in all, `output_tokens` text, reasoning, audio and image together. Searches are
+        not bounded by tokens: a call that may search has no bound.
         """
-        _, input_rate, output_rate = self.dearest[0]
-        for above_tokens, tier_input, tier_output in self.dearest[1:]:
-            if input_tokens > above_tokens:
+        for above_tokens, tier_input, tier_output in self.dearest:
+            if input_tokens > above_tokens or not above_tokens:
                 input_rate, output_rate = tier_input, tier_output
-        base = self.tiers[0]
-        total = input_tokens * input_rate + output_tokens * output_rate
-        return -(-(total + requests * base.requests + searches * base.searches) // 1_000_000)
+        total = input_tokens * input_rate + output_tokens * output_rate + self.tiers[0].requests
+        return -(-total // 1_000_000)
 
     def per_million_usd(self) -> dict[str, str]:
         """Decimal dollars for people: per million tokens, per thousand searches or requests.
@@ -13618,12 +13613,15 @@ BOUND_MEMBERS: Final = UNBOUNDED_MEMBERS | {"extra_body", "prompt", "tools", "qu
 UNKNOWN_OUTPUT_TOKENS: Final = 4096
 
 
+BACKSLASH: Final = ord("\\")  # numbers are found in bytes at a tenth of what looking for bytes costs
+
+
 def text_bytes(body: bytes, document: Json) -> int:
     """The bytes to bound a body's tokens by: its own, or more where a tokenizer that normalises would expand them.
 
     Some vocabularies apply NFKC first, which makes 33 bytes of one Arabic ligature; escapes hide such letters.
     """
-    escaped = b"\\u" in body
+    escaped = BACKSLASH in body and b"\\u" in body
     if not escaped and body.isascii():
         return len(body)
     text = dump_json(document).decode() if escaped else body.decode()
@@ -13757,9 +13755,10 @@ class OutputCap(NamedTuple):
 
 def asked_output_cap(request: Json) -> tuple[str, Any]:
     """The name under which a canonical request caps its output, and what it says there; None where nowhere."""
-    for name in OUTPUT_CAP_FIELDS:
-        if (asked := request.get(name)) is not None:
-            return name, asked
+    if not OUTPUT_CAPS.isdisjoint(request):
+        for name in OUTPUT_CAP_FIELDS:
+            if (asked := request.get(name)) is not None:
+                return name, asked
     return "", None
 
 
@@ -13810,13 +13809,13 @@ def output_allowed(body: Json) -> int | None:
     This is what binds the provider, whatever was read from the client's request, so money is checked against it.
     """
     caps: list[int] = []
-    counts, left = [1], [body]
-    while left:
-        part = left.pop()
-        for name in part.keys() - UNREAD_MEMBERS:
-            value = part[name]
+    counts, parts = [1], [body]
+    for part in parts:
+        for name, value in part.items():
+            if name in UNREAD_MEMBERS:
+                continue
             if isinstance(value, dict):
-                left.append(value)
+                parts.append(value)
             elif (kind := _cap_kind(name)) and (number := _as_count(value)) is not None:
                 (caps if kind == "cap" else counts).append(number)
     return max(caps) * max(counts) * _prompts_of(body) if caps else None
@@ -19559,22 +19558,20 @@ class Gateway:
 
         With `room_nanousd` the cap is lowered until the cost fits.
         """
-        if call.endpoint.kind == "count_tokens":  # free at every provider that counts
+        kind, row, request = call.endpoint.kind, target.provider.row, call.canonical or call.request
+        if kind == "count_tokens":  # free at every provider that counts
             return None, 0
         terms, is_dearer = asked_terms(call.request)
-        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000, terms if is_dearer else "")
-        request = call.canonical or call.request
-        if price is None or call.endpoint.kind not in BOUNDED_KINDS:
+        price = self.prices.find(row.id, target.model, call.ts_ms / 1000, terms if is_dearer else "")
+        if price is None or kind not in BOUNDED_KINDS:
             return None, None
         if is_dearer and price.variant != terms and price is not FREE:
             return None, None
-        family = DIALECTS[target.provider.row.dialect].family
-        tokens_in = input_token_bound(
-            request, text_bytes(call.body, call.request) + call.added_bytes, family, price.context_tokens
-        )
+        family, in_bytes = DIALECTS[row.dialect].family, text_bytes(call.body, call.request) + call.added_bytes
+        tokens_in = input_token_bound(request, in_bytes, family, price.context_tokens)
         if tokens_in is None:
             return None, None
-        if call.endpoint.kind == "embeddings":
+        if kind == "embeddings":
             return None, price.upper_bound(tokens_in, 0)
         least = self.dialect_for(call, target).least_output_tokens(request, target.model)
         cap = output_token_cap(request, price.max_output_tokens, None, least)
@@ -19987,15 +19984,14 @@ class Gateway:
     def passing_body(self, call: Call, target: Target, dialect: Dialect) -> bytes:
         """The client's own bytes, changed only where the provider's row or the model name demands it."""
         request, body, row = call.request, call.body, target.provider.row
-        if call.held_tokens is not None:
-            capped = request if call.output_cap is None else dialect.with_output_cap(request, call.output_cap)
-            self.check_cap(call, capped)
         if call.output_cap is not None:
-            was, request = request, capped
+            request = dialect.with_output_cap(request, call.output_cap)
             if "$alt" in request:  # it stood in the path
                 body = dump_json({name: value for name, value in request.items() if name != "$alt"})
             else:
-                body = splice_change(body, was, request)
+                body = splice_change(body, call.request, request)
+        if call.held_tokens is not None:
+            self.check_cap(call, request)
         if dialect.name == "openai" and (not row.touched.isdisjoint(request) or target.model in row.aliases):
             translation = self.translation(call, target)
             body = dump_json(DIALECTS["openai"].encode({**request, "model": target.model}, translation))
