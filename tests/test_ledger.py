@@ -1156,6 +1156,7 @@ def wav(sample_rate: int, codec: int = 1) -> dict[str, object]:
         ({"type": "input_audio"}, False),
         ({"type": "input_audio", "input_audio": wav(16_000)}, True),
         ({"type": "input_audio", "input_audio": wav(4000)}, True),
+        ({"type": "input_audio", "input_audio": wav(1 << 24)}, True),
         ({"type": "input_audio", "input_audio": wav(3999)}, False),
         ({"type": "input_audio", "input_audio": {**wav(16_000), "data": "*" + str(wav(16_000)["data"])}}, False),
         ({"type": "input_audio", "input_audio": wav(16_000, codec=0xF1)}, False),

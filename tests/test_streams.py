@@ -55,6 +55,16 @@ def ask(dialect: str) -> tuple[str, dict[str, Any]]:
     return golden.path, {**golden.request, "stream": True}
 
 
+def test_answers_and_events_show_in_whose_words_they_are() -> None:
+    for dialect, golden in GOLDENS.items():
+        assert stockyard.shape_of(golden.plain) == dialect
+        assert stockyard.shape_of_stream(b": hello\n\n" + golden.pieces[0]) == dialect
+        assert stockyard.shape_of_stream(golden.pieces[0][:-1]) is None
+    for unclear in ([], None, "x", {}, {"object": "list"}, {"object": 5, "type": None}, {"type": "ping"}):
+        assert stockyard.shape_of(unclear) == ""
+    assert [stockyard.shape_of_stream(start) for start in (b"data: [DONE]\n\n", b"", b"x" * 65_536)] == ["", None, ""]
+
+
 @pytest.mark.parametrize("dialect", GOLDENS)
 async def test_a_stream_that_passes_unchanged_is_counted_all_the_same(start: Start, dialect: str) -> None:
     given = {f"{name}_BASE_URL": "UPSTREAM" for name in ("ANTHROPIC", "GEMINI")}
@@ -88,6 +98,16 @@ async def test_an_answer_that_is_not_to_be_stored_is_not(
         assert (await proxy.post("/v1/responses", body))[0] == 200
         await proxy.gateway.store.flush()
         assert len(proxy.gateway.store.read("SELECT id FROM responses")) == kept
+
+
+@pytest.mark.parametrize("wrong", ["", 5, None])
+async def test_an_answer_without_a_name_is_kept_under_none(start: Start, wrong: Any) -> None:
+    async with start() as proxy:
+        golden = GOLDENS["responses"]
+        proxy.upstream.answers = [plain({**golden.plain, "id": wrong})]
+        assert (await proxy.post(golden.path, golden.request))[0] == 200
+        await proxy.gateway.store.flush()
+        assert proxy.gateway.store.read("SELECT id FROM responses") == []
 
 
 async def test_what_stockyard_keeps_of_a_conversation_goes_to_any_provider_in_full(start: Start) -> None:
