@@ -13310,7 +13310,7 @@ def _refusal(balance: Balance, model: str, needed: int | None, now_ms: int) -> B
     fields |= _amounts(limit=limit, spent=spent, held=held)
     if needed is None:
         what = (
-            f"the most this call to {model!r} could cost is not known (no price, or a part or a tier without one), and the "
+            f"the most this call{f' to {model!r}' if model else ''} could cost is not known (no price, or a part or a tier without one), and the "
             f"budget {budget.id} is a hard one; set a price for the model or make the budget soft"
         )
         return BudgetExceeded(what, fields={**fields, "needed_usd": None, "needed_nanousd": None})
@@ -19844,7 +19844,8 @@ class Gateway:
         headers = [("content-type", "application/json"), *self.answer_headers(call)]
         if error.retry_after_s is not None or status in (429, 503):
             headers.append(("retry-after", str(math.ceil(error.retry_after_s or 1))))
-        if isinstance(error, UpstreamError):  # the official SDKs would otherwise multiply the tries made here
+        is_final = status == 429 and error.retry_after_s is None  # no waiting helps
+        if is_final or isinstance(error, UpstreamError):  # the SDKs would otherwise multiply the tries made here
             headers.append(("x-should-retry", "false"))
         return Reply(status, headers, call.answer)
 

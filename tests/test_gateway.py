@@ -704,3 +704,12 @@ async def test_lists_for_operators_end_with_their_cursor(start: Start) -> None:
         for name in ("requests", "keys", "spend", "timeseries", "budgets", "providers", "models", "audit", "config"):
             status, _, told = await fetch(proxy, "GET", f"/api/{name}", authorization=key)
             assert (status, isinstance(told["data"], list), told["next"]) == (200, True, None), name
+
+
+@pytest.mark.parametrize(("limit", "again"), [({"budget": "0.000000001/day"}, "false"), ({"rate_limit": "1rpm"}, None)])
+async def test_sdks_try_again_only_where_waiting_helps(start: Start, limit: dict[str, str], again: str | None) -> None:
+    async with start(**limit) as proxy:
+        proxy.upstream.answers = [plain(COMPLETION)]
+        await proxy.post(CHAT_PATH, CHAT)
+        status, headers, _ = await proxy.post(CHAT_PATH, CHAT)
+    assert (status, headers.get("x-should-retry"), headers["retry-after"] > "0") == (429, again, True)
