@@ -22710,11 +22710,11 @@ async def open_server(
         yield make_lane
     finally:
         gateway.draining = True
-        if server is not None:
-            server.close()
         for watcher in gateway.watchers:
             watcher.more.set()
         await drain(gateway, gateway.settings.drain_timeout)
+        if server is not None:  # until now who came was told to come again: /ready must be heard to say 503
+            server.close()
         gateway.is_ending = True
         on_lanes = [connection.task for connection in manager.connections if isinstance(connection, Lane)]
         await gateway.cut_off({task for task in on_lanes if task is not None} | gateway.web_calls)
@@ -24123,10 +24123,8 @@ class Crew:
             self.begin(bring(self._make_lane, connection, data[1:]))
 
     async def close(self) -> None:
-        """Stop listening, and let all workers finish."""
+        """Let all workers finish, then stop listening: meanwhile the supervisor tells who comes to come again."""
         self.is_closing = self.gateway.draining = True
-        self.gateway.loop.remove_reader(self.listener.fileno())
-        self.listener.close()
         deadline_s = self.gateway.tick() + self.gateway.settings.drain_timeout + 15
         for hand in self.gateway.hands:
             self.retire(hand, stays_open=False)
@@ -24134,6 +24132,8 @@ class Crew:
             await asyncio.sleep(0.02)
         for hand in self.gateway.hands:
             hand.kill()
+        self.gateway.loop.remove_reader(self.listener.fileno())
+        self.listener.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 

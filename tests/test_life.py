@@ -125,14 +125,25 @@ async def test_a_stop_that_waits_no_longer_tells_every_stream_so(tmp_path: Path)
     assert [(row["status"], row["error"]) for row in rows] == [(503, "shutting_down")] * 50
 
 
-async def test_a_second_signal_waits_for_nothing(tmp_path: Path) -> None:
-    running = await asyncio.to_thread(Process, tmp_path, STOCKYARD_DRAIN_TIMEOUT="60")
+async def ask(session: aiohttp.ClientSession, method: str, url: str, **more: Any) -> tuple[int, Any, Any]:
+    async with session.request(method, url, **more) as answer:
+        return answer.status, answer.headers, await answer.json()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_stop_says_so_to_who_comes_and_a_second_signal_waits_for_nothing(tmp_path: Path, workers: str) -> None:
+    running = await asyncio.to_thread(Process, tmp_path, STOCKYARD_DRAIN_TIMEOUT="60", STOCKYARD_WORKERS=workers)
     async with aiohttp.ClientSession() as session:
         answer = await begin(session, running.url, 0)
         running.run.send_signal(signal.SIGTERM)
-        with pytest.raises(aiohttp.ClientConnectorError):
-            while True:
-                (await session.get(running.url + "/health")).close()
+        status = 200
+        async with asyncio.timeout(20):
+            while status == 200:
+                status = (await ask(session, "GET", running.url + "/ready"))[0]
+        assert status == 503
+        assert (await ask(session, "GET", running.url + "/health"))[0] == 200
+        status, headers, told = await ask(session, "POST", running.url + PATH, json=CHAT)
+        assert (status, headers["retry-after"], told["error"]["code"]) == (503, "1", "shutting_down")
         running.run.send_signal(signal.SIGTERM)
         await asyncio.to_thread(running.run.communicate, timeout=10)
         answer.close()
