@@ -355,6 +355,16 @@ async def test_passthrough_uploads_and_files(start: Start) -> None:
     assert [row["status"] for row in rows] == [200, 200, 400, 404]
 
 
+async def test_what_the_provider_took_is_none_of_the_overhead(start: Start) -> None:
+    async with start(cache="off", retries=1) as proxy:
+        slow, failing = plain(COMPLETION), plain({"error": {"message": "overloaded"}}, 503)
+        slow.hang_s = failing.hang_s = 0.1
+        proxy.upstream.answers = [failing, slow]
+        assert (await proxy.post(CHAT_PATH, CHAT))[0] == 200
+        [row] = await proxy.rows()
+    assert row["attempts"] == 2 and 0 <= row["overhead_ms"] <= row["latency_ms"] - 199
+
+
 async def test_with_full_durability_a_call_and_the_end_of_its_answer_wait_for_the_disk(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
