@@ -13394,10 +13394,11 @@ class SlidingSum:
 
 
 class Shown(NamedTuple):
-    """A limit that headers tell of: their names, the most, what counts towards it."""
+    """A limit that headers tell of: their names, the most (as text too), what counts towards it."""
 
     names: tuple[str, ...]
     most: int
+    told: str
     window: SlidingSum
 
 
@@ -13408,29 +13409,32 @@ TOKENS_HEADERS: Final = tuple(f"x-ratelimit-{what}-tokens" for what in ("limit",
 class Meter:
     """The counters of one scope: a key, a model pattern, or everything. `shown` are those that headers tell of."""
 
-    __slots__ = ("limit", "parallel", "requests", "scope", "shown", "tokens", "told")
+    __slots__ = ("limit", "now_s", "parallel", "requests", "scope", "shown", "tokens", "told")
 
     def __init__(self, scope: str, limit: RateLimit) -> None:
         self.scope, self.parallel, self.told = scope, 0, dump_json(scope).decode()
-        self.requests, self.tokens = SlidingSum(), SlidingSum()
+        self.requests, self.tokens, self.now_s = SlidingSum(), SlidingSum(), 0
         self.heed(limit)
 
     def heed(self, limit: RateLimit) -> None:
         self.limit = limit
         both = (REQUESTS_HEADERS, limit.rpm, self.requests), (TOKENS_HEADERS, limit.tpm, self.tokens)
-        self.shown = [Shown(names, most, window) for names, most, window in both if most is not None]
+        self.shown = [Shown(names, most, str(most), window) for names, most, window in both if most is not None]
+
+    def advance(self, now_s: int) -> None:
+        if now_s > self.now_s:
+            self.now_s = now_s
+            self.requests.advance(now_s)
+            self.tokens.advance(now_s)
 
     def check(self, tokens: int, now_ms: int) -> None:
         """LimitExceeded unless one more request of so many tokens fits."""
-        limit, now_s = self.limit, now_ms // 1000
-        if limit.rpm is not None:
-            self.requests.advance(now_s)
-            if self.requests.total >= limit.rpm:
-                raise self._refusal("rpm", limit.rpm, self.requests.total, 1, self.requests, now_ms)
-        if limit.tpm is not None:
-            self.tokens.advance(now_s)
-            if self.tokens.total + tokens > limit.tpm:
-                raise self._refusal("tpm", limit.tpm, self.tokens.total, tokens, self.tokens, now_ms)
+        limit = self.limit
+        self.advance(now_ms // 1000)
+        if limit.rpm is not None and self.requests.total >= limit.rpm:
+            raise self._refusal("rpm", limit.rpm, self.requests.total, 1, self.requests, now_ms)
+        if limit.tpm is not None and self.tokens.total + tokens > limit.tpm:
+            raise self._refusal("tpm", limit.tpm, self.tokens.total, tokens, self.tokens, now_ms)
         if limit.parallel is not None and self.parallel >= limit.parallel:
             raise self._refusal("parallel", limit.parallel, self.parallel, 1, None, now_ms)
 
@@ -13515,19 +13519,19 @@ class RateLimiter:
         """
         found = {}
         meters = self._meters(key, model, now_ms) if hold is None else hold.meters
-        for names, limit, window in meters[0].shown if len(meters) == 1 else self._tightest(meters, now_ms // 1000):
-            window.advance(now_ms // 1000)
-            left = limit - window.total
-            found[names[0]], found[names[1]] = str(limit), str(left if left > 0 else 0)
+        for meter in meters:
+            meter.advance(now_ms // 1000)
+        for names, most, told, window in meters[0].shown if len(meters) == 1 else self._tightest(meters):
+            left = most - window.total
+            found[names[0]], found[names[1]] = told, str(left if left > 0 else 0)
             found[names[2]] = format_duration(window.reset_ms(now_ms))
         return found
 
     @staticmethod
-    def _tightest(meters: list[Meter], now_s: int) -> list[Shown]:
+    def _tightest(meters: list[Meter]) -> list[Shown]:
         """Of each kind of limit the one that has least left."""
         rows: dict[tuple[str, ...], Shown] = {}
         for row in [row for meter in meters for row in meter.shown]:
-            row.window.advance(now_s)
             best = rows.setdefault(row.names, row)
             if (row.most - row.window.total, row.most) < (best.most - best.window.total, best.most):
                 rows[row.names] = row
