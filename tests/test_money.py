@@ -479,6 +479,33 @@ async def test_embeddings_are_bounded_by_their_input_alone(start: Start) -> None
     assert told["error"]["needed_nanousd"] == bound * INPUT_NANOUSD
 
 
+async def test_a_day_ends_for_whoever_asks_first(start: Start) -> None:
+    body = {"model": "openai/m", "input": "Hi"}
+    async with start(toml=PRICES, budget="0.000001/day", cache="off") as proxy:
+        gateway, now_s = proxy.gateway, 1_795_435_200.0  # noon
+        gateway.clock = lambda: now_s
+        needed = (await proxy.post("/v1/embeddings", body))[2]["error"]["needed_nanousd"]
+        gateway.put_budget(stockyard.Budget("global:day", needed * 3 // 2, "day"))
+        proxy.upstream.answers = [plain({"object": "list", "data": []})]
+        statuses = []
+        for hours in (0, 11, 2, 1):
+            now_s += hours * 3600
+            statuses.append((await proxy.post("/v1/embeddings", body))[0])
+    assert statuses == [200, 429, 200, 429]
+
+
+async def test_a_call_is_held_for_at_the_price_of_its_day(start: Start) -> None:
+    terms = '{from = "2026-01-01", input = 1, output = 1}, {from = "2026-11-24", input = 7, output = 1}'
+    dated = f'[[prices]]\nmodel = "m"\nprices = [{terms}]\n'
+    async with start(toml=dated, budget="0.000001/day") as proxy:
+        needed = []
+        for now_s in (1_795_435_200.0, 1_795_435_200.0 + 86_400):  # the 23rd and the 24th of November 2026
+            proxy.gateway.clock = lambda now_s=now_s: now_s
+            told = (await proxy.post("/v1/embeddings", {"model": "openai/m", "input": "Hi"}))[2]
+            needed.append(told["error"]["needed_nanousd"])
+    assert needed[1] == 7 * needed[0]
+
+
 @pytest.mark.parametrize("path", [PATH, "/v1/messages"])
 async def test_what_a_route_adds_to_a_call_is_held_for(start: Start, path: str) -> None:
     needed = []
