@@ -13612,6 +13612,10 @@ UNBOUNDED_MEMBERS: Final = frozenset({
     "mcp_servers", "web_search_options", "search_parameters", "enable_search", "plugins", "data_sources", "models",
     "prediction", "file_ids",
 })  # fmt: skip
+#: What models bill beside text though nobody asked for it, by a part of their names: only its own rate can bound it.
+UNASKED_RATES: Final = (
+    ("search", "requests"), ("sonar", "requests"), ("audio", "output_audio"), ("image", "output_image"),
+)  # fmt: skip
 #: Those and the others beside messages that bear on the bound.
 BOUND_MEMBERS: Final = UNBOUNDED_MEMBERS | {"extra_body", "prompt", "tools", "query", "documents"}
 UNKNOWN_OUTPUT_TOKENS: Final = 4096
@@ -13685,6 +13689,12 @@ def asked_terms(request: Json) -> tuple[str, bool]:
                 if not value or said not in USUAL_TERMS:
                     value, terms = said, f"{term}={said}"
     return terms, value not in USUAL_TERMS
+
+
+def lacks_rate(price: Price, model: str) -> bool:
+    """Whether a chat model makes, unasked, what its price does not list."""
+    name = model.lower()
+    return price is not FREE and any(part in name and rate not in price.listed for part, rate in UNASKED_RATES)
 
 
 def _member_sets(request: Json) -> list[Json]:
@@ -19577,6 +19587,8 @@ class Gateway:
             return None, None
         if kind == "embeddings":
             return None, price.upper_bound(tokens_in, 0)
+        if lacks_rate(price, target.model):
+            return None, None
         least = self.dialect_for(call, target).least_output_tokens(request, target.model)
         cap = output_token_cap(request, price.max_output_tokens, None, least)
         if room_nanousd is not None:

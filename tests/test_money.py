@@ -425,6 +425,26 @@ async def test_dearer_terms_are_held_charged_and_priced_anew_as_such(start: Star
     assert (row["price_id"],) * 2 in [(line["price_id"], line["now_price_id"]) for line in lines]
 
 
+@pytest.mark.parametrize(
+    ("model", "is_bounded"),
+    [
+        ("gpt-4o", True),
+        ("gpt-4o-search-preview", False),  # a fee for the search that each of its answers begins with
+        ("gpt-4o-audio-preview", False),  # listed with its price of text only
+        ("gpt-audio", True),
+        ("perplexity/sonar", True),
+        ("perplexity/sonar-deep-research", False),  # searches as often as it likes
+        ("openrouter/perplexity/sonar", False),
+        ("openrouter/google/gemini-2.5-flash-image", False),
+    ],
+)
+async def test_what_a_model_bills_unasked_is_bounded_or_refused(start: Start, model: str, is_bounded: bool) -> None:
+    keys = {"PERPLEXITY_API_KEY": "k", "OPENROUTER_API_KEY": "k"}
+    async with start(budget="0.000000001/day", cache="off", **keys) as proxy:
+        status, _, told = await proxy.post(PATH, {**ASK, "model": model})
+    assert (status, told["error"]["needed_nanousd"] is not None) == (429, is_bounded)
+
+
 async def test_a_call_may_say_the_most_that_it_may_cost(start: Start) -> None:
     async with start(toml=PRICES, cache="off") as proxy:
 
