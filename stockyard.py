@@ -822,8 +822,6 @@ class Call:
     dropped: Sequence[str] = ()
     #: The request was changed before it was read (a resumed conversation), so its bytes cannot pass.
     must_translate: bool = False
-    #: The most that rules added to what the body holds.
-    added_bytes: int = 0
     #: The client hung up; and the work goes on all the same, for equal calls that wait for its answer.
     is_gone: bool = False
     is_carried: bool = False
@@ -13606,6 +13604,11 @@ TEXT_PARTS: Final = frozenset(
     {"text", "input_text", "output_text", "refusal", "thinking", "redacted_thinking", "reasoning_item"}
 )
 BOUNDED_TOOLS: Final = frozenset({"function", "custom"})
+#: Items of the Responses API that stay as they are and hold nothing but text.
+TEXT_ITEMS: Final = frozenset({
+    "reasoning", "compaction", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output",
+    "apply_patch_call", "apply_patch_call_output",
+})  # fmt: skip
 # Members that make a provider read, search or generate what the request does not show, or bill another model.
 UNBOUNDED_MEMBERS: Final = frozenset({
     "previous_response_id", "conversation", "cached_content", "cachedContent", "container", "context_management",
@@ -13661,6 +13664,8 @@ def input_token_bound(
         total += _rerank_bound(request)
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
+        if content is not None and "thinking_blocks" in message and not all(map(_is_text, message["thinking_blocks"])):
+            return None
         if isinstance(content, list):
             for part in content:
                 extra = _part_bound(part, row, context_tokens)
@@ -13709,10 +13714,16 @@ def _is_self_contained(request: Json) -> bool:
     for members in _member_sets(request):
         if not UNBOUNDED_MEMBERS.isdisjoint(members) and any(members.get(name) for name in UNBOUNDED_MEMBERS):
             return False
-    if isinstance(request.get("prompt"), dict):
-        return False
+        if isinstance(members.get("prompt"), dict):
+            return False
     tools = request.get("tools")
     return not tools or all(isinstance(tool, dict) and tool.get("type", "function") in BOUNDED_TOOLS for tool in tools)
+
+
+def _is_text(block: Any) -> bool:
+    """Whether a block beside a message's content is bounded by its bytes: a screenshot, say, is not."""
+    item = block.get("item") if isinstance(block, dict) else None
+    return not isinstance(item, dict) or item.get("type") in TEXT_ITEMS
 
 
 def _part_bound(part: Any, row: InputBound, context_tokens: int | None) -> int | None:
@@ -18780,7 +18791,7 @@ class Gateway:
         said, cost, usage = "\n".join(answer_texts(document)), call.cost_nanousd, call.usage
         turns = [{"role": "assistant", "content": said}, {"role": "user", "content": REPAIR.format(fault)}]
         call.canonical = {**call.canonical, "messages": [*call.canonical["messages"], *turns]}
-        call.must_translate, call.added_bytes = True, call.added_bytes + len(dump_json(turns))
+        call.must_translate = True
         call.cost_nanousd = call.usage = None
         try:
             return await self.first_success(call, self.attempt_plain, may_retry=lambda: True)
@@ -19020,7 +19031,7 @@ class Gateway:
             call.request, call.body = ruled, dump_json(ruled)
             call.canonical = ruled if call.canonical is not None else None
         else:
-            call.canonical, call.must_translate, call.added_bytes = ruled, True, len(route.rules_text.encode())
+            call.canonical, call.must_translate = ruled, True
 
     async def recall(self, call: Call) -> None:
         """Put what a stateful request refers to in its place: earlier turns and items that Stockyard keeps."""
@@ -19581,8 +19592,9 @@ class Gateway:
             return None, None
         if is_dearer and price.variant != terms and price is not FREE:
             return None, None
-        family, in_bytes = DIALECTS[row.dialect].family, text_bytes(call.body, call.request) + call.added_bytes
-        tokens_in = input_token_bound(request, in_bytes, family, price.context_tokens)
+        # What is not the client's own bytes is measured as it goes out: with earlier turns, and what rules add.
+        size = text_bytes(dump_json(request), request) if call.must_translate else text_bytes(call.body, call.request)
+        tokens_in = input_token_bound(request, size, DIALECTS[row.dialect].family, price.context_tokens)
         if tokens_in is None:
             return None, None
         if kind == "embeddings":

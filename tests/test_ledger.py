@@ -1183,6 +1183,12 @@ def test_parts_without_a_bound_take_the_models_window(part: object, is_bounded: 
         chat(tools=["web_search"]),
         chat(extra_body={"gemini": {"cached_content": "cachedContents/1"}}),
         {"prompt": {"id": "pmpt_1"}},
+        chat(extra_body={"responses": {"prompt": {"id": "pmpt_1"}}}),
+        {
+            "messages": [
+                {"role": "assistant", "content": "", "thinking_blocks": [{"item": {"type": "computer_call_output"}}]}
+            ]
+        },
         *(chat(**{name: "x"}) for name in sorted(UNBOUNDED_MEMBERS)),
     ],
 )

@@ -425,6 +425,22 @@ async def test_dearer_terms_are_held_charged_and_priced_anew_as_such(start: Star
     assert (row["price_id"],) * 2 in [(line["price_id"], line["now_price_id"]) for line in lines]
 
 
+async def test_a_resumed_conversation_is_held_with_all_its_turns(start: Start) -> None:
+    async with start(toml=PRICES, cache="off", GROQ_API_KEY="k", GROQ_BASE_URL="UPSTREAM") as proxy:
+
+        async def needed(said: Any, **more: Any) -> float:
+            body = {"model": "groq/m", "input": said, "max_output_tokens": 20, "store": True, **more}
+            _, _, told = await proxy.post("/v1/responses", body, **{"x-stockyard-max-cost-usd": "0"})
+            return float(told["error"]["message"].partition("$")[2].partition(",")[0])
+
+        long = [{"id": "msg_1", "type": "message", "role": "user", "content": "word " * 20_000}]
+        _, _, first = await proxy.post("/v1/responses", {"model": "groq/m", "input": long, "max_output_tokens": 20})
+        whole = await needed(long)
+        assert whole > 0.1
+        assert await needed("Hi", previous_response_id=first["id"]) > whole
+        assert await needed([{"type": "item_reference", "id": "msg_1"}] * 10) > 9 * whole
+
+
 @pytest.mark.parametrize(
     ("model", "is_bounded"),
     [
