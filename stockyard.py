@@ -8407,7 +8407,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     ),
     Provider(
         id="ollama", name="Ollama", key_env=("OLLAMA_API_KEY",), base_url="http://localhost:11434/v1", base_env=("OLLAMA_HOST",),
-        key_optional=True, pattern=r"(?!ft:)[^/:]+:[^/:]+$", renames=_MAX_TOKENS, offers=_offers("completions embeddings responses"),
+        key_optional=True, pattern=r"(?!ft:)[^/:]+:(?!\d$)[^/:]+$", renames=_MAX_TOKENS, offers=_offers("completions embeddings responses"),
         variants=(Variant("OLLAMA_API_KEY", {"base_url": "https://ollama.com/v1"}),),
     ),
     Provider(
@@ -9976,14 +9976,18 @@ class Router:
         return Target(provider, model, via, self.health.get((provider.id, model)))
 
     def _claim(self, model: str, provider: ConfiguredProvider) -> tuple[tuple[int, int, int], Target] | None:
-        """How strongly a provider claims a bare name: listed, then the longest own prefix, then table order."""
-        listed = model in self._listed.get(provider.id, ()) or self._prices.lists(provider.id, model)
-        prefix = re.match(provider.row.pattern, model, re.IGNORECASE) if provider.row.pattern else None
-        order = -list(self.providers).index(provider.id)
-        if not (listed or prefix):
+        """How strongly a provider claims a bare name, the first of the table among equals, and what it would be."""
+        listed, prefix_length = self._strength(model, provider.row)
+        if not (listed or prefix_length):
             return None
-        strength = (int(bool(listed)), len(prefix[0]) + 1 if prefix else 0, order)
+        strength = (listed, prefix_length, -list(self.providers).index(provider.id))
         return strength, self._target(provider, model, "model list" if listed else "prefix")
+
+    def _strength(self, model: str, row: Provider) -> tuple[int, int]:
+        """Whether a provider lists a bare name, then how long the prefix is by which it knows it; zeros for neither."""
+        listed = model in self._listed.get(row.id, ()) or self._prices.lists(row.id, model)
+        prefix = re.match(row.pattern, model, re.IGNORECASE) if row.pattern else None
+        return int(bool(listed)), len(prefix[0]) + 1 if prefix else 0
 
     def _forced(self, model: str, forced: str) -> Target:
         provider = self.providers.get(forced.lower())
@@ -9999,9 +10003,9 @@ class Router:
     def _unknown(self, model: str) -> UnknownModel:
         head = model.partition("/")[0].lower()
         owner = PROVIDERS_BY_ID.get(head) if "/" in model else None
-        owner = owner or next(
-            (row for row in PROVIDERS if row.pattern and re.match(row.pattern, model, re.IGNORECASE)), None
-        )
+        if owner is None:  # of equals, max gives the first
+            strongest = max(PROVIDERS, key=lambda row: self._strength(model, row))
+            owner = strongest if any(self._strength(model, strongest)) else None
         if owner is not None and owner.retired:
             return UnknownModel(f"the model `{model}` is gone: {owner.retired}", param="model")
         if owner is not None and owner.id not in self.providers:

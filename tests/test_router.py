@@ -322,3 +322,24 @@ def test_the_view_tells_where_a_name_would_go_and_why() -> None:
     assert rows[0]["price"]["input"] == "0.15"
     [row] = found.view("gpt-4o-mini", "", Asked(), random.Random(1), 0.0, NOW_S)
     assert (row["provider"], row["via"], "route" in row) == ("openai", "model list", False)
+
+
+@pytest.mark.parametrize(
+    ("model", "variable"),
+    [
+        ("llama-3.3-70b-versatile", "GROQ_API_KEY"), ("gpt-oss-120b", "OPENAI_API_KEY"), ("llama3.2:3b", "OLLAMA_BASE_URL"),
+        ("amazon.nova-pro-v1:0", "AWS_BEARER_TOKEN_BEDROCK"), ("us.anthropic.claude-sonnet-4-5-v1:0", "AWS_BEARER_TOKEN_BEDROCK"),
+        ("groq/anything", "GROQ_API_KEY"), ("gpt-99", "OPENAI_API_KEY"),
+    ],
+)  # fmt: skip
+def test_an_unknown_model_names_the_variable_of_whoever_would_serve_it(model: str, variable: str) -> None:
+    bare = stockyard.Router.load({}, stockyard.load_prices(stockyard.Settings()), {}, stockyard.Settings().deadlines)
+    with pytest.raises(stockyard.UnknownModel, match=f"not configured; set {variable} and restart"):
+        bare.targets(model)
+
+
+def test_a_bedrock_id_goes_to_bedrock_beside_a_local_server() -> None:
+    given = {"AWS_BEARER_TOKEN_BEDROCK": "k", "OLLAMA_BASE_URL": "http://127.0.0.1:9"}
+    both = stockyard.load_router(stockyard.Settings(), given, stockyard.load_prices(stockyard.Settings()))
+    asked = ("eu.anthropic.claude-new-v1:0", "qwen3:8b")
+    assert [both.targets(model)[0].provider.id for model in asked] == ["bedrock", "ollama"]
