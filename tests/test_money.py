@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 from conftest import Start, until
+from test_prices import table
 from upstreams import COMPLETION, DONE, Answer, chunk, plain, stream
 
 import stockyard
@@ -531,9 +532,9 @@ async def test_a_day_ends_for_whoever_asks_first(start: Start) -> None:
 
 
 async def test_a_call_is_held_for_at_the_price_of_its_day(start: Start) -> None:
-    terms = '{from = "2026-01-01", input = 1, output = 1}, {from = "2026-11-24", input = 7, output = 1}'
-    dated = f'[[prices]]\nmodel = "m"\nprices = [{terms}]\n'
-    async with start(toml=dated, budget="0.000001/day") as proxy:
+    terms = [{"from": "2026-01-01", "input": "1"}, {"from": "2026-11-24", "input": "7"}]
+    async with start(budget="0.000001/day") as proxy:
+        proxy.gateway.prices = stockyard.PriceBook.load(table({"id": "m", "prices": terms}, openai={"lists": ["rows"]}))
         needed = []
         for now_s in (1_795_435_200.0, 1_795_435_200.0 + 86_400):  # the 23rd and the 24th of November 2026
             proxy.gateway.clock = lambda now_s=now_s: now_s
