@@ -11471,12 +11471,16 @@ BETWEEN_TEXTS: Final = "\n\0\n"
 
 
 class Place(NamedTuple):
-    """Where a text stands: a member of an object (or, with `is_key`, its name) or an item of a list."""
+    """Where a text stands: a member of an object (or, with `is_key`, its name) or an item of a list.
+
+    `before`: it stands there in base64, behind this.
+    """
 
     holder: Any
     name: Any
     is_key: bool
     is_trusted: bool
+    before: str | None = None
 
 
 class Texts:
@@ -11500,7 +11504,10 @@ class Texts:
                 if is_named or not name.isidentifier():
                     self._add(name, Place(node, name, True, is_trusted))
                 if isinstance(value, str):
-                    if is_data or not is_structure(node, name, value):
+                    packed = packed_text(node, value) if name in ("data", "file_data") and not is_data else None
+                    if packed is not None:
+                        self._add(packed[1], Place(node, name, False, is_trusted, packed[0]))
+                    elif is_data or not is_structure(node, name, value):
                         self._add(value, Place(node, name, False, is_trusted or name in TRUSTED_MEMBERS))
                 else:
                     self._other(node, name, value, is_data, is_trusted)
@@ -11522,11 +11529,11 @@ class Texts:
         """Put texts in their places, names of members last and in their order."""
         renamed: dict[int, tuple[Json, dict[str, str]]] = {}
         for at, text in changed.items():
-            holder, name, is_key, _ = self.places[at]
+            holder, name, is_key, _, before = self.places[at]
             if is_key:
                 renamed.setdefault(id(holder), (holder, {}))[1][name] = text
             else:
-                holder[name] = text
+                holder[name] = text if before is None else before + base64.b64encode(text.encode()).decode()
         for holder, names in renamed.values():
             members = list(holder.items())
             holder.clear()
@@ -11545,6 +11552,28 @@ def is_structure(node: Json, name: str, value: str) -> bool:
     if name in ("data", "file_data"):
         return node.get("type") != "text" and len(value) > 32 and BASE64.fullmatch(value) is not None
     return value.startswith("data:") and BASE64.fullmatch(value) is not None
+
+
+#: Kinds of files that are text, whatever they are packed in.
+TEXT_KINDS: Final = ("text/", "application/json", "application/xml")
+
+
+def packed_text(node: Json, value: str) -> tuple[str, str] | None:
+    """What stands before the base64 of a text file, and the text; None for other files, and for what is not packed."""
+    head, comma, packed = value.partition(",") if value.startswith("data:") else ("", "", value)
+    kind = head[5:] or node.get("media_type") or node.get("mime_type") or node.get("mimeType")
+    is_plain = not head.endswith(";base64") if head else node.get("type") == "text"
+    if is_plain or not str(kind).lower().startswith(TEXT_KINDS):
+        return None
+    packed = "".join(packed.split()).rstrip("=").translate({45: "+", 95: "/"})
+    try:
+        raw = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except ValueError:
+        return None
+    try:
+        return head + comma, raw.decode()
+    except UnicodeDecodeError:
+        return head + comma, raw.decode("latin-1")
 
 
 #: To its very end: what only begins like base64 is text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 from pathlib import Path
@@ -61,6 +62,10 @@ REQUESTS: list[dict[str, Any]] = [
     {"contents": [{"role": "user", "parts": [{"text": EMAIL}]}], "systemInstruction": {"parts": [{"text": "x"}]}},
     {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f", "args": {"id": EMAIL}}},
                                              {"functionResponse": {"name": "f", "response": {"model": EMAIL}}}]}]},
+    {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f", "args": {
+        "mime_type": "text/plain", "data": "4111111111111111", "to": EMAIL}}}]}]},
+    {"model": "m", "messages": [{"role": "user", "content": [{"type": "document", "source": {
+        "type": "text", "media_type": "text/plain", "data": "4111111111111111"}}, {"type": "text", "text": EMAIL}]}]},
     {"model": "m", "query": EMAIL, "documents": ["a", {"text": EMAIL}]},
 ]  # fmt: skip
 
@@ -98,12 +103,31 @@ def test_structure_stays_as_it_is() -> None:
     [
         {"type": "text", "text": f"data:x;base64, I am {EMAIL}"},
         {"type": "x", "data": f"{'a' * 40} {EMAIL}"},
+        {"type": "x", "data": f"{'a' * 40} {EMAIL}", "mimeType": "text/plain"},
         {"type": "input_audio", "input_audio": {"data": f"{'a' * 40} {EMAIL}"}},
     ],
 )
 def test_what_only_begins_like_base64_is_masked(part: dict[str, Any]) -> None:
     document, hidden = masked(chat([part]))
     assert EMAIL not in json.dumps(document) and hidden.counts["email"] == 1
+
+
+@pytest.mark.parametrize("text", [f"I am {EMAIL}", EMAIL, f"caf\xe9 {EMAIL}"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("pad", ["", "="])
+def test_text_files_are_masked_within_their_base64(text: str, encoding: str, pad: str) -> None:
+    packed = base64.b64encode(text.encode(encoding)).decode().rstrip("=")
+    packed += "=" * (-len(packed) % 4) if pad else ""
+    document = {
+        "contents": [{"parts": [{"inlineData": {"mimeType": "text/csv", "data": packed}}]}],
+        "input": [{"content": [{"type": "input_file", "file_data": f"data:text/plain;base64,{packed}"}]}],
+        "messages": [{"content": [{"source": {"type": "base64", "media_type": "text/plain", "data": packed}}]}],
+    }
+    told, _ = masked(document)
+    found = [told["contents"][0]["parts"][0]["inlineData"]["data"], told["input"][0]["content"][0]["file_data"]]
+    found.append(told["messages"][0]["content"][0]["source"]["data"])
+    assert found[1].startswith("data:text/plain;base64,")
+    assert [base64.b64decode(one.rpartition(",")[2]).decode() for one in found] == [text.replace(EMAIL, "[EMAIL]")] * 3
 
 
 def test_two_keys_with_one_mask_both_stay() -> None:
