@@ -19637,12 +19637,9 @@ class Gateway:
         least = self.dialect_for(call, target).least_output_tokens(request, target.model)
         cap = output_token_cap(request, price.max_output_tokens, None, least)
         if room_nanousd is not None:
-            affordable = cap.total_tokens
-            while affordable and price.upper_bound(tokens_in, affordable) > room_nanousd:
-                base = price.upper_bound(tokens_in, 0)
-                spare = room_nanousd - base
-                step = (price.upper_bound(tokens_in, affordable) - base) / affordable
-                affordable = min(affordable - 1, int(spare / step)) if spare > 0 else 0
+            counts = range(min(cap.total_tokens, MAX_COUNT) + 1)
+            bound = functools.partial(price.upper_bound, tokens_in)
+            affordable = max(0, bisect.bisect_right(counts, room_nanousd, key=bound) - 1)
             clamped = output_token_cap(request, price.max_output_tokens, affordable, least)
             if MIN_CLAMPED_TOKENS <= affordable >= clamped.total_tokens:
                 cap = clamped

@@ -485,7 +485,8 @@ async def test_budgets_that_were_set_are_there_after_a_restart(start: Start) -> 
     day, week = ({"scope": "global", "usd": 1, "period": period} for period in ("day", "week"))
     async with start() as proxy:
         for budgets in ([day, week], [week]):
-            await Admin(proxy).ask("PUT", "/api/budgets", {"budgets": budgets})
+            _, told = await Admin(proxy).ask("PUT", "/api/budgets", {"budgets": budgets})
+            assert sorted(row["period"] for row in told["data"]) == [budget["period"] for budget in budgets]
     async with start() as proxy:
         assert [row["id"] for row in (await Admin(proxy).get("/api/budgets"))["data"]] == ["global:week"]
 

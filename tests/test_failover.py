@@ -112,8 +112,9 @@ async def test_with_no_fallback_configured_no_other_target_is_ever_tried(start: 
 async def test_a_400_goes_nowhere_else(start: Start) -> None:
     async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url) as proxy:
         proxy.upstream.answers = [plain({"error": {"message": "no", "code": "context_length_exceeded"}}, 400)]
-        status, _, told = await proxy.post(PATH, CHAT)
+        status, headers, told = await proxy.post(PATH, CHAT)
     assert (status, told["error"]["code"], second.seen) == (400, "context_length_exceeded", [])
+    assert "retry-after" not in headers
 
 
 async def test_a_stream_that_dies_before_content_moves_on_and_after_it_does_not(start: Start) -> None:

@@ -390,6 +390,8 @@ async def test_a_budget_that_clamps_shortens_an_answer_to_what_it_has_left(start
         for room in (without_output + 16 * OUTPUT_NANOUSD - 1, without_output, 1, 0):
             leave(gateway, room, clamp=True)
             assert (await proxy.post(PATH, ASK))[0] == 429
+        leave(gateway, needed - 1, clamp=True)
+        assert (await proxy.post(PATH, {**ASK, "n": 1 << 39, "max_tokens": 1 << 39}))[0] < 500
         leave(gateway, needed, clamp=True)
         status, headers, _ = await proxy.post(PATH, ASK)
         assert (status, "x-stockyard-clamped-max-tokens" in headers) == (200, False)
@@ -397,7 +399,7 @@ async def test_a_budget_that_clamps_shortens_an_answer_to_what_it_has_left(start
         status, headers, _ = await proxy.post(PATH, ASK)
         assert (status, int(headers["retry-after"]) <= 86_400) == (429, True)
         today = stockyard.window_at("day", int(now_s * 1000)).key
-        assert (account(gateway)["window"], len(proxy.upstream.seen)) == (today, 4)
+        assert (account(gateway)["window"], len(proxy.upstream.seen)) == (today, 5)
         now_s += 86_400
         assert (await proxy.post(PATH, ASK))[0] == 200, "a new day"
 
