@@ -24426,9 +24426,13 @@ def rows_in(reader: Reads, *tables: str) -> Callable[[], int]:
     return lambda: sum(reader.read(f"SELECT COUNT(*) FROM {table}")[0][0] for table in tables)  # noqa: S608 - our names
 
 
-def curl_example(url: str, model: str) -> str:
+def curl_example(gateway: Gateway, url: str, model: str) -> str:
+    """A line that works as it is; where a key is required, with the admin key from where it lies, not in the open."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello, Stockyard!"}]})
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    path = shlex.quote(str(gateway.settings.data_path / "admin.key"))
+    key = "$STOCKYARD_ADMIN_KEY" if gateway.settings.admin_key else f"$(cat {path})"
+    login = f' -H "authorization: Bearer {key}"' if gateway.key_required else ""
+    return f"curl {url}/v1/chat/completions{login} -H 'content-type: application/json' -d '{body}'"
 
 
 def example_model(gateway: Gateway) -> str:
@@ -24464,7 +24468,7 @@ async def print_banner(gateway: Gateway, url: str) -> None:
         print(
             "  GROQ_API_KEY or OLLAMA_HOST; `stockyard providers` lists all. Until then the built-in model `echo` answers:"
         )
-    print(f"{dashboard_line(gateway, url)}\n  {curl_example(url, example_model(gateway))}\n", flush=True)
+    print(f"{dashboard_line(gateway, url)}\n  {curl_example(gateway, url, example_model(gateway))}\n", flush=True)
     if has_wal_bug(sqlite3.sqlite_version_info):
         print_error(
             f"note: SQLite {sqlite3.sqlite_version} has the WAL-reset bug; Stockyard keeps one writer, let no other program write to stockyard.db",
@@ -24502,7 +24506,7 @@ def run_demo(options: argparse.Namespace) -> int:
             print(
                 f"Stockyard {__version__} demo on {url}, with the built-in echo provider and an empty database in {directory}"
             )
-            print(f"{dashboard_line(gateway, url)}\n$ {curl_example(url, 'echo')}")
+            print(f"{dashboard_line(gateway, url)}\n$ {curl_example(gateway, url, 'echo')}")
             print(await ask_once(url), flush=True)
             await gateway.store.flush()
             page = await asyncio.to_thread(find_page, gateway.store, {}, 1, 0)

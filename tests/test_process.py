@@ -418,3 +418,25 @@ def test_bench_measures_whole_answers_direct_and_through_a_proxy(tmp_path: Path)
             assert load[where]["calls"] > 0
             assert 0 < load[where]["p50_ms"] <= load[where]["p99_ms"]
     assert not list(tmp_path.glob("stockyard-bench-*"))
+
+
+@pytest.mark.parametrize("variables", [{}, {"STOCKYARD_REQUIRE_KEY": "always"},
+                                       {"STOCKYARD_REQUIRE_KEY": "always", "STOCKYARD_ADMIN_KEY": "sy-admin-" + "a" * 30}])  # fmt: skip
+def test_the_curl_line_of_the_first_screen_works_as_printed(tmp_path: Path, variables: dict[str, str]) -> None:
+    running = Process(tmp_path, **variables)
+    try:
+        assert running.run.stdout is not None
+        line = next(line for line in running.run.stdout if line.startswith("  curl "))
+        environment = {"PATH": os.environ["PATH"], **variables}
+        shell = ["sh", "-c", f"""curl() {{ printf '%s\\0' "$@"; }}; {line}"""]
+        words = subprocess.run(shell, env=environment, capture_output=True, text=True, timeout=30, check=True).stdout
+        url, *rest = words.split("\0")[:-1]
+        headers = dict(
+            word.split(": ", 1) for option, word in zip(rest[::2], rest[1::2], strict=True) if option == "-H"
+        )
+        with urllib.request.urlopen(urllib.request.Request(url, rest[-1].encode(), headers), timeout=30) as answer:
+            told = json.loads(answer.read())
+        assert "sy-admin" not in line
+        assert told["choices"][0]["message"]["content"] == "Echo: Hello, Stockyard!"
+    finally:
+        assert running.stop() == 0
