@@ -21388,9 +21388,8 @@ async def forward(
 
 def forwarded_query(request: web.Request, joined: bool) -> str:
     """The client's query without its `key`, which is a secret of some dialects."""
-    pairs = [
-        pair for pair in request.rel_url.raw_query_string.split("&") if pair and not pair.lower().startswith("key=")
-    ]
+    pairs = request.rel_url.raw_query_string.split("&")
+    pairs = [pair for pair in pairs if pair and urllib.parse.unquote(pair.partition("=")[0]).lower() != "key"]
     return ("&" if joined else "?") + "&".join(pairs) if pairs else ""
 
 

@@ -339,7 +339,9 @@ async def test_passthrough_uploads_and_files(start: Start) -> None:
         status, _, told = await proxy.post(
             "/v1/audio/transcriptions", form, **{"content-type": "multipart/form-data; boundary=b"}
         )
-        raw, _, _ = await proxy.post("/proxy/openai/v1/chat/completions?key=secret&x=1", CHAT)
+        named = proxy.url + "/proxy/openai/v1/chat/completions?key=secret&x=1&%6bEy=secret"
+        async with proxy.session.post(yarl.URL(named, encoded=True), json=CHAT) as answer:
+            raw = answer.status
         async with proxy.session.post(
             yarl.URL(proxy.url + "/proxy/openai/a/%2e%2e/b", encoded=True), json=CHAT
         ) as answer:
