@@ -13742,6 +13742,14 @@ def _member_sets(request: Json) -> list[Json]:
     return [members for members in found if isinstance(members, dict)]
 
 
+def other_models(request: Json) -> list[str]:
+    """Models beside its own that a request lets its provider use, where that routes by itself: OpenRouter, Perplexity."""
+    if "models" not in request and "extra_body" not in request:
+        return []
+    named = [members["models"] for members in _member_sets(request) if members.get("models")]
+    return [str(name) for names in named for name in (names if isinstance(names, list) else [names])]
+
+
 def _is_self_contained(request: Json) -> bool:
     """False where a member or a tool makes the provider bill what the request does not hold."""
     for members in _member_sets(request):
@@ -19519,6 +19527,9 @@ class Gateway:
         """One attempt, with its hold, its line in the log, and what it tells of its target."""
         if call.key is not None:
             call.key.check(target.provider.id, call.model, target.model)
+            if call.key.models:
+                for name in other_models(call.request):
+                    call.key.check(target.provider.id, name)
         is_first, is_limited = not call.attempts, self.has_budgets or MAX_COST_HEADER in call.headers
         hold = await self.hold(call, target) if is_limited else None
         call.provider, call.upstream_model = target.provider.id, target.model

@@ -341,3 +341,16 @@ async def test_a_call_for_which_waiting_is_no_use_is_refused_at_once(start: Star
 def test_wrong_limits_are_refused_with_their_place(toml: str) -> None:
     with pytest.raises(stockyard.SettingsError, match="limits"):
         stockyard.configured_limits(stockyard.read_settings({}, {}, toml))
+
+
+@pytest.mark.parametrize(
+    "more", [{"models": ["m", "dear"]}, {"extra_body": {"x": {"models": ["dear"]}}}, {"models": "dear"}, {"models": 5}]
+)
+async def test_a_keys_models_bind_those_that_a_provider_may_fall_back_to(start: Start, more: dict[str, Any]) -> None:
+    async with start() as proxy:
+        _, secret = proxy.gateway.create_key({"name": "k", "models": ["openai/m", "m"]})
+        ask = {"model": "openai/m", "messages": [{"role": "user", "content": "Hi"}]}
+        bearer = {"authorization": f"Bearer {secret}"}
+        assert (await proxy.post("/v1/chat/completions", {**ask, "models": ["m"]}, **bearer))[0] == 200
+        status, _, told = await proxy.post("/v1/chat/completions", {**ask, **more}, **bearer)
+    assert (status, told["error"]["code"], len(proxy.upstream.seen)) == (403, "model_not_allowed", 1)
