@@ -24,6 +24,7 @@ import stockyard
 
 INPUT_NANOUSD, OUTPUT_NANOUSD = 1_000, 10_000  # a token, as in PRICES
 PRICES = '[[prices]]\nmodel = "m"\ninput = 1\noutput = 10\n'
+KEY_AND_URL = {"API_KEY": "k", "BASE_URL": "UPSTREAM"}
 ROUTE = '[routes.r]\ntargets = ["openai/m"]\nfallbacks = ["groq/m"]\nretries = 1\n'
 WORST_NANOUSD = 2_500_000  # a little over what a call of these tests can cost
 MOODS = ("honest", "silent", "error", "overloaded", "hang", "reset", "cut", "lies")
@@ -508,6 +509,23 @@ async def test_a_cap_of_one_targets_budget_is_not_the_next_ones(start: Start) ->
         status, _, _ = await proxy.post(PATH, {"model": "r", "messages": ASK["messages"]})
     assert status == 200
     assert ["max_completion_tokens" in seen.json for seen in proxy.upstream.seen] == [True, True, False]
+
+
+async def test_what_a_failed_try_told_of_its_usage_is_not_the_next_ones(start: Start) -> None:
+    """The first answer is read, usage and all, and cannot be told to the client; the second tells no usage."""
+    toml = PRICES + '[routes.r]\ntargets = ["groq/m"]\nfallbacks = ["openrouter/m"]\nretries = 0\n'
+    given = {f"{name}_{what}": text for name in ("GROQ", "OPENROUTER") for what, text in KEY_AND_URL.items()}
+    async with start(toml=toml, budget="1/day", cache="off", **given) as proxy:
+        odd = {"message": {"role": "assistant", "content": "Hi", "annotations": 5}, "finish_reason": "stop", "index": 0}
+        silent = {name: value for name, value in COMPLETION.items() if name != "usage"}
+        proxy.upstream.answers = [plain({**COMPLETION, "choices": [odd]}), plain(silent)]
+        status, _, told = await proxy.post("/v1/responses", {"model": "r", "input": "Hi", "max_output_tokens": 1000})
+        [row] = await proxy.rows()
+        explained = stockyard.find_request(proxy.gateway.store, row["id"])
+    assert (status, row["attempts"], row["cost_usd"]) == (200, 2, None), told
+    assert explained is not None
+    lines = [line["budget"] for line in explained["attempt_log"]]
+    assert [line["charged_usd"] == line["held_usd"] for line in lines] == [True, True]
 
 
 async def test_embeddings_are_bounded_by_their_input_alone(start: Start) -> None:
