@@ -101,6 +101,15 @@ async def test_a_client_brings_its_own_key_for_a_provider_that_it_names(start: S
         assert all("canary" not in str(row) for row in await proxy.rows())
 
 
+async def test_a_key_that_a_client_brings_goes_before_that_of_its_virtual_key(start: Start) -> None:
+    async with start(client_keys="on", TEAM_KEY="sk-canary-team") as proxy:
+        team = await make_key(proxy, provider_keys={"openai": {"env": "TEAM_KEY"}})
+        for brings in ({"x-stockyard-provider-key": "sk-canary-client"}, {}):
+            headers = {**team, **brings, "x-stockyard-provider": "openai"}
+            assert (await proxy.post(CHAT_PATH, CHAT, **headers))[0] == 200
+        assert sent_keys(proxy) == ["sk-canary-client", "sk-canary-team"]
+
+
 async def test_clients_with_keys_of_their_own_share_no_answers(start: Start) -> None:
     async with start(client_keys="on", cache_scope="shared") as proxy:
         body = {**CHAT, "model": "openai/gpt-4o-mini", "seed": 1}
@@ -179,6 +188,7 @@ async def test_keys_of_the_file_follow_it_on_a_reload(start: Start) -> None:
         ("[keys.a]\nrole = 'client'", "key_env"),
         (f'[keys.a]\nkey_env = "TEAM"\ndigest = "{DIGEST}"', "one of key_env"),
         ('[keys.a]\ndigest = "sha256:canary"', "sha256sum"),
+        ('[keys.a]\nkey_env = "TEAM"\nbudgett = {usd = 1, period = "day"}', "budgett"),
         ('[keys.a]\nkey_env = "UNSET"', "variable that is set"),
         ('[keys.a]\nkey_env = "SHORT"', "20 or more"),
         (f'[keys.a]\ndigest = "{DIGEST}"\n[keys.b]\nkey_env = "TEAM"', "another key"),
