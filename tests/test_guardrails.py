@@ -6,11 +6,12 @@ import asyncio
 import base64
 import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Proxy, Start
+from conftest import Proxy, Start, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstreams import COMPLETION, DONE, Answer, chunk, fake_upstream, plain, stream
@@ -797,3 +798,22 @@ def test_an_answer_is_held_against_each_word_of_a_schema(schema: Any, fits: Any,
 def test_a_schema_is_made_of_tables() -> None:
     with pytest.raises(s.SettingsError, match="must be made of tables"):
         s.checked_schema("x", {"properties": {"a": True}})
+
+
+async def test_others_are_served_while_a_long_text_is_searched(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go, check = threading.Event(), threading.Event(), s.Guardrails.check_input
+
+    def held_up(self: s.Guardrails, call: s.Call) -> None:
+        begun.set()
+        assert go.wait(20)
+        check(self, call)
+
+    monkeypatch.setattr(s.Guardrails, "check_input", held_up)
+    async with start(redact="mask") as proxy:
+        call = asyncio.create_task(proxy.post("/v1/chat/completions", chat(f"{'x ' * 100_000} {EMAIL}")))
+        await until(begun.is_set)
+        async with proxy.session.get(f"{proxy.url}/health") as answer:
+            assert answer.status == 200
+        go.set()
+        assert (await call)[0] == 200
+    assert proxy.upstream.seen[-1].body.endswith(b'[EMAIL]"}]}')
