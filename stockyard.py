@@ -13650,7 +13650,7 @@ TEXT_ITEMS: Final = frozenset({
 UNBOUNDED_MEMBERS: Final = frozenset({
     "previous_response_id", "conversation", "cached_content", "cachedContent", "container", "context_management",
     "mcp_servers", "web_search_options", "search_parameters", "enable_search", "plugins", "data_sources", "models",
-    "prediction", "file_ids",
+    "prediction", "file_ids", "preset",
 })  # fmt: skip
 #: What models bill beside text though nobody asked for it, by a part of their names: only its own rate can bound it.
 UNASKED_RATES: Final = (
