@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import threading
@@ -396,24 +397,15 @@ async def test_a_hard_budget_admits_what_fits_and_no_more(start: Start) -> None:
         status, _, told = await proxy.post(CHAT_PATH, body)
         needed = told["error"]["needed_nanousd"]
         assert (status, told["error"]["code"], proxy.upstream.seen) == (429, "insufficient_quota", [])
-        budget = stockyard.dataclasses.replace(stockyard.parse_budget("1/total"), limit_nanousd=needed * 11 // 2)
-        proxy.gateway.set_budgets(
-            [stockyard.dataclasses.replace(budget, id="five", scope="model", value="gpt-4o-mini")]
-        )
-        proxy.gateway.ledger.drop_budget("global:day")
-        proxy.gateway.ledger.drop_budget(proxy.gateway.ledger.snapshot(0)[0]["id"]) if len(
-            proxy.gateway.ledger.snapshot(0)
-        ) > 1 else None
-        proxy.upstream.answers = [
-            Answer(
-                200,
-                {"content-type": "application/json"},
-                [json.dumps(_completion()).encode()],
-                chunked=False,
-                hang_s=0.3,
-            )
-        ]
-        statuses = [status for status, _, _ in await asyncio.gather(*(proxy.post(CHAT_PATH, body) for _ in range(60)))]
+        five = stockyard.Budget("five", needed * 11 // 2, "total", scope="model", value="gpt-4o-mini")
+        proxy.gateway.drop_budget("global:day")
+        proxy.gateway.set_budgets([five])
+        go = asyncio.Event()
+        proxy.upstream.answers = [dataclasses.replace(plain(_completion()), go=go)]
+        calls = [asyncio.create_task(proxy.post(CHAT_PATH, body)) for _ in range(60)]
+        await until(lambda: sum(call.done() for call in calls) == 55)
+        go.set()
+        statuses = [(await call)[0] for call in calls]
         [account] = [row for row in proxy.gateway.ledger.snapshot(0) if row["id"] == "five"]
     assert statuses.count(200) == 5
     assert statuses.count(429) == 55
