@@ -14849,6 +14849,10 @@ MIGRATIONS: Final = (
     DROP TABLE points;
     ALTER TABLE new_points RENAME TO points;
     """,
+    """
+    DROP INDEX calls_by_session;
+    CREATE INDEX calls_by_session ON calls (session, label) WHERE session != '';
+    """,
 )
 
 #: The migration that made the table `calls`, and from how many rows on migrations are told of.
@@ -15977,7 +15981,9 @@ ROW_FILTERS: Final[Mapping[str, str]] = {
     "tag": "instr(',' || tags || ',', ',' || :tag || ',')",
 }
 LOG_FILTERS: Final = (*LABEL_FILTERS, *ROW_FILTERS, "q", "search", "since", "until", "before")
-SELECT_CALLS: Final = f"SELECT calls.*, labels.*, seq >> {SEQ_BITS} AS ts_ms FROM calls CROSS JOIN labels USING (label)"  # noqa: S608 - our names
+CALL_COLUMNS: Final = f"calls.*, labels.*, seq >> {SEQ_BITS} AS ts_ms"
+FROM_CALLS: Final = "FROM calls CROSS JOIN labels USING (label)"
+SELECT_CALLS: Final = f"SELECT {CALL_COLUMNS} {FROM_CALLS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16053,9 +16059,10 @@ def parse_time(text: str, now_ms: int) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp() * 1000)
 
 
-#: One page looks at so much at most: rows for a tag or a text, and time. The cursor goes on from there.
+#: One page looks at so many rows at a time for a text or a tag, until its time is up. The cursor goes on from there.
 PAGE_MAX_S: Final = 0.25
 PAGE_STEP_ROWS: Final = 500
+TAG_STEP_ROWS: Final = 5000
 SEARCH_MAX_TERMS: Final = 32
 LABELS_MAX: Final = 2000
 
@@ -16079,18 +16086,20 @@ def find_page(store: LogStore, wanted: Mapping[str, str], limit: int, now_ms: in
     found: list[sqlite3.Row] = []
     cursor, give_up_s, needles = asked.high, time.monotonic() + PAGE_MAX_S, text_needles(asked.text)
     blocks: dict[int, bytes] = {}
+    most = PAGE_STEP_ROWS if tag is None or needles else TAG_STEP_ROWS
     while time.monotonic() < give_up_s:
-        among = searched(store, asked.words, asked.low, cursor, PAGE_STEP_ROWS) if asked.words else None
-        rows = newest_rows(store, asked, labels, cursor, PAGE_STEP_ROWS, among)
-        for row in rows:
-            if tag in (None, *row["tags"].split(",")) and (needles is None or says(store, row, needles, blocks)):
+        among = searched(store, asked.words, asked.low, cursor, most) if asked.words else None
+        step = newest_rows(store, asked, labels, cursor, most, among, "seq, tags")
+        tagged = [row["seq"] for row in step if tag in (None, *row["tags"].split(","))]
+        room = most if needles else limit - len(found)
+        for row in newest_rows(store, asked, labels, cursor, room, tagged) if tagged else ():
+            if needles is None or says(store, row, needles, blocks):
                 found.append(row)
                 if len(found) == limit:
                     return Page(found, row["seq"])
-            cursor = row["seq"]
-        if len(rows if among is None else among) < PAGE_STEP_ROWS:
+        if len(step if among is None else among) < most:
             return Page(found, None)
-        cursor = among[-1] if among else cursor
+        cursor = among[-1] if among else step[-1]["seq"]
     return Page(found, cursor)
 
 
@@ -16130,7 +16139,13 @@ def wanted_labels(store: LogStore, asked: LogFilter) -> list[int]:
 
 
 def newest_rows(
-    store: LogStore, asked: LogFilter, labels: list[int] | None, high: int, limit: int, among: list[int] | None = None
+    store: LogStore,
+    asked: LogFilter,
+    labels: list[int] | None,
+    high: int,
+    limit: int,
+    among: list[int] | None = None,
+    columns: str = CALL_COLUMNS,
 ) -> list[sqlite3.Row]:
     """The newest rows below `high` that fit. Each label has its rows in order in one index; the newest of all are wanted."""
     parameters = {**asked.parameters, "low": asked.low, "high": high, "limit": limit}
@@ -16148,7 +16163,7 @@ def newest_rows(
     if among is not None:
         clauses.append("seq IN (SELECT value FROM json_each(:among))")
         parameters["among"] = dump_json(among).decode()
-    sql = f"{SELECT_CALLS} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT :limit"
+    sql = f"SELECT {columns} {FROM_CALLS} WHERE {' AND '.join(clauses)} ORDER BY seq DESC LIMIT :limit"
     return store.read(sql, parameters)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from typing import Any
 
@@ -28,10 +27,8 @@ FALLBACK = ROUTE + 'fallbacks = ["groq/llama-3.3-70b-versatile"]\n'
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 
 
-def dead_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+#: Where nobody listens: a free port found first could be taken by another server meanwhile.
+NOBODY = {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}
 
 
 def answered(told: Any) -> str:
@@ -67,7 +64,7 @@ FAULTS: dict[str, Answer | None] = {
 async def test_a_failing_target_is_answered_by_the_configured_second(start: Start, fault: str, streamed: bool) -> None:
     answer, moved = FAULTS[fault], {}
     if answer is None:
-        moved = {"OPENAI_BASE_URL": f"http://127.0.0.1:{dead_port()}/v1"}
+        moved = NOBODY
     async with fake_upstream() as second, start(toml=FALLBACK, **SECOND, GROQ_BASE_URL=second.url, **moved) as proxy:
         proxy.upstream.answers = [answer] if answer else []
         began_s = time.monotonic()
@@ -95,7 +92,7 @@ async def test_a_failing_target_is_answered_by_the_configured_second(start: Star
 async def test_with_no_fallback_configured_no_other_target_is_ever_tried(start: Start, fault: str) -> None:
     answer, moved = FAULTS[fault], {}
     if answer is None:
-        moved = {"OPENAI_BASE_URL": f"http://127.0.0.1:{dead_port()}/v1"}
+        moved = NOBODY
     async with (
         fake_upstream() as second,
         start(toml=ROUTE, retries=0, first_byte_timeout=0.4, idle_timeout=0.5, **SECOND, GROQ_BASE_URL=second.url, **moved) as proxy,
