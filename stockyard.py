@@ -18577,9 +18577,6 @@ class Watcher:
         return b"".join(events) or b": waiting\n\n"
 
 
-#: What an attempt touches budgets by: its key, tags, model and provider.
-
-
 def worker_count(settings: Settings) -> int:
     """How many workers answer calls; 1 where the process does it all itself."""
     is_linux = sys.platform == "linux"

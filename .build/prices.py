@@ -41,6 +41,7 @@ from genai_prices.types import (
     ModelPrice,
     PriceVariant,
     StartDateConstraint,
+    Tier,
     TieredPrices,
     TimeOfDateConstraint,
 )
@@ -141,6 +142,8 @@ class Build:
         found = {key: value for key, value in prices.__dict__.items() if value is not None}
         if found.keys() - CARRIED.keys() - IGNORED.keys():
             return None
+        if "claude" in where and "cache_write_mtok" in found:
+            found.setdefault("cache_write_1h_mtok", doubled(found["input_mtok"]))
         return {ours: self.rate(found[key], where) for key, ours in CARRIED.items() if key in found}
 
     def rate(self, price: Decimal | TieredPrices, where: str) -> str | list[Any]:
@@ -216,6 +219,18 @@ class Build:
             if not blocks or block != {k: v for k, v in blocks[-1].items() if k != "from"}:
                 blocks.append(({"from": day} if day else {}) | block)
         return blocks
+
+
+def doubled(price: Decimal | TieredPrices) -> Decimal | TieredPrices:
+    """What Claude's cache costs for an hour, of the input's price, wherever it runs; many rows of the source lack it.
+
+    https://platform.claude.com/docs/en/build-with-claude/prompt-caching
+    """
+    if isinstance(price, Decimal):
+        return 2 * price
+    return TieredPrices(
+        base=2 * price.base, tiers=[Tier(start=tier.start, price=2 * tier.price) for tier in price.tiers]
+    )
 
 
 def trait_of(variant: PriceVariant, where: str) -> str:

@@ -82,6 +82,22 @@ def test_covers_names_what_a_price_cannot_charge() -> None:
     assert priced("anthropic", "claude-opus-5-5").covers(Usage(input_tokens=1, cache_write_1h_tokens=1, searches=1))
 
 
+def test_every_claude_is_charged_for_an_hour_of_cache_wherever_it_runs() -> None:
+    """Twice the input: https://platform.claude.com/docs/en/build-with-claude/prompt-caching"""
+    rows = [row for rows in json.loads(RAW)["lists"].values() for row in rows if "claude" in row["id"]]
+    own = [row["prices"] if isinstance(row["prices"], list) else [row["prices"]] for row in rows]
+    blocks = [
+        block for row, blocks in zip(rows, own, strict=True) for block in sum(row.get("variants", {}).values(), blocks)
+    ]
+    cached = [block for block in blocks if "cache_write" in block]
+    assert len(cached) > 100
+    for block in cached:
+        price = priced(
+            "p", "m", book=PriceBook.load(table({"id": "m", "prices": {k: v for k, v in block.items() if k != "from"}}))
+        )
+        assert [rates.cache_write_1h for rates in price.tiers] == [2 * rates.input for rates in price.tiers], block
+
+
 # ----- upper bound ----------------------------------------------------------------------------------------------------
 
 TOKENS = st.integers(0, 400_000)
