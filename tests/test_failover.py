@@ -220,20 +220,30 @@ async def test_a_slow_target_is_hedged_and_cut_off(start: Start, streamed: bool,
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
-async def test_a_quick_target_is_not_hedged_and_a_slower_hedge_loses(start: Start, streamed: bool) -> None:
-    toml = HEDGED.replace("= 100", "= 300")
-    async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
-        await proxy.post(PATH, {**CHAT, "stream": streamed})
-        assert second.seen == []
+async def test_a_quick_target_is_not_hedged(start: Start, streamed: bool) -> None:
+    async with (
+        fake_upstream() as second,
+        start(toml=HEDGED.replace("= 100", "= 4000"), **SECOND, GROQ_BASE_URL=second.url) as proxy,
+    ):
+        status, headers, _ = await proxy.post(PATH, {**CHAT, "stream": streamed})
+    assert (status, headers["x-stockyard-provider"], second.seen) == (200, "openai", [])
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+async def test_a_slower_hedge_loses(start: Start, streamed: bool) -> None:
+    async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
         second.answers = [Answer(hang_s=20)]
-        whole = stream(STREAM, hang_s=0.7) if streamed else plain(COMPLETION)
-        whole.hang_s = 0.7
-        proxy.upstream.answers = [whole]
-        status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
-        rows = await proxy.rows()
+        first = stream(STREAM) if streamed else plain(COMPLETION)
+        first.begin = asyncio.Event()
+        proxy.upstream.answers = [first]
+        call = asyncio.create_task(proxy.post(PATH, {**CHAT, "stream": streamed}))
+        await until(lambda: second.seen)
+        first.begin.set()
+        status, headers, told = await call
+        [row] = await proxy.rows()
     assert (status, headers["x-stockyard-provider"], len(second.seen)) == (200, "openai", 1)
     assert answered(told).startswith("Hello")
-    assert (rows[1]["provider"], rows[1]["attempts"], rows[1]["output_tokens"]) == ("openai", 2, 5)
+    assert (row["provider"], row["attempts"], row["output_tokens"]) == ("openai", 2, 5)
 
 
 async def test_a_hedged_stream_that_breaks_after_content_ends_in_an_error_event(start: Start) -> None:
@@ -292,15 +302,16 @@ async def test_a_stream_below_its_rate_is_stalled(start: Start) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
 async def test_a_shadow_gets_a_copy_and_delays_nobody(start: Start, streamed: bool) -> None:
-    toml = ROUTE + 'shadow = ["groq/llama-3.3-70b-versatile"]\n'
+    toml = ROUTE.replace("0.4", "5").replace("0.5", "5") + 'shadow = ["groq/llama-3.3-70b-versatile"]\n'
     async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
-        second.answers = [stream(STREAM, hang_s=0.3) if streamed else plain(COMPLETION)]
-        second.answers[0].hang_s = 0.3
+        late = stream(STREAM) if streamed else plain(COMPLETION)
+        late.begin = asyncio.Event()
+        second.answers = [late]
         status, headers, told = await proxy.post(PATH, {**CHAT, "stream": streamed})
         assert (status, headers["x-stockyard-provider"]) == (200, "openai")
         assert answered(told).startswith("Hello")
-        while proxy.gateway.shadows:
-            await asyncio.sleep(0.01)
+        late.begin.set()
+        await until(lambda: not proxy.gateway.shadows)
         first, shadow = await proxy.rows()
     assert second.seen[0].json["messages"] == CHAT["messages"]
     assert (first["provider"], first["attempts"]) == ("openai", 1)
@@ -382,7 +393,7 @@ async def test_a_heartbeat_before_a_hedge_wins_opens_the_stream_once(
     monkeypatch.setattr(stockyard, "HEARTBEAT_S", 0.05)
     async with fake_upstream() as second, start(toml=HEDGED, **SECOND, GROQ_BASE_URL=second.url) as proxy:
         proxy.upstream.answers = [Answer(hang_s=20)]
-        second.answers = [stream(STREAM, hang_s=0.3)]
+        second.answers = [stream(STREAM, hang_s=0.5)]
         status, _, told = await proxy.post(PATH, {**CHAT, "stream": True})
         [row] = await proxy.rows()
     assert (status, row["provider"], row["status"]) == (200, "groq", 200)

@@ -131,7 +131,7 @@ GOLDENS = {
 class Answer:
     """One scripted answer. `pieces` are body bytes; `cut` closes without the proper end; `hang_s` waits before it.
 
-    The last piece waits for `go`, where a test has to do something first.
+    All of it waits for `begin`, and the last piece for `go`, where something else has to happen first.
     """
 
     status: int = 200
@@ -141,6 +141,7 @@ class Answer:
     cut: bool = False
     hang_s: float = 0.0
     gap_s: float = 0.0
+    begin: asyncio.Event | None = None
     go: asyncio.Event | None = None
     #: Sent as it is instead of all the rest; then the connection is closed, or reset.
     raw: bytes | None = None
@@ -199,6 +200,8 @@ class FakeUpstream:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.seen.append(Seen(method, path, headers, body))
         answer = self._answer(path, body)
+        if answer.begin is not None:
+            await answer.begin.wait()
         await self._wait(reader, answer.hang_s)
         if answer.raw is not None:
             writer.write(answer.raw)
