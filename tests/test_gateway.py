@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import threading
+import types
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -717,3 +721,455 @@ async def test_sdks_try_again_only_where_waiting_helps(start: Start, limit: dict
         await proxy.post(CHAT_PATH, CHAT)
         status, headers, _ = await proxy.post(CHAT_PATH, CHAT)
     assert (status, headers.get("x-should-retry"), headers["retry-after"] > "0") == (429, again, True)
+
+
+# -- one step of a call's life at a time, on a gateway without a server
+
+NOON_S = 1_795_435_200.0  # 2026-11-23T12:00:00Z
+TODAY, MIDNIGHT_S = "2026-11-23", NOON_S + 43_200
+TERMS = '[[prices]]\nmodel = "m"\ninput = 1\noutput = 10\n'
+OUTPUT_NANOUSD = 10_000  # a token, as in TERMS
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[stockyard.Gateway]:
+    settings = stockyard.read_settings({"data_dir": str(tmp_path)}, {}, TERMS)
+    async with stockyard.open_gateway(settings, {"OPENAI_API_KEY": "k"}) as found:
+        found.clock = lambda: NOON_S
+        found.tick = lambda: 10.0
+        yield found
+
+
+def call_of(gateway: stockyard.Gateway, kind: str = "chat", **more: Any) -> stockyard.Call:
+    body = {"model": "m", "messages": CHAT["messages"], "max_tokens": 100, **more}
+    call = gateway.begin(stockyard.Endpoint(kind, CHAT_PATH), {}, stockyard.dump_json(body), "127.0.0.1")
+    call.request, call.model = body, "m"
+    return call
+
+
+def target_of(gateway: stockyard.Gateway, model: str = "m", **more: Any) -> stockyard.Target:
+    return stockyard.Target(gateway.router.providers["openai"], model, **more)
+
+
+def hold_at_most(gateway: stockyard.Gateway, nanousd: int, **more: Any) -> None:
+    gateway.put_budget(stockyard.Budget("b", nanousd, "day", **more))
+
+
+def shown_budget(gateway: stockyard.Gateway) -> tuple[str, int, int]:
+    [row] = gateway.ledger.snapshot(int(gateway.clock() * 1000))
+    return row["window"], row["settled_nanousd"], row["held_nanousd"]
+
+
+async def test_a_call_begins_with_its_time_and_the_parts_of_its_path(gateway: stockyard.Gateway) -> None:
+    plainly = call_of(gateway)
+    assert (plainly.ts_ms, plainly.started_s, plainly.id[:4]) == (NOON_S * 1000, 10.0, "req_")
+    named = gateway.begin(plainly.endpoint, {"a": "b"}, b"{}", "::1", {"id": "x"})
+    assert (named.path_parameters, plainly.path_parameters) == ({"id": "x"}, {})
+    assert (named.headers, named.body, named.client_ip) == ({"a": "b"}, b"{}", "::1")
+
+
+@pytest.mark.parametrize("why", ["draining", "full"])
+async def test_who_comes_at_a_bad_time_is_told_when_to_come_again(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    call = call_of(gateway)
+    call.headers = {"x-stockyard-session": " s\n1 "}
+    gateway.admit(call)
+    assert call.session == stockyard.clean_header(" s\n1 ")
+    monkeypatch.setattr(*(gateway, "draining", True) if why == "draining" else (stockyard, "QUEUE_MAX_ROWS", 0))
+    with pytest.raises(stockyard.GatewayError) as caught:
+        gateway.admit(call)
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
+
+
+class Watched(stockyard.Health):
+    """Notes what it is told of the end of an attempt."""
+
+    __slots__ = ("ends",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[tuple[Any, ...]] = []
+
+    def begin(self, now_s: float) -> bool:
+        return now_s > 15
+
+    def end(self, *told: Any) -> None:
+        self.ends.append(told)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told", "outcome"),
+    [
+        (None, (200, "", "yes"), True),
+        (stockyard.UpstreamTimeout("late"), (504, "upstream_timeout", "perhaps"), False),
+        (stockyard.UpstreamUnreached("away"), (502, "upstream_error", "no"), False),
+        (stockyard.UpstreamRefused("no", status=403), (403, "upstream_refused", "perhaps"), None),
+        (stockyard.InvalidRequest("no"), (400, "invalid_request", "no"), None),
+        (asyncio.CancelledError(), (0, "cancelled", "perhaps"), None),
+    ],
+)
+async def test_an_attempt_tells_the_log_and_its_target_how_it_ended(
+    gateway: stockyard.Gateway, raised: BaseException | None, told: tuple[Any, ...], outcome: bool | None
+) -> None:
+    call, health, now_s = call_of(gateway), Watched(), 12.0
+    target, gateway.tick = target_of(gateway, "up", health=health), lambda: now_s
+    call.usage, call.cost_nanousd, call.usage_estimated = stockyard.Usage(1, 1), 7, True
+
+    async def attempt(tried: stockyard.Call, at: stockyard.Target) -> str:
+        nonlocal now_s
+        assert (tried, at, tried.provider, tried.upstream_model) == (call, target, "openai", "up")
+        assert (tried.usage is None, tried.cost_nanousd is None) == (now_s > 15,) * 2, "a later try begins anew"
+        now_s += 3
+        if raised is not None:
+            raise raised
+        call.first_token_s = now_s - 2
+        return "answer"
+
+    for _ in range(2):
+        try:
+            assert (await gateway.attempted(call, target, attempt), raised) == ("answer", None)
+        except BaseException as error:
+            assert error is raised
+        now_s += 1
+    lines = [(line.provider, line.model, line.started_ms, line.ended_ms) for line in call.attempts]
+    assert lines == [("openai", "up", 2000.0, 5000.0), ("openai", "up", 6000.0, 9000.0)]
+    assert [(line.status, line.error, line.billed) for line in call.attempts] == [told] * 2
+    latency_s = 3.0 if raised else 1.0
+    assert health.ends == [(False, outcome, latency_s, 15.0), (True, outcome, latency_s, 19.0)]
+    assert (call.upstream_s, call.usage_estimated) == (6.0, False)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+async def test_the_journal_knows_of_a_call_before_it_leaves_and_of_every_hold(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, held: bool, full: bool
+) -> None:
+    told: list[str] = []
+
+    async def synced() -> None:
+        told.append("synced")
+
+    async def attempt(call: stockyard.Call, target: stockyard.Target) -> None:
+        told.append("left")
+
+    def begin(call: stockyard.Call, record: bytes | None) -> None:
+        told.append("begun" if record is None else "held")
+
+    monkeypatch.setattr(gateway.store.journal, "synced", synced)
+    monkeypatch.setattr(gateway.store, "begin", begin)
+    monkeypatch.setattr(gateway.store, "full_sync", full)
+    if held:
+        hold_at_most(gateway, 10**9)
+    call = call_of(gateway)
+    for _ in range(2):
+        await gateway.attempted(call, target_of(gateway), attempt)
+    first = ["held" if held else "begun", *["synced"] * full, "left"]
+    assert told == first + (first if held else ["left"])
+
+
+@pytest.mark.parametrize(
+    ("line", "cost", "estimated", "charged"),
+    [
+        ({"status": 200}, 5, False, 5),
+        ({"status": 200}, 5, True, None),
+        ({"status": 200}, None, False, None),
+        ({"status": 500}, 5, False, None),
+        ({"status": 500, "is_unbilled": True}, 5, False, 0),
+        ({"error": "cancelled"}, None, False, None),
+    ],
+)
+@pytest.mark.parametrize("bound", [70, None])
+async def test_a_hold_ends_at_what_is_known(
+    gateway: stockyard.Gateway,
+    line: dict[str, Any], cost: int | None, estimated: bool, charged: int | None, bound: int | None,
+) -> None:  # fmt: skip
+    """None is charged whole where there is a bound; else at what the call seems to cost."""
+    hold_at_most(gateway, 1000, mode="soft")
+    call, tried = call_of(gateway), stockyard.Attempt("openai", "m", 0.0, **line)
+    call.usage, call.usage_estimated, call.cost_nanousd = stockyard.Usage(1, 1), estimated, cost
+    hold = await gateway.set_aside(("", (), "m", "openai", "m"), bound)
+    assert shown_budget(gateway) == (TODAY, 0, bound or 0)
+    gateway.charge(call, hold, tried)
+    whole = bound if bound is not None else cost or 0
+    charged = whole if charged is None else charged
+    assert shown_budget(gateway) == (TODAY, charged, 0)
+    assert (tried.hold, tried.charged_nanousd) == (hold, charged)
+
+
+async def test_ends_of_holds_are_written_together_and_thresholds_told(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    timers: list[tuple[float, Any]] = []
+    monkeypatch.setattr(gateway, "loop", types.SimpleNamespace(call_later=lambda s, what: timers.append((s, what))))
+    alerts: list[dict[str, Any]] = []
+    monkeypatch.setattr(gateway.alerts, "tell", lambda kind, text, **told: alerts.append({"text": text, **told}))
+    journal = gateway.store.journal
+    hold_at_most(gateway, 1000)
+
+    async def spend(nanousd: int) -> None:
+        hold = await gateway.set_aside(("", (), "m", "openai", "m"), nanousd)
+        gateway.record_end(gateway.ledger.settle(hold, nanousd))
+
+    await spend(300)
+    await spend(300)
+    assert [after_s for after_s, _ in timers] == [stockyard.SETTLED_WITHIN_S]
+    assert journal._deferred.count(b'"settle"') == 2
+    timers[0][1]()
+    assert (journal._deferred, len(timers), gateway.is_settling) == (b"", 1, False)
+    await spend(300)
+    assert len(timers) == 2
+    timers[1][1]()
+    [alert] = [alert for alert in alerts if alert["percent"] == 80]
+    assert (alert["budget"], alert["window"]) == ("b", TODAY)
+    assert alert["text"] in capfd.readouterr().err and "80 % spent" in alert["text"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "more", "needed"),
+    [
+        ("count_tokens", "m", {}, 0),
+        ("chat", "unpriced", {}, None),
+        ("images", "m", {}, None),
+        ("chat", "m", {"service_tier": "gold"}, None),
+        ("chat", "m", {"service_tier": "flex"}, 100 * OUTPUT_NANOUSD),
+        ("chat", "m", {}, 100 * OUTPUT_NANOUSD),
+        ("chat", "m", {"n": 3}, 300 * OUTPUT_NANOUSD),
+        ("chat", "m", {"tools": [{"type": "web_search"}]}, None),
+    ],
+)
+async def test_the_most_that_a_call_can_cost(
+    gateway: stockyard.Gateway, kind: str, model: str, more: dict[str, Any], needed: int | None
+) -> None:
+    call, target = call_of(gateway, kind, **more), target_of(gateway, model)
+    cap, found = gateway.cost_bound(call, target)
+    if not needed:
+        assert (cap, found) == (None, needed)
+        return
+    assert found is not None and cap is not None
+    assert (cap.tokens, cap.injected, cap.total_tokens) == (100, False, needed // OUTPUT_NANOUSD)
+    given = found - needed
+    bound = stockyard.INPUT_BOUNDS["openai"]
+    assert given == (len(call.body) + bound.request + bound.message) * 1000
+    call.must_translate = True
+    call.canonical = {**call.request, "added": "x" * 50_000}
+    changed = gateway.cost_bound(call, target)[1]
+    assert changed is not None and 50_000_000 < changed - found < 51_000_000, "what is added is held for"
+    each = cap.total_tokens // 100
+    for room, tokens in ((found, 100), (found - 1, 99), (given + 16 * each * OUTPUT_NANOUSD, 16), (given, 100)):
+        cap, clamped = gateway.cost_bound(call_of(gateway, kind, **more), target, room)
+        assert cap is not None and (cap.tokens, cap.total_tokens) == (tokens, tokens * each)
+        assert clamped is not None and clamped - found == (tokens - 100) * each * OUTPUT_NANOUSD
+
+
+@pytest.mark.parametrize("most", [None, "5"])
+async def test_a_clamping_budget_leaves_today_what_yesterday_did_not(
+    gateway: stockyard.Gateway, most: str | None
+) -> None:
+    now_s = MIDNIGHT_S - 0.001
+    gateway.clock = lambda: now_s
+    call, target = call_of(gateway), target_of(gateway)
+    call.headers = {"x-stockyard-max-cost-usd": most} if most else {}
+    _, needed = gateway.cost_bound(call, target)
+    assert needed is not None
+    hold_at_most(gateway, 2 * needed - 10 * OUTPUT_NANOUSD, clamp=True)
+    told = []
+    for _ in range(2):
+        hold = await gateway.hold(call, target)
+        assert hold is not None
+        gateway.ledger.settle(hold, None)
+        told.append((call.clamped, call.output_cap, call.held_tokens, shown_budget(gateway)[0]))
+    with pytest.raises(stockyard.BudgetExceeded):
+        await gateway.hold(call, target)
+    now_s += 0.001
+    assert await gateway.hold(call, target) is not None
+    told.append((call.clamped, call.output_cap, call.held_tokens, shown_budget(gateway)[0]))
+    assert told == [(False, None, 100, TODAY), (True, 90, 90, TODAY), (False, None, 100, "2026-11-24")]
+
+
+async def test_a_budget_that_comes_back_on_its_day_has_spent_what_it_had(gateway: stockyard.Gateway) -> None:
+    now_s = NOON_S
+    gateway.clock = lambda: now_s
+    budgets = [stockyard.Budget(name, 1000, "day") for name in ("a", "b")]
+
+    def stored() -> list[str]:
+        return sorted(row[0] for row in gateway.store.read("SELECT id FROM budgets"))
+
+    def settled() -> dict[str, int]:
+        return {row["id"]: row["settled_nanousd"] for row in gateway.ledger.snapshot(int(now_s * 1000))}
+
+    gateway.put_budget(stockyard.Budget("own", 1000, "day", "key", "key_1"))
+    gateway.set_budgets(budgets)
+    gateway.ledger.settle(await gateway.set_aside(("key_1", (), "m", "openai", "m"), 50), 40)
+    for given, ids in ((budgets[:1], ["a"]), ([], []), (budgets, ["a", "b"])):
+        gateway.set_budgets(given)
+        await gateway.store.flush()
+        assert (stored(), settled(), gateway.has_budgets) == (ids, dict.fromkeys(["own", *ids], 40), True)
+    gateway.set_budgets([])
+    now_s = MIDNIGHT_S
+    gateway.set_budgets(budgets)
+    assert settled() == {"own": 0, "a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(
+    ("error", "again", "should"),
+    [
+        (stockyard.LimitExceeded("later", retry_after_s=0.2, fields={"a": 1}), "1", None),
+        (stockyard.LimitExceeded("later", retry_after_s=2.1), "3", None),
+        (stockyard.BudgetExceeded("never"), "1", "false"),
+        (stockyard.Draining("soon"), "1", None),
+        (stockyard.InvalidRequest("no"), None, None),
+        (stockyard.InvalidRequest("no", retry_after_s=4), "4", None),
+        (stockyard.UpstreamError("broken"), None, "false"),
+        (stockyard.UpstreamExhausted("busy", retry_after_s=5), "5", "false"),
+        (stockyard.UpstreamRefused("slow", status=429, retry_after_s=5), "5", "false"),
+    ],
+)
+async def test_a_refusal_says_when_to_try_again_and_whether(
+    gateway: stockyard.Gateway, error: stockyard.GatewayError, again: str | None, should: str | None
+) -> None:
+    call = call_of(gateway)
+    reply = gateway.turn_away(call, error)
+    headers = dict(reply.headers)
+    assert (headers.get("retry-after"), headers.get("x-should-retry")) == (again, should)
+    assert (reply.status, call.status, call.error, call.ended_s) == (error.status, error.status, error.code, 10.0)
+    assert (reply.body, json.loads(call.answer)["error"]["code"]) == (call.answer, error.code)
+    assert call.refusal == (error.fields if isinstance(error, stockyard.LimitExceeded) else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, (500, "")),
+        ({"status": 200}, (200, "")),
+        ({"status": 404, "error": "model_not_found"}, (404, "model_not_found")),
+        ({"status": 200, "is_gone": True}, (499, "client_closed_request")),
+    ],
+)
+async def test_a_call_is_closed_once_with_one_row(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], told: tuple[int, str]
+) -> None:
+    rows: list[stockyard.Call] = []
+    monkeypatch.setattr(gateway.store, "put", rows.append)
+    call, gateway.in_flight = call_of(gateway), 2
+    for name, value in given.items():
+        setattr(call, name, value)
+    gateway.finish(call)
+    gateway.tick = lambda: 11.0
+    call.is_gone = True
+    gateway.settle(call)
+    assert (rows, gateway.in_flight, call.ended_s) == ([call], 1, 10.0)
+    assert (call.status, call.error) == told
+    gateway.in_flight = 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_the_end_of_an_answer_waits_for_the_disk_where_asked_and_leaves_without_it(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    told: list[str] = []
+
+    async def synced() -> None:
+        told.append("synced")
+        raise stockyard.StorageUnavailable("no disk")
+
+    monkeypatch.setattr(gateway.store.journal, "synced", synced)
+    monkeypatch.setattr(gateway.store, "full_sync", full)
+    monkeypatch.setattr(gateway.store, "put", lambda call: told.append("row"))
+    await gateway.close_row(call_of(gateway))
+    assert told == ["row", *["synced"] * full]
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "body", "passes"),
+    [
+        ("chat", None, {}, True),
+        ("embeddings", 5, {}, True),
+        ("chat", 5, {}, False),
+        ("chat", 5, {"max_tokens": 5}, True),
+        ("chat", 5, {"max_tokens": 6}, False),
+        ("completions", 5, {"max_tokens": 6}, False),
+        ("chat", 5, {"max_tokens": 3, "n": 2}, False),
+        ("chat", 0, {"max_tokens": 1}, False),
+    ],
+)
+async def test_no_body_allows_more_than_is_held(
+    gateway: stockyard.Gateway, kind: str, held: int | None, body: dict[str, Any], passes: bool
+) -> None:
+    call = call_of(gateway, kind)
+    call.held_tokens = held
+    with contextlib.nullcontext() if passes else pytest.raises(stockyard.BudgetExceeded):
+        gateway.check_cap(call, body)
+
+
+@pytest.mark.parametrize(("model", "price_id", "cost"), [("m", True, 60_000), ("unpriced", False, None)])
+async def test_what_is_learned_of_an_answer_is_priced(
+    gateway: stockyard.Gateway, model: str, price_id: bool, cost: int | None
+) -> None:
+    call, target = call_of(gateway), target_of(gateway, model)
+    gateway.learn(call, target, None, "length")
+    assert (call.finish_reason, call.usage, call.price_id, call.cost_nanousd) == ("length", None, "", None)
+    usage = stockyard.Usage(10, output_tokens=5)
+    gateway.learn(call, target, usage, "stop")
+    assert (call.finish_reason, call.usage, bool(call.price_id), call.cost_nanousd) == ("stop", usage, price_id, cost)
+    assert gateway.price(call, target, usage) == cost
+    counted = call_of(gateway, "count_tokens")
+    gateway.learn(counted, target, None, "")
+    assert (counted.price_id, counted.cost_nanousd) == (stockyard.FREE.id, 0)
+
+
+@pytest.mark.parametrize(
+    ("queue_ms", "wait_s", "waits"),
+    [(0, 1, False), (2000, None, False), (2000, 3, True), (2000, 3.5, False), (100, 1, True), (100, 1.5, False)],
+)
+async def test_only_who_may_get_a_turn_in_time_waits_for_it(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch, queue_ms: int, wait_s: float | None, waits: bool
+) -> None:
+    def limit(call: stockyard.Call, body_bytes: int | None) -> None:
+        raise stockyard.LimitExceeded("full", retry_after_s=wait_s)
+
+    monkeypatch.setattr(gateway, "limit", limit)
+    gateway.set_limits(stockyard.Limits(queue_ms=queue_ms))
+    assert gateway.takes_turns == bool(queue_ms)
+    turn = asyncio.ensure_future(gateway.take_turn(call_of(gateway)))
+    await asyncio.sleep(0)
+    assert (turn.done(), bool(gateway.lines)) == (not waits, waits)
+    turn.cancel()
+    await asyncio.gather(turn, return_exceptions=True)
+    assert not gateway.lines
+
+
+async def test_turns_go_to_those_who_are_still_there_and_to_all_whom_nothing_limits(
+    gateway: stockyard.Gateway,
+) -> None:
+    gateway.set_limits(stockyard.Limits(stockyard.RateLimit(parallel=1), queue_ms=600_000))
+    calls = [call_of(gateway) for _ in range(6)]
+    turns = [asyncio.ensure_future(gateway.take_turn(call)) for call in calls]
+    await asyncio.sleep(0)
+    turns[1].cancel()
+    gateway.settle(calls[0])
+    assert [call.rate_hold is not None for call in calls] == [True, False, True, False, False, False]
+    await asyncio.gather(turns[0], turns[2])
+    assert [len(line) for line in gateway.lines.values()] == [3]
+    gateway.settle(calls[2])
+    gateway.set_limits(stockyard.Limits(queue_ms=600_000))
+    gateway.serve_lines()
+    await asyncio.gather(*turns[3:])
+    assert (turns[1].cancelled(), gateway.lines) == (True, {})
+    gateway.settle(calls[3])
+
+
+async def test_a_call_reserves_the_tokens_of_its_body_and_its_cap(gateway: stockyard.Gateway) -> None:
+    def taken(size: int | None, **more: Any) -> int | None:
+        call = call_of(gateway, **more)
+        gateway.limit(call, size)
+        assert call.rated == (call.rate_hold is not None)
+        return None if call.rate_hold is None else call.rate_hold.tokens
+
+    assert taken(None) is None
+    gateway.set_limits(stockyard.Limits(stockyard.RateLimit(tpm=100_000)))
+    own = len(call_of(gateway).body)
+    assert (taken(None), taken(4000)) == (stockyard.token_estimate(own, 100), stockyard.token_estimate(4000, 100))
+    assert taken(4000, max_tokens=900) == stockyard.token_estimate(4000, 900)
+    gateway.set_limits(stockyard.Limits(models={"m": stockyard.RateLimit(tpm=100_000)}))
+    assert taken(4000) == stockyard.token_estimate(4000, 100)
