@@ -1,6 +1,7 @@
 """Bedrock Converse as a provider: bodies by family of models, binary frames, signatures, embeddings."""
 
 import base64
+import contextlib
 import copy
 import itertools
 import json
@@ -770,6 +771,41 @@ def corrupt(at: int) -> bytes:
 def lengths(total: int, headers: int) -> bytes:
     prelude = struct.pack(">II", total, headers)
     return prelude + struct.pack(">I", zlib.crc32(prelude)) + b"\0" * 64
+
+
+MOST, MOST_HEADERS = 24 * 1024 * 1024 + 128 * 1024 + 16, 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("total", "headers", "passes"),
+    [
+        (MOST, 0, True), (MOST + 1, 0, False), (MOST, MOST_HEADERS, True), (MOST, MOST_HEADERS + 1, False),
+        (1000, 984, True), (1000, 985, False), (17, 2, False), (15, 0, False),
+    ],
+)  # fmt: skip
+def test_lengths_are_judged_before_the_frame_is_whole(total: int, headers: int, passes: bool) -> None:
+    reader, prelude = EventStreamReader(), lengths(total, headers)[:12]
+    assert reader.feed(prelude[:11]) == []
+    with contextlib.nullcontext() if passes else pytest.raises(UpstreamError, match="impossible"):
+        assert reader.feed(prelude[11:]) == []
+
+
+def test_frames_are_the_same_in_any_split() -> None:
+    frames = [
+        frame(b""),
+        frame(text_header("a", "b"), b"x"),
+        frame(text_header("c", "d" * 300), b"y" * 300),
+        frame(b"", b"z"),
+    ]
+    told = [({}, b""), ({"a": "b"}, b"x"), ({"c": "d" * 300}, b"y" * 300), ({}, b"z")]
+    data = b"".join(frames)
+    assert EventStreamReader().feed(data) == told
+    for size in (1, 5, 12, 13, 100, len(frames[0]) + len(frames[1])):
+        reader = EventStreamReader()
+        pieces = [reader.feed(data[at : at + size]) for at in range(0, len(data), size)]
+        assert [one for piece in pieces for one in piece] == told
+        ends = [-(-sum(map(len, frames[: at + 1])) // size) for at in range(4)]
+        assert [at + 1 for at, piece in enumerate(pieces) for _ in piece] == ends, "each as soon as it is whole"
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,46 @@ def test_ordinary_text_is_never_held_back() -> None:
         assert out.get((0, "content"), "").removeprefix("[") == text.removeprefix("[").removesuffix(held)
 
 
+def saying(text: str, **more: Any) -> dict[str, Any]:
+    return {**events_openai([(0, "content", text)])[0], **more}
+
+
+def test_comments_end_no_text_that_is_held_back_and_the_last_word_does() -> None:
+    restorer, begins = s.StreamRestorer(HIDDEN, False, False), TOKENS[0][:9]
+    assert restorer.feed(as_sse([saying("a" + begins)])) == as_sse([saying("a")])
+    assert restorer.feed(b": ping\n\n") == b": ping\n\n"
+    assert restorer.feed(as_sse([saying(TOKENS[0][9:])])) == as_sse([saying(VALUES[0])])
+    assert restorer.feed(as_sse([saying(begins)])) == as_sse([saying("")])
+    assert restorer.feed(b"data: [DONE]\n\n") == as_sse([saying(begins)]) + b"data: [DONE]\n\n"
+    assert restorer.feed(as_sse([saying(begins)])) == as_sse([saying("")])
+    assert (restorer.close(), restorer.close(), restorer.redactions) == (as_sse([saying(begins)]), b"", 0)
+
+
+@pytest.mark.parametrize(("name", "kind", "shown"), [("", "t", ""), ("x", "t", "t"), ("x", None, "x")])
+def test_events_keep_their_names_and_those_without_signs_their_bytes(name: str, kind: str | None, shown: str) -> None:
+    restorer = s.StreamRestorer(HIDDEN, False, False)
+    more = {"type": kind} if kind else {}
+    told = s.sse_event(saying(TOKENS[0], **more), name)
+    assert restorer.feed(told) == s.sse_event(saying(VALUES[0], **more), shown)
+    passing = b'event: y\ndata:  {"spaced" : 1}\n\n'
+    assert restorer.feed(passing) == passing
+    assert restorer.feed(told[:-1]) == b""
+    assert restorer.close() == s.sse_event(saying(VALUES[0], **more), shown)
+
+
+def test_an_array_in_pieces_is_restored_element_by_element() -> None:
+    events = [events_gemini([(0, "content", text)])[0] for text in (f"é{TOKENS[0]}", "[EM", "x")]
+    whole, at = as_array(events), as_array(events).index("é".encode()) + 1
+    restorer = s.StreamRestorer(HIDDEN, False, True)
+    parts = [restorer.feed(part) for part in (whole[:1], whole[1:at], whole[at:-1], whole[-1:])]
+    assert [bool(part) for part in parts] == [True, False, True, True]
+    assert (parts[0], parts[-1], restorer.close()) == (b"[", b"]", b"")
+    expected = [events_gemini([(0, "content", text)])[0] for text in (f"é{VALUES[0]}", "[EM", "x")]
+    assert gathered(json.loads(b"".join(parts))) == gathered(expected)
+    broken = s.StreamRestorer(HIDDEN, False, True)
+    assert (broken.feed(b'[{"a": 1'), broken.close()) == (b"", b'[{"a": 1')
+
+
 async def test_a_call_without_placeholders_is_relayed_as_it_is(start: Start) -> None:
     async with start(redact="reversible") as proxy:
         check_no_wrapper(proxy)

@@ -9,7 +9,8 @@ import pytest
 from conftest import Start
 from hypothesis import given
 from hypothesis import strategies as st
-from upstreams import COMPLETION, GOLDENS, plain, stream
+from test_faults import WAYS
+from upstreams import COMPLETION, DONE, GOLDENS, USAGE_EVENT, chunk, event, plain, stream
 
 import stockyard
 
@@ -48,6 +49,45 @@ def test_an_event_without_end_is_no_event(monkeypatch: pytest.MonkeyPatch) -> No
         runs.feed(b"d")
 
 
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        (b"data: a", ("", b"a")),
+        (b"data:a: b", ("", b"a: b")),
+        (b"data:  a", ("", b" a")),
+        (b"data: a\ndata:\ndata: b", ("", b"a\n\nb")),
+        (b"event: x\ndata: a", ("x", b"a")),
+        (b"data: a\nevent:x", ("x", b"a")),
+        (b"event: x\nevent: y\nid: 5\nretry: 6\ndata", ("y", b"")),
+        (b"event: \xff\ndata: a", ("\ufffd", b"a")),
+        (b"event: x", None),
+        (b": data: a", None),
+        (b"datas: a", None),
+    ],
+)
+def test_the_lines_of_an_event(block: bytes, told: tuple[str, bytes] | None) -> None:
+    assert stockyard.parse_sse_block(block) == told
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "runs"),
+    [
+        ([BOM + b"data: a\n\n", BOM + b"\n\n"], [b"data: a\n\n", BOM + b"\n\n"]),
+        ([BOM[:1], BOM[1:2], BOM[2:] + b"data: a\n", b"\n"], [b"", b"", b"", b"data: a\n\n"]),
+        ([BOM, b"data: a\n\n"], [b"", b"data: a\n\n"]),
+        ([b"a\r", b"\n\r", b"\nb\r\r", b"\nc", b"\n\n"], [b"", b"a\n\n", b"b\n\n", b"", b"c\n\n"]),
+        ([b"a\n\nb\n\nc", b"", b"\n\nd\n\n"], [b"a\n\nb\n\n", b"", b"c\n\nd\n\n"]),
+    ],
+)
+def test_runs_of_whole_events_and_the_mark_at_their_start(pieces: list[bytes], runs: list[bytes]) -> None:
+    events = stockyard.WholeEvents()
+    assert [events.feed(piece) for piece in pieces] == runs
+    assert events.close() == b""
+
+
 def ask(dialect: str) -> tuple[str, dict[str, Any]]:
     golden = GOLDENS[dialect]
     if dialect == "gemini":
@@ -62,7 +102,145 @@ def test_answers_and_events_show_in_whose_words_they_are() -> None:
         assert stockyard.shape_of_stream(golden.pieces[0][:-1]) is None
     for unclear in ([], None, "x", {}, {"object": "list"}, {"object": 5, "type": None}, {"type": "ping"}):
         assert stockyard.shape_of(unclear) == ""
-    assert [stockyard.shape_of_stream(start) for start in (b"data: [DONE]\n\n", b"", b"x" * 65_536)] == ["", None, ""]
+    for told, shape in (
+        ({"object": "chat.completion.chunk", "type": "message"}, "openai"),
+        ({"object": "response"}, "responses"),
+        ({"type": "response.created"}, "responses"),
+        ({"type": "message_start", "candidates": []}, "anthropic"),
+        ({"candidates": []}, "gemini"),
+    ):
+        assert stockyard.shape_of(told) == shape
+    starts = b"data: [DONE]\n\n", b"", b"x" * 65_535, b"x" * 65_536
+    assert [stockyard.shape_of_stream(start) for start in starts] == ["", None, None, ""]
+
+
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ({"delta": {"role": "assistant", "content": ""}}, False),
+        ({"delta": {"role": "assistant", "refusal": None}}, False),
+        ({"delta": {"content": "x"}}, True),
+        ({"delta": {"role": "assistant", "tool_calls": [{}]}}, True),
+        ({"delta": {}, "text": "x"}, False),
+        ({"text": "x"}, True),
+        ({"text": "", "delta": None}, False),
+    ],
+)
+def test_what_is_content(choice: dict[str, Any], says: bool) -> None:
+    assert stockyard.has_content(choice) is says
+
+
+#: By the dialect that a provider speaks, the event that brings the first content, the one that ends it, the very last.
+PROGRESS = {"openai": (1, 3, 4), "anthropic": (3, 7, 7), "responses": (3, 8, 8), "gemini": (0, 2, 3)}
+
+
+def flow_of(way: tuple[str, str, str], translation: stockyard.Translation, asked: bool = True) -> stockyard.Flow:
+    """A flow with a tape, whose every usage costs $0.007; `asked` is whether an OpenAI client asked for usage."""
+    (client, spoken, _), transcript = way, stockyard.Transcript()
+    answers: Any = stockyard.DIALECTS[spoken]
+    flow: stockyard.Flow
+    if client == spoken == "openai":
+        flow = stockyard.OpenAiFlow(answers, translation.provider, asked, transcript, lambda usage: 7_000_000)
+    elif client == spoken:
+        flow = stockyard.NativeFlow(answers.decoder(translation), transcript, lambda usage: 7_000_000)
+    else:
+        request = {**GOLDENS[client].request, "stream": True, "stream_options": {"include_usage": asked}}
+        renderer = stockyard.DIALECTS[client].renderer(request, translation.new_id, translation.now_s)
+        decoder = answers.decoder(translation)
+        flow = stockyard.TranslatingFlow(decoder, renderer, transcript, lambda usage: 7_000_000)
+    flow.tape = stockyard.Tape(1 << 20)
+    return flow
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]} over {way[1]}")
+def test_a_flow_learns_its_answer_as_it_comes(way: tuple[str, str, str], at_once: bool, attempt: Any) -> None:
+    client, spoken, _ = way
+    pieces = [b"".join(GOLDENS[spoken].pieces)] if at_once else GOLDENS[spoken].pieces
+    flow = flow_of(way, attempt("m", stream=True))
+    content, complete, ended = PROGRESS[spoken]
+    for at, piece in enumerate(pieces):
+        flow.feed(piece)
+        at = len(GOLDENS[spoken].pieces) - 1 if at_once else at
+        last = ended + (client == spoken == "openai")  # there, only [DONE] is the last word
+        assert (flow.content_seen, flow.complete, flow.has_ended) == (at >= content, at >= complete, at >= last)
+    flow.close()
+    assert (flow.content_seen, flow.complete, flow.has_ended) == (True, True, True)
+    assert (flow.finish_reason, flow.finishes, flow.usage) == ("stop", {"stop"}, stockyard.Usage(10, output_tokens=5))
+    assert flow.answer_id == (NAMES.get(spoken, "") if client == spoken else "")
+    [choice] = flow.transcript.completion()["choices"]
+    said = 'Hello "there" é中' if spoken == "openai" else "Hello there"
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
+
+
+NAMES = {"anthropic": "msg_1", "responses": "resp_1", "gemini": "r1"}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way[0]} over {way[1]}")
+def test_a_tape_holds_what_was_told_free_of_charge_and_the_usage_for_who_asks(
+    way: tuple[str, str, str], attempt: Any
+) -> None:
+    client, spoken, _ = way
+    tapes = []
+    for asked in (True, False):
+        flow = flow_of(way, attempt("m", stream=True), asked)
+        told = b"".join([flow.feed(piece) for piece in GOLDENS[spoken].pieces]) + flow.close()
+        assert flow.tape is not None and flow.tape.whole
+        first, usage, last = flow.tape.parts()
+        tapes.append(first + usage + last)
+        assert (b'"usage":{"prompt_tokens":10' in usage) == (client == "openai")
+        free = told.replace(b'"cost":0.007', b'"cost":0')
+        assert (free != told) == (asked if client == "openai" else client == "anthropic" != spoken)
+        assert free == (first + usage + last if asked or client != "openai" else first + last)
+    assert tapes[0] == tapes[1]
+
+
+def begun(attempt: Any, asked: bool = True) -> stockyard.Flow:
+    flow = flow_of(WAYS[0], attempt("m", stream=True), asked)
+    assert flow.feed(chunk({"content": "Hello"})) == chunk({"content": "Hello"})
+    return flow
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nothing_that_tells_something_passes_unread_behind_the_first_content(attempt: Any, alone: bool) -> None:
+    text = b"" if alone else chunk({"content": " there"})
+    for error in (event({"error": {"message": "oh", "code": 503}}), event({"x_groq": {"error": {"message": "oh"}}})):
+        with pytest.raises(stockyard.UpstreamError):
+            begun(attempt).feed(text + error)
+    flow = begun(attempt)
+    assert flow.feed(text + chunk({}, "stop")) == text + chunk({}, "stop")
+    assert (flow.finish_reason, flow.complete, flow.has_ended) == ("stop", True, False)
+    assert flow.feed(text + DONE + text) == text + DONE + text
+    assert flow.has_ended and flow.close() == b""
+    flow = begun(attempt)
+    assert flow.feed(text + chunk({}, "end_turn")) == text + chunk({}, "stop")
+    assert flow.feed(text + b": ping\n\n") == text + b": ping\n\n"
+    assert flow.close() == DONE
+    flow = begun(attempt)
+    assert (flow.close(), flow.complete) == (b"", False)
+    for asked in (True, False):
+        flow = begun(attempt, asked)
+        alongside = chunk({"content": "!"}, usage={"prompt_tokens": 1, "completion_tokens": 2})
+        shown = flow.feed(text + alongside)
+        assert shown == (text + alongside.replace(b":2}", b':2,"cost":0.007}') if asked else text + alongside)
+        assert flow.usage == stockyard.Usage(1, output_tokens=2)
+        assert flow.feed(text + USAGE_EVENT) == text + (
+            USAGE_EVENT.replace(b"15}", b'15,"cost":0.007}') if asked else b""
+        )
+        groq = event({"x_groq": {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}, "choices": []})
+        assert flow.feed(text + groq) == text + (groq if asked else b"")
+        assert flow.usage == stockyard.Usage(3, output_tokens=4)
+    said = flow.transcript.completion()["choices"][0]["message"]["content"]
+    assert said == ("Hello!" if alone else "Hello there! there there")
+
+
+def test_thought_signatures_are_gathered_by_call(attempt: Any) -> None:
+    flow = begun(attempt)
+    signed = {"extra_content": {"google": {"thought_signature": "s1"}}}
+    calls = [{"id": "c1", **signed}, {"id": "c2"}, {"id": "c3", "extra_content": {"google": None}}, signed]
+    flow.observe({"choices": [{"delta": {"tool_calls": calls}}]})
+    flow.observe({"choices": [{"delta": {"tool_calls": [{"id": "c4", **signed}]}}, {"delta": None}]})
+    assert flow.signatures == {"c1": "s1", "c4": "s1"}
 
 
 @pytest.mark.parametrize("dialect", GOLDENS)
