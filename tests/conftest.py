@@ -106,3 +106,18 @@ def start(tmp_path: Path) -> Start:
                 await until(lambda: not gateway.in_flight)  # whatever a test does, no call stays under way for ever
 
     return run
+
+
+#: 2100-11-23T12:00:00Z: a ledger's clock never goes back, so that a day which the real one has reached would not do.
+NOON_S = 4_130_654_400.0
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path) -> AsyncIterator[stockyard.Gateway]:
+    """A gateway without a server, whose clocks stand still; the model `m` costs $1 and $10 a million tokens."""
+    prices = '[[prices]]\nmodel = "m"\ninput = 1\noutput = 10\n'
+    settings = stockyard.read_settings({"data_dir": str(tmp_path)}, {}, prices)
+    async with stockyard.open_gateway(settings, {"OPENAI_API_KEY": "k"}) as found:
+        found.clock = lambda: NOON_S
+        found.tick = lambda: 10.0
+        yield found

@@ -9,8 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import until
-from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, chunk, plain, stream
+from conftest import NOON_S, until
+from test_gateway import call_of
+from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, Answer, chunk, plain, stream
 
 import stockyard as s
 
@@ -158,6 +159,116 @@ def test_an_entry_comes_back_from_disk_as_it_was() -> None:
     assert kept.events(True) == b"beforeusageafter"
     assert kept.size_bytes == len(b"beforeusageafter") + s.ENTRY_OVERHEAD_BYTES
     assert kept.events(False) == b"beforeafter"
+
+
+def test_slots_are_those_of_earlier_databases() -> None:
+    assert [s.slot_of(b"k", streamed) for streamed in (True, False)] == [b"ks", b"kp"]
+
+
+def test_the_parts_of_a_tape() -> None:
+    tape = s.Tape(100)
+    assert tape.parts() == (b"", b"", b"")
+    tape.add_usage(b"u")
+    assert tape.parts() == (b"", b"u", b"")
+    tape.add(b"")
+    tape.add(b"a")
+    tape.add(b"b")
+    assert (tape.parts(), tape.pieces) == ((b"", b"u", b"ab"), [b"u", b"a", b"b"])
+    unpaid = s.Tape(100)
+    unpaid.add(b"a")
+    unpaid.add(b"b")
+    assert unpaid.parts() == (b"ab", b"", b"")
+    unpaid.add_usage(b"")
+    assert unpaid.parts() == (b"ab", b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("more_bytes", "changes", "kept"), [(0, {}, "both"), (1, {}, "other"), (0, {"replaces_all": True}, "one")]
+)
+async def test_an_entry_may_have_its_share_of_the_cache(
+    gateway: s.Gateway, monkeypatch: pytest.MonkeyPatch, more_bytes: int, changes: dict[str, bool], kept: str
+) -> None:
+    cache, later_ms = gateway.cache, int(NOON_S * 1000)
+    other = entry("a", expires_ms=later_ms, streamed=True)
+    cache.put(other, cache.generation)
+    size = cache.entry_max_bytes - s.ENTRY_OVERHEAD_BYTES + more_bytes
+    one = entry("a", size, later_ms)
+    cache.put(one, cache.generation - 1)
+    assert cache.memory.get(one.slot, 0) is None, "it was asked for before the cache was emptied"
+    cache.put(one, cache.generation, **changes)
+    await gateway.store.flush()
+    assert cache.shelf is not None
+    cache.shelf.holds_until_ms = later_ms
+    forms = {"both": [True, False], "other": [True, True], "one": [False, False]}[kept]
+    for is_anew in (False, True):
+        found = []
+        for streamed in (True, False):
+            if is_anew:
+                cache.memory.clear()
+            told = cache.recall(b"a", streamed) or await cache.fetch(b"a", streamed)
+            found.append(told is not None and told.stream)
+        assert found == forms
+    cache.memory.clear()
+    monkeypatch.setattr(cache, "_now_ms", lambda: later_ms)
+    assert await cache.fetch(b"a", True) is None
+
+
+TRUNCATED = {"choices": [{"finish_reason": "stop"}, {"finish_reason": "length"}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "n", "body", "whole"),
+    [
+        ("embeddings", "", None, {}, True),
+        ("chat", "stop", None, {}, True),
+        ("chat", "tool_calls", 1, {}, True),
+        ("chat", "length", None, COMPLETION, False),
+        ("chat", "content_filter", 1, COMPLETION, False),
+        ("chat", "", None, COMPLETION, True),
+        ("chat", "stop", 2, COMPLETION, True),
+        ("chat", "stop", 2, {**COMPLETION, **TRUNCATED}, False),
+        ("chat", "", None, {**COMPLETION, "choices": []}, False),
+        ("chat", "", None, [], False),
+        ("completions", "", None, {"choices": [{"text": "x", "finish_reason": "stop"}]}, True),
+        ("completions", "", None, TRUNCATED, False),
+        ("completions", "stop", 2, {"choices": [{"finish_reason": None}]}, False),
+        ("completions", "", None, {"choices": 5}, False),
+    ],
+)
+async def test_only_whole_answers_are_kept(
+    gateway: s.Gateway, kind: str, told: str, n: int | None, body: Any, whole: bool
+) -> None:
+    call = call_of(gateway, kind, n=n)
+    call.finish_reason, call.provider, call.upstream_model = told, "openai", "m"
+    assert gateway.is_whole(call, s.dump_json(body)) is whole
+    if told == "" and kind != "embeddings":
+        assert gateway.is_whole(call, b"no JSON") is False
+
+
+@pytest.mark.parametrize(("how", "counts"), [("hit", (1, 0)), ("coalesced", (0, 1))])
+async def test_what_is_given_again_costs_nothing_and_saves_what_it_cost(
+    gateway: s.Gateway, how: str, counts: tuple[int, int]
+) -> None:
+    first = call_of(gateway)
+    first.provider, first.upstream_model, first.price_id, first.finish_reason = "openai", "up", "p1", "stop"
+    first.usage, first.usage_estimated, first.cost_nanousd, first.dropped = s.Usage(1), True, 70, ["x"]
+    kept = gateway.entry_of(first, b"key", "text/plain", b"b", b"u", b"t")
+    assert (kept.key, kept.body, kept.usage_event, kept.tail, kept.content_type) == (
+        b"key",
+        b"b",
+        b"u",
+        b"t",
+        "text/plain",
+    )
+    assert kept.expires_ms == NOON_S * 1000 + gateway.cache.ttl_ms == NOON_S * 1000 + 3_600_000
+    call, cache = call_of(gateway), gateway.cache
+    gateway.credit(call, kept, how)
+    assert (call.cache, call.cost_nanousd, call.saved_nanousd, cache.saved_nanousd) == (how, 0, 70, 70)
+    for name in ("provider", "upstream_model", "price_id", "finish_reason", "usage", "usage_estimated"):
+        assert getattr(call, name) == getattr(first, name)
+    assert (call.dropped, cache.hits, cache.coalesced) == (("x",), *counts)
+    gateway.credit(call, dataclasses.replace(kept, cost_nanousd=None), how)
+    assert (call.saved_nanousd, cache.saved_nanousd) == (0, 70)
 
 
 def test_what_is_too_long_is_not_kept_while_it_passes() -> None:
@@ -579,10 +690,27 @@ async def test_other_dialects_are_kept_in_their_own_words(start: Any) -> None:
 # ----- Equal calls under way
 
 
+def on_board(proxy: Any) -> list[int]:
+    """How many calls each flight carries."""
+    return [len(flight._riders) for flight in proxy.gateway.cache.flights.values()]
+
+
+async def fly(proxy: Any, calls: list[Any], *flights: tuple[Answer, list[int]]) -> list[tuple[int, Any, Any]]:
+    """What calls are told when each answer begins only once its flights have so many calls on board."""
+    begins = [asyncio.Event() for _ in flights]
+    proxy.upstream.answers = [
+        dataclasses.replace(answer, begin=begin) for begin, (answer, _) in zip(begins, flights, strict=True)
+    ]
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    for begin, (_, counts) in zip(begins, flights, strict=True):
+        await until(lambda counts=counts: on_board(proxy) == counts)
+        begin.set()
+    return await asyncio.gather(*tasks)
+
+
 async def test_fifty_equal_calls_make_one(start: Any) -> None:
     async with start() as proxy:
-        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.2)]
-        told = await asyncio.gather(*(proxy.post(PATH, CHAT) for _ in range(50)))
+        told = await fly(proxy, [proxy.post(PATH, CHAT) for _ in range(50)], (plain(COMPLETION), [50]))
         assert len(proxy.upstream.seen) == 1
         assert {answer[0] for answer in told} == {200}
         assert all(answer[2] == COMPLETION for answer in told)
@@ -600,14 +728,14 @@ async def test_fifty_equal_calls_make_one(start: Any) -> None:
 
 async def test_fifty_equal_streams_make_one_and_late_ones_get_it_from_its_start(start: Any) -> None:
     async with start() as proxy:
-        proxy.upstream.answers = [stream(STREAM, gap_s=0.06)]
-
-        async def after(delay_s: float) -> tuple[int, Any, Any]:
-            await asyncio.sleep(delay_s)
-            told: tuple[int, Any, Any] = await proxy.post(PATH, STREAMED)
-            return told
-
-        told = await asyncio.gather(*(after(0.005 * number) for number in range(50)))
+        go = asyncio.Event()
+        proxy.upstream.answers = [stream(STREAM, go=go)]
+        calls = [asyncio.ensure_future(proxy.post(PATH, STREAMED))]
+        await until(lambda: any(flight._tape.pieces for flight in proxy.gateway.cache.flights.values()))
+        calls += [asyncio.ensure_future(proxy.post(PATH, STREAMED)) for _ in range(49)]
+        await until(lambda: on_board(proxy) == [50])
+        go.set()
+        told = await asyncio.gather(*calls)
         assert len(proxy.upstream.seen) == 1
         assert {answer[2] for answer in told} == {b"".join(STREAM[:4]) + DONE}
         how = sorted(answer[1]["x-stockyard-cache"] for answer in told)
@@ -622,19 +750,20 @@ async def test_fifty_equal_streams_make_one_and_late_ones_get_it_from_its_start(
 
 async def test_calls_of_two_keys_are_not_shared(start: Any) -> None:
     async with start() as proxy:
-        proxy.upstream.answers = [dataclasses.replace(plain(COMPLETION), hang_s=0.1)]
         keys = [proxy.gateway.create_key({"name": name})[1] for name in ("a", "b")]
-        await asyncio.gather(*(proxy.post(PATH, CHAT, authorization=f"Bearer {secret}") for secret in keys * 3))
+        calls = [proxy.post(PATH, CHAT, authorization=f"Bearer {secret}") for secret in keys * 3]
+        await fly(proxy, calls, (plain(COMPLETION), [3, 3]))
         assert len(proxy.upstream.seen) == 2
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAMED], ids=["plain", "stream"])
 async def test_a_leaders_failure_is_not_shared(start: Any, body: dict[str, Any]) -> None:
     async with start(retries=0) as proxy:
-        failed = dataclasses.replace(plain({"error": {"message": "no"}}, 500), hang_s=0.1)
-        whole = stream(STREAM, hang_s=0.1) if body is STREAMED else dataclasses.replace(plain(COMPLETION), hang_s=0.1)
-        proxy.upstream.answers = [failed, whole]
-        told = await asyncio.gather(*(proxy.post(PATH, body) for _ in range(10)))
+        failed, whole = (
+            plain({"error": {"message": "no"}}, 500),
+            stream(STREAM) if body is STREAMED else plain(COMPLETION),
+        )
+        told = await fly(proxy, [proxy.post(PATH, body) for _ in range(10)], (failed, [10]), (whole, [9]))
         assert sorted(answer[0] for answer in told) == [200] * 9 + [500]
         assert len(proxy.upstream.seen) == 2
         assert sorted(row["cache"] for row in await proxy.rows()) == ["coalesced"] * 8 + ["miss"] * 2
@@ -642,8 +771,8 @@ async def test_a_leaders_failure_is_not_shared(start: Any, body: dict[str, Any])
 
 async def test_a_second_failure_is_believed(start: Any) -> None:
     async with start(retries=0) as proxy:
-        proxy.upstream.answers = [dataclasses.replace(plain({"error": {"message": "no"}}, 503), hang_s=0.05)]
-        told = await asyncio.gather(*(proxy.post(PATH, CHAT) for _ in range(20)))
+        failed = plain({"error": {"message": "no"}}, 503)
+        told = await fly(proxy, [proxy.post(PATH, CHAT) for _ in range(20)], (failed, [20]), (failed, [19]))
         assert {answer[0] for answer in told} == {503}
         assert len(proxy.upstream.seen) == 2
         assert len(await proxy.rows()) == 20
@@ -651,8 +780,7 @@ async def test_a_second_failure_is_believed(start: Any) -> None:
 
 async def test_a_stream_that_breaks_after_content_breaks_for_all(start: Any) -> None:
     async with start(retries=0) as proxy:
-        proxy.upstream.answers = [stream(STREAM[:3], cut=True, gap_s=0.05)]
-        told = await asyncio.gather(*(proxy.post(PATH, STREAMED) for _ in range(5)))
+        told = await fly(proxy, [proxy.post(PATH, STREAMED) for _ in range(5)], (stream(STREAM[:3], cut=True), [5]))
         assert len(proxy.upstream.seen) == 1
         for _, headers, events in told:
             assert b"upstream_truncated" in events

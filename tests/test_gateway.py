@@ -9,14 +9,12 @@ import json
 import os
 import threading
 import types
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import yarl
-from conftest import Proxy, Start, until
+from conftest import NOON_S, Proxy, Start, until
 from upstreams import COMPLETION, DONE, GOLDENS, STREAM, USAGE_EVENT, Answer, chunk, event, plain, stream
 
 import stockyard
@@ -725,19 +723,8 @@ async def test_sdks_try_again_only_where_waiting_helps(start: Start, limit: dict
 
 # -- one step of a call's life at a time, on a gateway without a server
 
-NOON_S = 1_795_435_200.0  # 2026-11-23T12:00:00Z
-TODAY, MIDNIGHT_S = "2026-11-23", NOON_S + 43_200
-TERMS = '[[prices]]\nmodel = "m"\ninput = 1\noutput = 10\n'
-OUTPUT_NANOUSD = 10_000  # a token, as in TERMS
-
-
-@pytest.fixture
-async def gateway(tmp_path: Path) -> AsyncIterator[stockyard.Gateway]:
-    settings = stockyard.read_settings({"data_dir": str(tmp_path)}, {}, TERMS)
-    async with stockyard.open_gateway(settings, {"OPENAI_API_KEY": "k"}) as found:
-        found.clock = lambda: NOON_S
-        found.tick = lambda: 10.0
-        yield found
+TODAY, MIDNIGHT_S = "2100-11-23", NOON_S + 43_200
+OUTPUT_NANOUSD = 10_000  # a token, as the gateway's prices say
 
 
 def call_of(gateway: stockyard.Gateway, kind: str = "chat", **more: Any) -> stockyard.Call:
@@ -984,7 +971,7 @@ async def test_a_clamping_budget_leaves_today_what_yesterday_did_not(
     now_s += 0.001
     assert await gateway.hold(call, target) is not None
     told.append((call.clamped, call.output_cap, call.held_tokens, shown_budget(gateway)[0]))
-    assert told == [(False, None, 100, TODAY), (True, 90, 90, TODAY), (False, None, 100, "2026-11-24")]
+    assert told == [(False, None, 100, TODAY), (True, 90, 90, TODAY), (False, None, 100, "2100-11-24")]
 
 
 async def test_a_budget_that_comes_back_on_its_day_has_spent_what_it_had(gateway: stockyard.Gateway) -> None:

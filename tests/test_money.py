@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Start, until
+from conftest import NOON_S, Start, until
 from test_prices import table
 from upstreams import COMPLETION, DONE, Answer, chunk, plain, stream
 
@@ -539,7 +539,7 @@ async def test_embeddings_are_bounded_by_their_input_alone(start: Start) -> None
 async def test_a_day_ends_for_whoever_asks_first(start: Start) -> None:
     body = {"model": "openai/m", "input": "Hi"}
     async with start(toml=PRICES, budget="0.000001/day", cache="off") as proxy:
-        gateway, now_s = proxy.gateway, 1_795_435_200.0  # noon
+        gateway, now_s = proxy.gateway, NOON_S
         gateway.clock = lambda: now_s
         needed = (await proxy.post("/v1/embeddings", body))[2]["error"]["needed_nanousd"]
         gateway.put_budget(stockyard.Budget("global:day", needed * 3 // 2, "day"))
