@@ -213,6 +213,37 @@ async def test_an_entry_may_have_its_share_of_the_cache(
     assert await cache.fetch(b"a", True) is None
 
 
+async def test_the_operator_sees_what_is_held_and_what_it_saved(gateway: s.Gateway) -> None:
+    cache, one = gateway.cache, entry("a", expires_ms=int(NOON_S * 1000))
+    fresh = await cache.view()
+    names = (
+        "entries",
+        "bytes",
+        "memory_entries",
+        "memory_bytes",
+        "in_flight",
+        "hits",
+        "misses",
+        "coalesced",
+        "saved_usd",
+    )
+    assert fresh == {
+        "policy": "deterministic", "scope": "key", "ttl_s": 3600.0, "on_disk": True, "max_bytes": 256 * 1024 * 1024,
+        "hit_ratio": None, **dict.fromkeys(names, 0),
+    }  # fmt: skip
+    cache.put(one, cache.generation)
+    cache.put(entry("b", 50, one.expires_ms), cache.generation)
+    cache.put(entry("c", expires_ms=1), cache.generation)
+    for name in (b"bp", b"cp"):
+        cache.memory.drop(name)
+    cache.hits, cache.misses, cache.coalesced, cache.saved_nanousd = 1, 5, 2, 5 * 10**8
+    size = one.size_bytes
+    assert await cache.view() == {
+        **fresh, "entries": 2, "bytes": 2 * size - 50, "memory_entries": 1, "memory_bytes": size,
+        "hits": 1, "misses": 5, "coalesced": 2, "hit_ratio": 3 / 8, "saved_usd": 0.5,
+    }  # fmt: skip
+
+
 TRUNCATED = {"choices": [{"finish_reason": "stop"}, {"finish_reason": "length"}]}
 
 
