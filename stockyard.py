@@ -8244,11 +8244,14 @@ class Provider:
     #: The key variable holds the path of a Google credentials file, from which tokens are got.
     key_is_file: bool = False
 
-    def path(self, endpoint: str, model: str) -> str:
+    def path(self, endpoint: str, model: str, rest: str = "") -> str:
         """The path below the base URL; `{model}` stands percent-encoded. NotFound where the provider has no such door."""
         template = self.paths.get(endpoint)
         if template is None or endpoint not in self.offers:
             raise NotFound(f"{self.name} offers no {endpoint.replace('_', ' ')} endpoint", code="unsupported_endpoint")
+        if rest:  # of one object behind this door; the template may end in a query
+            door, mark, query = template.partition("?")
+            template = door + rest + mark + query
         return template.replace("{model}", urllib.parse.quote(model, safe="")) if "{" in template else template
 
     @functools.cached_property
@@ -14853,6 +14856,9 @@ MIGRATIONS: Final = (
     DROP INDEX calls_by_session;
     CREATE INDEX calls_by_session ON calls (session, label) WHERE session != '';
     """,
+    """
+    CREATE TABLE belongings (provider TEXT NOT NULL, id TEXT NOT NULL, key_id TEXT NOT NULL, PRIMARY KEY (provider, id)) WITHOUT ROWID;
+    """,
 )
 
 #: The migration that made the table `calls`, and from how many rows on migrations are told of.
@@ -16436,6 +16442,19 @@ def find_response(store: LogStore, response_id: str, key_id: str) -> StoredRespo
         orjson.loads(zlib.decompress(rows[0][name])) if rows[0][name] else None for name in ("response", "items")
     )
     return StoredResponse(response_id, rows[0]["provider"], response, items or [])
+
+
+def keep_belongings(store: LogStore, provider: str, key_id: str, ids: Iterable[Any]) -> None:
+    """Note what a key had a provider make (files, batches) for as long as it exists there."""
+    for each in ids:
+        if isinstance(each, str):
+            store.put_write("INSERT OR IGNORE INTO belongings VALUES (?, ?, ?)", provider, each, key_id)
+
+
+def find_belongings(store: LogStore, provider: str, key_id: str, ids: Sequence[Any]) -> set[str]:
+    """Which of these ids at a provider are this key's."""
+    sql = "SELECT id FROM belongings WHERE provider = ? AND key_id = ? AND id IN (SELECT value FROM json_each(?))"
+    return {row["id"] for row in store.read(sql, (provider, key_id, dump_json(ids).decode()))}
 
 
 def find_items(store: LogStore, ids: Sequence[str], key_id: str) -> dict[str, Json]:
@@ -21236,11 +21255,52 @@ async def pass_files(request: web.Request) -> web.StreamResponse:
         gateway.admit(call)
         provider = files_provider(gateway, request.headers.get("x-stockyard-provider", ""), kind)
         rest = request.rel_url.raw_path.removeprefix(f"/v1/{kind}")
+        target, path = Target(provider, ""), provider.row.path(kind, "", safe_path(rest))
         return await forward(
-            request, gateway, call, Target(provider, ""), provider.row.path(kind, "") + safe_path(rest)
+            request, gateway, call, target, path, read=await own_share(gateway, call, target, request.method, path)
         )
 
     return await logged(gateway, call, work)
+
+
+#: Takes an answer in JSON, and returns what the client may see of it.
+AnswerReader = Callable[[Json], Awaitable[Json]]
+MADE_IDS: Final = ("id", "output_file_id", "error_file_id")
+
+
+async def own_share(gateway: Gateway, call: Call, target: Target, method: str, path: str) -> AnswerReader | None:
+    """What a virtual key sees of the files and batches of an account that it shares with other keys: those it made.
+
+    The provider tells its clients apart by the account only. None where there is nothing to hide; NotFound for an id of
+    somebody else's.
+    """
+    store, provider, asked = gateway.store, target.provider, urllib.parse.unquote(urllib.parse.unquote(path.partition("?")[0]))
+    doors = [
+        provider.row.path(kind, "").partition("?")[0] for kind in ("files", "batches") if kind in provider.row.offers
+    ]
+    door = next((door for door in doors if f"{asked}/".lower().startswith(f"{door}/")), None)
+    if door is None or call.key is None or gateway.with_own_key(call, target) is not target:
+        return None
+    key_id, (named, *below) = call.key.id, asked[len(door) :].strip("/").split("/")
+    await store.flush()
+    if named and not await asyncio.to_thread(find_belongings, store, provider.id, key_id, [named]):
+        raise NotFound(f"no {door[1:]} of this key has the id {clean_header(named, 80)!r}", param="id")
+    if below and below != ["cancel"]:
+        return None  # the content
+
+    async def read(answer: Json) -> Json:
+        if method == "DELETE":
+            store.put_write("DELETE FROM belongings WHERE provider = ? AND id = ?", provider.id, named)
+        elif named or method == "POST":
+            keep_belongings(store, provider.id, key_id, [answer.get(name) for name in MADE_IDS])
+            await store.flush()
+        else:
+            listed = {item["id"]: item for item in answer.get("data") or ()}
+            mine = await asyncio.to_thread(find_belongings, store, provider.id, key_id, [*listed])
+            answer = {**answer, "data": [item for each, item in listed.items() if each in mine]}
+        return answer
+
+    return read
 
 
 def files_provider(gateway: Gateway, forced: str, kind: str) -> ConfiguredProvider:
@@ -21276,7 +21336,10 @@ async def pass_proxy(request: web.Request) -> web.StreamResponse:
         version = re.match(r"/v\d+[a-z0-9]*(?=/|$)", path)
         if version and provider.base_url.endswith(version[0]):
             path = path[len(version[0]) :]
-        return await forward(request, gateway, call, Target(provider, "", "path"), path)
+        target = Target(provider, "", "path")
+        return await forward(
+            request, gateway, call, target, path, read=await own_share(gateway, call, target, request.method, path)
+        )
 
     return await logged(gateway, call, work)
 
@@ -21346,8 +21409,9 @@ async def forward(
     path: str,
     read_ahead: bytes = b"",
     grown: int = 0,
+    read: AnswerReader | None = None,
 ) -> web.StreamResponse:
-    """Send the client's request on as it streams in, and the answer back as it streams out."""
+    """Send the client's request on as it streams in, and the answer back as it streams out, or as `read` makes it."""
     target = gateway.with_own_key(call, target)
     provider, settings = target.provider, gateway.settings
     call.provider, call.upstream_model = provider.id, target.model
@@ -21400,7 +21464,7 @@ async def forward(
             auto_decompress=False,
         ) as answer:
             line.status, line.is_unbilled = answer.status, is_unbilled_status(answer.status)
-            return await pass_answer(request, gateway, call, target, answer)
+            return await pass_answer(request, gateway, call, target, answer, read)
     except TimeoutError:
         raise UpstreamTimeout("the provider took too long") from None
     except aiohttp.ClientConnectorError as error:
@@ -21449,7 +21513,12 @@ async def upload_body(request: web.Request, gateway: Gateway, read_ahead: bytes)
 
 
 async def pass_answer(
-    request: web.Request, gateway: Gateway, call: Call, target: Target, answer: aiohttp.ClientResponse
+    request: web.Request,
+    gateway: Gateway,
+    call: Call,
+    target: Target,
+    answer: aiohttp.ClientResponse,
+    read: AnswerReader | None,
 ) -> web.StreamResponse:
     if 300 <= answer.status < 400:
         raise UpstreamError(
@@ -21464,12 +21533,12 @@ async def pass_answer(
         headers["content-encoding"] = answer.headers["content-encoding"]
     # A page among what passes (a file's content, an answer in HTML) must not run as one of this origin: the dashboard's.
     headers |= {**dict(gateway.answer_headers(call)), "content-security-policy": "sandbox"}
-    restorer = None
-    if gateway.output_rules(call) or (call.hidden is not None and call.hidden.values):
+    restorer, read = None, read if answer.ok else None
+    if read is not None or gateway.output_rules(call) or (call.hidden is not None and call.hidden.values):
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise UpstreamError("the provider sent a compressed answer unasked", code="upstream_malformed")
-        if answer.content_type != "text/event-stream":
-            return await pass_judged(gateway, call, target, answer, headers)
+        if read is not None or answer.content_type != "text/event-stream":
+            return await pass_judged(gateway, call, target, answer, headers, read)
         if gateway.output_rules(call):
             raise GuardrailBlocked(
                 "guardrails on answers are on for this call, and streams of /proxy cannot be judged; use /v1"
@@ -21499,14 +21568,26 @@ async def pass_answer(
 
 
 async def pass_judged(
-    gateway: Gateway, call: Call, target: Target, answer: aiohttp.ClientResponse, headers: dict[str, str]
+    gateway: Gateway,
+    call: Call,
+    target: Target,
+    answer: aiohttp.ClientResponse,
+    headers: dict[str, str],
+    read: AnswerReader | None,
 ) -> web.StreamResponse:
-    """A whole answer that guardrails judge and restore."""
+    """A whole answer that guardrails judge and restore, and of which `read` leaves what is the client's."""
     body = bytearray()
     async for piece in answer.content.iter_any():
         body += piece
         if len(body) > UPSTREAM_MAX_BODY_BYTES:
             raise UpstreamError("the provider's answer is too large", code="upstream_too_large")
+    if read is not None and body:
+        try:
+            body[:] = dump_json(await read(parse_json_object(bytes(body))))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UpstreamError(
+                "the provider's answer is no list or object of its kind", code="upstream_malformed"
+            ) from error
     watch_answer(gateway, call, target, answer.content_type, bytes(body))
     reply = Reply(answer.status, list(headers.items()), bytes(body))
     return to_response(gateway.restored(call, await gateway.judged(call, reply)))
@@ -21672,9 +21753,8 @@ async def pass_response(request: web.Request, gateway: Gateway, stored: StoredRe
     async def work() -> web.StreamResponse:
         gateway.admit(call)
         rest = request.rel_url.raw_path.removeprefix("/v1/responses")
-        return await forward(
-            request, gateway, call, Target(provider, ""), provider.row.path("responses", "") + safe_path(rest)
-        )
+        path = provider.row.path("responses", "", safe_path(rest))
+        return await forward(request, gateway, call, Target(provider, ""), path)
 
     return await logged(gateway, call, work)
 

@@ -364,3 +364,56 @@ async def test_a_keys_models_bind_those_that_a_provider_may_fall_back_to(start: 
         assert (await proxy.post("/v1/chat/completions", {**ask, "models": ["m"]}, **bearer))[0] == 200
         status, _, told = await proxy.post("/v1/chat/completions", {**ask, **more}, **bearer)
     assert (status, told["error"]["code"], len(proxy.upstream.seen)) == (403, "model_not_allowed", 1)
+
+
+FILE, BATCH = {"id": "file-a", "object": "file"}, {"id": "batch_a", "output_file_id": "file-out", "error_file_id": None}
+
+
+@pytest.mark.parametrize("door", ["/v1", "/proxy/openai/v1", "/proxy/openai"])
+async def test_files_and_batches_are_for_the_key_that_made_them(start: Start, door: str) -> None:
+    async with start() as proxy:
+        ours, theirs = await make_key(proxy), await make_key(proxy)
+        own = await make_key(proxy, provider_keys={"openai": {"env": "TEAM_KEY"}})
+        proxy.gateway.environment = {"TEAM_KEY": "sk-team"}
+
+        async def ask(method: str, path: str, key: dict[str, str], answer: Any, status: int = 200) -> Any:
+            proxy.upstream.answers = [plain(answer, status)]
+            async with proxy.session.request(method, proxy.url + door + path, headers=key) as got:
+                return await got.json() if got.status == status else got.status
+
+        listed = {"object": "list", "has_more": True, "data": [{"id": "file-b"}, FILE, {"id": "file-out"}]}
+        assert await ask("POST", "/files", ours, FILE) == FILE
+        assert await ask("GET", "/files", ours, listed) == {**listed, "data": [FILE]}
+        assert await ask("GET", "/files", theirs, listed) == {**listed, "data": []}
+        assert await ask("GET", "/files", own, listed) == listed
+        assert await ask("POST", "/batches", ours, BATCH | {"output_file_id": None}) == BATCH | {"output_file_id": None}
+        assert await ask("GET", "/files/file-out/content", ours, {"custom_id": "1"}) == 404
+        assert await ask("GET", "/batches/batch_a", ours, BATCH) == BATCH
+        assert await ask("GET", "/files/file-out/content", ours, {"custom_id": "1"}) == {"custom_id": "1"}
+        asked = len(proxy.upstream.seen)
+        for method, path in (
+            ("GET", "/files/file-a"), ("GET", "/files/file-a/content"), ("DELETE", "/files/file-a"), ("GET", "/files/file%2Da"),
+            ("POST", "/batches/batch_a/cancel"), ("GET", "/batches/batch_a"), ("GET", "/FILES/file-a"), ("GET", "/%66iles/file-a"),
+        ):  # fmt: skip
+            assert await ask(method, path, theirs, FILE) == 404
+        assert len(proxy.upstream.seen) == asked
+        assert await ask("GET", "/files/file-a", {"authorization": f"Bearer {proxy.gateway.admin_key}"}, FILE) == FILE
+        assert await ask("POST", "/batches/batch_a/cancel", ours, BATCH) == BATCH
+        assert await ask("DELETE", "/files/file-a", ours, {"error": {"message": "no"}}, 409) == {
+            "error": {"message": "no"}
+        }
+        assert await ask("DELETE", "/files/file-a", ours, {"id": "file-a", "deleted": True})
+        assert await ask("GET", "/files/file-a", ours, FILE) == 404
+        assert await ask("GET", "/files", ours, [FILE]) == 502
+
+
+async def test_one_file_of_an_azure_of_a_dated_version_has_its_id_before_the_query(start: Start) -> None:
+    given = {"AZURE_OPENAI_API_KEY": "k", "AZURE_OPENAI_ENDPOINT": "UPSTREAM", "OPENAI_API_VERSION": "2024-10-21"}
+    async with start(**given) as proxy:
+        proxy.upstream.answers = [plain(FILE)]
+        async with proxy.session.get(
+            proxy.url + "/v1/files/file-a?x=1", headers={"x-stockyard-provider": "azure"}
+        ) as got:
+            assert await got.json() == FILE
+        [seen] = proxy.upstream.seen
+    assert seen.path.endswith("/openai/files/file-a?api-version=2024-10-21&x=1")

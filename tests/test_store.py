@@ -399,6 +399,7 @@ def test_no_published_migration_is_edited() -> None:
         "cf0aba815e1ed4d9",
         "1e6f5ba3bbdb4a8d",
         "61a2c5e737270e9c",
+        "ed86cb53c30c5170",
     ]
 
 
