@@ -19643,7 +19643,7 @@ class Gateway:
         self, call: Call, target: Target, touched: Touched, cap: OutputCap | None, needed: int | None
     ) -> tuple[OutputCap | None, int | None]:
         """The cap and the cost of a call, lowered to what its budgets leave where they clamp and leave something."""
-        if needed and cap is not None and 0 < (room := await self.headroom(touched, needed)) < needed:
+        if needed and cap is not None and (room := await self.headroom(touched, needed)) < needed:
             return self.cost_bound(call, target, room)
         return cap, needed
 
@@ -19692,7 +19692,7 @@ class Gateway:
         if room_nanousd is not None:
             counts = range(min(cap.total_tokens, MAX_COUNT) + 1)
             bound = functools.partial(price.upper_bound, tokens_in)
-            affordable = max(0, bisect.bisect_right(counts, room_nanousd, key=bound) - 1)
+            affordable = bisect.bisect_right(counts, room_nanousd, key=bound) - 1
             clamped = output_token_cap(request, price.max_output_tokens, affordable, least)
             if MIN_CLAMPED_TOKENS <= affordable >= clamped.total_tokens:
                 cap = clamped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import openai
@@ -207,10 +208,36 @@ async def test_an_entry_may_have_its_share_of_the_cache(
                 cache.memory.clear()
             told = cache.recall(b"a", streamed) or await cache.fetch(b"a", streamed)
             found.append(told is not None and told.stream)
+            assert told is None or told is cache.memory.get(told.slot, 0)
         assert found == forms
     cache.memory.clear()
     monkeypatch.setattr(cache, "_now_ms", lambda: later_ms)
     assert await cache.fetch(b"a", True) is None
+
+
+async def test_an_entry_that_the_disk_gives_while_the_cache_is_emptied_is_not_kept(
+    gateway: s.Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, one, may_end, calls = gateway.cache, entry("a", expires_ms=int(NOON_S * 1000)), threading.Event(), []
+    assert cache.shelf is not None
+    cache.shelf.holds_until_ms = one.expires_ms
+    begun, flush = threading.Event(), gateway.store.flush
+
+    def find(*asked: Any) -> list[s.Entry]:
+        begun.set()
+        assert may_end.wait(20)
+        return [one]
+
+    async def flush_meanwhile() -> None:
+        calls.append(asyncio.ensure_future(cache.fetch(b"a", False)))
+        await until(begun.is_set)
+        await flush()
+
+    monkeypatch.setattr(cache.shelf, "find", find)
+    monkeypatch.setattr(gateway.store, "flush", flush_meanwhile)
+    await cache.clear()
+    may_end.set()
+    assert (await calls[0], len(cache.memory)) == (None, 0)
 
 
 async def test_the_operator_sees_what_is_held_and_what_it_saved(gateway: s.Gateway) -> None:
@@ -924,17 +951,19 @@ async def test_a_slow_rider_waits_alone_until_it_is_too_far_behind(start: Any) -
         assert (b"".join(slow.got), slow.began) == (b"".join(quick.got), 1)
 
 
-async def test_an_answer_to_another_system_text_of_its_route_is_not_given(start: Any) -> None:
+@pytest.mark.parametrize("rule", ['system_prefix = "{}"', 'headers = {{"x-title" = "{}"}}'])
+@pytest.mark.parametrize("path", [PATH, "/v1/messages"])
+async def test_an_answer_under_other_rules_of_its_route_is_not_given(start: Any, path: str, rule: str) -> None:
     """Rules of a route change the question, which the client's own body does not show."""
-    request = {"model": "house", "temperature": 0, "messages": [{"role": "user", "content": "Hi"}]}
-    route = '[routes.house]\ntargets = ["openai/gpt-4o-mini"]\nsystem_prefix = "{}"\n'
+    request = {"model": "house", "max_tokens": 9, "temperature": 0, "messages": [{"role": "user", "content": "Hi"}]}
+    route = f'[routes.house]\ntargets = ["openai/gpt-4o-mini"]\n{rule}\n'
     seen = []
     async with start(toml=route.format("Be brief.")) as proxy:
         gateway = proxy.gateway
         for prefix in ("Be brief.", "Be long.", "Be long."):
             settings = s.read_settings({"data_dir": gateway.settings.data_dir}, {}, route.format(prefix))
             s.prepare_settings(gateway, settings, gateway.environment)()
-            _, headers, _ = await proxy.post(PATH, request)
+            _, headers, _ = await proxy.post(path, request)
             seen.append(headers["x-stockyard-cache"])
     assert seen == ["miss", "miss", "hit"]
 

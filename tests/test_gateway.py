@@ -769,6 +769,18 @@ async def test_who_comes_at_a_bad_time_is_told_when_to_come_again(
     assert (caught.value.status, caught.value.retry_after_s) == (503, 1)
 
 
+async def test_the_shortest_deadline_of_any_route_is_looked_after(
+    gateway: stockyard.Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heeded: list[stockyard.Deadlines] = []
+    monkeypatch.setattr(gateway.upstream, "heed", heeded.append)
+    own = dataclasses.replace(gateway.upstream.deadlines, idle_s=0.5)
+    routes = {name: types.SimpleNamespace(deadlines=deadlines) for name, deadlines in (("a", None), ("b", own))}
+    monkeypatch.setattr(gateway.router, "routes", routes)
+    gateway.heed_routes()
+    assert heeded == [gateway.upstream.deadlines, own]
+
+
 class Watched(stockyard.Health):
     """Notes what it is told of the end of an attempt."""
 

@@ -658,6 +658,8 @@ def test_a_clock_that_goes_back_reopens_nothing_and_forth_refills_once() -> None
     with pytest.raises(BudgetExceeded) as caught:
         admit(again, 1, NOW_MS)
     assert caught.value.fields["window"] == "2026-11-23"
+    ledger.put_budget(Budget("c", 100, "day"), NOW_MS)
+    assert [row["window"] for row in ledger.snapshot(NOW_MS)] == ["2026-11-23"] * 2
 
 
 def test_an_open_hold_keeps_the_clock_from_going_back_over_a_crash() -> None:
