@@ -8218,6 +8218,8 @@ class Provider:
     #: Last touches to a body of the OpenAI dialect; called only when one of the parameters `adapts` is present.
     adapt: Callable[[Json, Translation], None] | None = None
     adapts: frozenset[str] = frozenset({"messages"})
+    #: Leaves out hosts dearer than dollars per million input tokens, per million output tokens, and per request.
+    limit_prices: Callable[[Json, float, float, float], Json] | None = None
     #: Names that the vendor retired, with what to send instead.
     aliases: Mapping[str, Json] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -8270,6 +8272,20 @@ def _offers(extra: str = "") -> frozenset[str]:
 
 def _drops(names: str) -> frozenset[str]:
     return frozenset(names.split())
+
+
+def _limit_openrouter(body: Json, prompt: float, completion: float, request: float) -> Json:
+    """OpenRouter: the hosts of a model differ in price. What the client asks stays where it is less.
+
+    Source: https://openrouter.ai/docs/guides/routing/provider-selection
+    """
+    wishes = body["provider"] if isinstance(body.get("provider"), dict) else {}
+    asked = wishes["max_price"] if isinstance(wishes.get("max_price"), dict) else {}
+    most = {"prompt": prompt, "completion": completion, "request": request}
+    for name, usd in most.items():
+        with contextlib.suppress(TypeError, ValueError):
+            most[name] = min(usd, float(asked[name])) if name in asked else usd
+    return {**body, "provider": {**wishes, "max_price": {**asked, **most}}}
 
 
 def _adapt_mistral(body: Json, translation: Translation) -> None:
@@ -8390,6 +8406,7 @@ PROVIDERS: Final[tuple[Provider, ...]] = (
     Provider(
         id="openrouter", name="OpenRouter", key_env=("OPENROUTER_API_KEY",), base_url="https://openrouter.ai/api/v1",
         offers=_offers("completions embeddings responses"), renames=_MAX_TOKENS, also_speaks=_NATIVE_RESPONSES,
+        limit_prices=_limit_openrouter,
     ),
     Provider(
         id="azure", name="Azure OpenAI", key_env=("AZURE_OPENAI_API_KEY", "AZURE_API_KEY", "AZURE_OPENAI_AD_TOKEN"),
@@ -20049,6 +20066,8 @@ class Gateway:
             call.dropped, call.sent_dialect = translation.dropped, dialect.name
         else:
             body, kind = self.passing_body(call, target, dialect), call.endpoint.door or kind
+        if row.limit_prices is not None and call.held_tokens is not None:
+            body = self.with_prices(call, target, body)
         path = dialect.path(row, target.model, call.stream) if kind == "chat" else row.path(kind, target.model)
         origin, head = self.request_head(target.provider, dialect, path, call)
         if target.provider.credentials is not None:
@@ -20056,6 +20075,16 @@ class Gateway:
         call.sent_body = body if body is not call.body else b""
         deadlines = call.route.deadlines if call.route is not None else None
         return Outgoing(origin, head, body, dialect, translation, kind, deadlines)
+
+    def with_prices(self, call: Call, target: Target, body: bytes) -> bytes:
+        """A body that lets its provider choose among hosts, but no dearer one than money is held for."""
+        price = self.prices.find(target.provider.id, target.model, call.ts_ms / 1000, asked_terms(call.request)[0])
+        limit = target.provider.row.limit_prices
+        if price is None or limit is None:
+            return body
+        document, rates = orjson.loads(body), price.tiers[0]
+        limited = limit(document, rates.input / 1e9, rates.output / 1e9, rates.requests / 1e15)
+        return splice_change(body, document, limited)
 
     @staticmethod
     def check_cap(call: Call, body: Json) -> None:
@@ -21274,7 +21303,11 @@ async def own_share(gateway: Gateway, call: Call, target: Target, method: str, p
     The provider tells its clients apart by the account only. None where there is nothing to hide; NotFound for an id of
     somebody else's.
     """
-    store, provider, asked = gateway.store, target.provider, urllib.parse.unquote(urllib.parse.unquote(path.partition("?")[0]))
+    store, provider, asked = (
+        gateway.store,
+        target.provider,
+        urllib.parse.unquote(urllib.parse.unquote(path.partition("?")[0])),
+    )
     doors = [
         provider.row.path(kind, "").partition("?")[0] for kind in ("files", "batches") if kind in provider.row.offers
     ]

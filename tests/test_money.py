@@ -465,6 +465,38 @@ async def test_what_a_model_bills_unasked_is_bounded_or_refused(start: Start, mo
     assert (status, told["error"]["needed_nanousd"] is not None) == (429, is_bounded)
 
 
+@pytest.mark.parametrize(
+    ("wishes", "most"),
+    [
+        (None, {"prompt": 0.15, "completion": 0.6, "request": 0}),
+        ({"order": ["a"]}, {"prompt": 0.15, "completion": 0.6, "request": 0}),
+        ({"max_price": {"prompt": 0.1, "completion": "5", "image": 1}}, {"prompt": 0.1, "completion": 0.6, "request": 0, "image": 1}),
+        ({"max_price": {"prompt": "much"}}, {"prompt": 0.15, "completion": 0.6, "request": 0}),
+        ("any", {"prompt": 0.15, "completion": 0.6, "request": 0}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"max_tokens": 5, "messages": ASK["messages"]}),
+        ("/v1/responses", {"max_output_tokens": 20, "input": "Hi"}),
+    ],
+)
+async def test_a_host_dearer_than_what_is_held_is_left_out_where_the_provider_has_several(
+    start: Start, path: str, body: dict[str, Any], wishes: Any, most: dict[str, float]
+) -> None:
+    body = {"model": "openrouter/openai/gpt-4o-mini", **body, **({"provider": wishes} if wishes else {})}
+    given = {"OPENROUTER_API_KEY": "k", "OPENROUTER_BASE_URL": "UPSTREAM"}
+    async with start(budget="5/day", cache="off", **given) as proxy:
+        await proxy.post(path, body)
+        [seen] = proxy.upstream.seen
+    assert seen.json["provider"] == {**(wishes if isinstance(wishes, dict) else {}), "max_price": most}
+    async with start(cache="off", **given) as proxy:
+        await proxy.post(path, body)
+        [seen] = proxy.upstream.seen
+    assert seen.json.get("provider") == wishes
+
+
 async def test_a_call_may_say_the_most_that_it_may_cost(start: Start) -> None:
     async with start(toml=PRICES, cache="off") as proxy:
 
