@@ -9430,6 +9430,21 @@ def parse_toml(text: str, path: str) -> tuple[Json, dict[str, Any]]:
     return values, {name: value for name, value in document.items() if name in TOML_TABLES}
 
 
+UNKNOWN_MEMBER: Final = re.compile(r"has no member `([^`]+)`|'([^']+)' is not known")
+
+
+def with_line(message: str, toml: str, path: str) -> str:
+    """A complaint about an unknown name inside a table, with the lines of the file that set such a name."""
+    found = UNKNOWN_MEMBER.search(message)
+    name = re.escape(found[1] or found[2]) if found else ""
+    lines = [
+        str(at)
+        for at, row in enumerate(toml.splitlines(), 1)
+        if name and re.search(rf"(^|[{{,])\s*[\"']?{name}[\"']?\s*=", row)
+    ]
+    return f"{path}, line {' or '.join(lines)}: {message}" if lines else message
+
+
 def read_settings(
     flags: Mapping[str, str | None], environment: Mapping[str, str], toml: str = "", toml_path: str = "stockyard.toml"
 ) -> Settings:
@@ -12753,7 +12768,9 @@ def declare_keys(
     (`sha256:` and the hex digest of the secret).
     """
     found: dict[str, VirtualKey] = {}
-    for name, row in _read_object(table, "keys", table if isinstance(table, dict) else ()).items():
+    if not isinstance(table, dict):
+        raise _invalid("keys", "one table a key, as in [keys.NAME]")
+    for name, row in table.items():
         where = f"keys.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
             raise _invalid(where, "named with letters, digits, `_` and `-`")
@@ -23218,7 +23235,10 @@ def reloader(
             if settings.sources[name] not in ("default", path or "stockyard.toml"):
                 raise SettingsError(f"{name} is set by {settings.sources[name]}, which stockyard.toml cannot change")
         changed = changed_settings(gateway.settings, settings)
-        apply = prepare_settings(gateway, settings, environment)
+        try:
+            apply = prepare_settings(gateway, settings, environment)
+        except SettingsError as error:
+            raise SettingsError(with_line(str(error), text, path)) from None
         if not only_check:
             if changes:
                 replace_file(Path(path) if path else settings.data_path / "stockyard.toml", text)
@@ -25456,7 +25476,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SettingsError, StoreError, InvalidRequest, OSError) as error:
-        print(f"{paint(PROGRAM, 'bad', sys.stderr)}: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, SettingsError):
+            with contextlib.suppress(SettingsError, OSError, ValueError):
+                message = with_line(message, *find_config(os.environ, given_flags(options)))
+        print(f"{paint(PROGRAM, 'bad', sys.stderr)}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -421,6 +421,9 @@ async def test_settings_reload_all_or_nothing(reloadable: Start, tmp_path: Path)
             status, told = await admin.ask("POST", "/api/config/reload")
             assert (status, told["error"]["code"]) == (400, "invalid_settings")
             assert (proxy.gateway.settings.retries, "groq" in proxy.gateway.router.providers) == (3, True)
+        toml.write_text("retries = 5\n[limits]\nrps = 1\n")
+        status, told = await admin.ask("POST", "/api/config/reload")
+        assert (status, "stockyard.toml, line 3: " in told["error"]["message"]) == (400, True)
 
 
 async def test_settings_change_by_the_api_and_stay_in_the_file(reloadable: Start, tmp_path: Path) -> None:

@@ -149,6 +149,25 @@ def test_what_a_start_would_refuse_is_found_before_it(shell: Shell, command: lis
     assert wrong in shell.run(*command, status=2 if command[0] == "config" else 1)
 
 
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        (
+            '[[budgets]]\nusd = 1\nperiod = "day"\n\n[[budgets]]\nlimit = 1',
+            "stockyard.toml, line 6: budget: `budgets[1]` has no",
+        ),
+        ('retries = 1\n[routes.a]\n"target" = ["echo"]', "stockyard.toml, line 3: [routes.a]: 'target' is not known"),
+        ("providers.groq = {key = 1}", "stockyard.toml, line 1: [providers.groq]: 'key' is not known"),
+        ("[keys.a]\nage = 1\n[keys.b]\nage = 2", "stockyard.toml, line 2 or 4: `keys.a` has no member `age`"),
+        ("[[keys]]\nage = 1", "`keys` must be one table a key, as in [keys.NAME]"),
+    ],
+)
+def test_an_unknown_name_inside_a_table_is_told_with_its_line(shell: Shell, toml: str, told: str) -> None:
+    Path("stockyard.toml").write_text(toml)
+    assert told in shell.run("config", "check", status=2)
+    assert told in shell.run("serve", "--port", "0", status=2)
+
+
 def healthy(fake: FakeUpstream) -> list[Any]:
     return []
 
