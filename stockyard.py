@@ -3622,8 +3622,7 @@ class OpenAiResponses(Dialect):
         """Refuse what is no option but the conversation itself, where none but a Responses provider has it."""
         extra = (canonical.get("extra_body") or {}).get(self.name) or {}
         if extra.get("previous_response_id") is not None:
-            message = f"Previous response with id '{extra['previous_response_id']}' not found."
-            raise InvalidRequest(message, code="previous_response_not_found", param="previous_response_id")
+            raise no_previous_response(extra["previous_response_id"])
         for name in ("conversation", "prompt", "background"):
             if extra.get(name):
                 raise InvalidRequest(f"`{name}` needs a provider of OpenAI's Responses API", param=name)
@@ -3808,6 +3807,11 @@ def input_items(request: Json) -> list[Json]:
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
     return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+
+
+def no_previous_response(response_id: Any) -> InvalidRequest:
+    message = f"Previous response with id '{response_id}' not found."
+    return InvalidRequest(message, code="previous_response_not_found", param="previous_response_id")
 
 
 def stored_items(request: Json, response: Json) -> list[Json]:
@@ -19162,6 +19166,8 @@ class Gateway:
             await asyncio.to_thread(find_response, store, previous, call.key_id) if isinstance(previous, str) else None
         )
         items = await asyncio.to_thread(find_items, store, ids, call.key_id) if ids else {}
+        if isinstance(previous, str) and stored is None and call.key is not None and not call.key.provider_keys:
+            raise no_previous_response(clean_header(previous, 80))  # the provider has it, maybe: for another key
         if stored is not None and stored.response is not None:
             request = resume(request, stored.items)
             call.must_translate = True

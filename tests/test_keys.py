@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Start, until
-from upstreams import COMPLETION, plain
+from upstreams import COMPLETION, GOLDENS, plain, stream
 
 import stockyard
 
@@ -417,3 +417,24 @@ async def test_one_file_of_an_azure_of_a_dated_version_has_its_id_before_the_que
             assert await got.json() == FILE
         [seen] = proxy.upstream.seen
     assert seen.path.endswith("/openai/files/file-a?api-version=2024-10-21&x=1")
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "stream"])
+async def test_a_conversation_that_the_provider_keeps_is_for_the_key_that_began_it(
+    start: Start, streamed: bool
+) -> None:
+    golden = GOLDENS["responses"]
+    async with start() as proxy:
+        ours, theirs = await make_key(proxy), await make_key(proxy)
+        own = await make_key(proxy, provider_keys={"openai": {"env": "TEAM_KEY"}})
+        proxy.gateway.environment = {"TEAM_KEY": "sk-team"}
+        proxy.upstream.answers = [stream(golden.pieces) if streamed else plain(golden.plain)]
+        await proxy.post(golden.path, {**golden.request, "stream": streamed}, **ours)
+        body = {**golden.request, "previous_response_id": golden.plain["id"]}
+        proxy.upstream.answers = [plain({**golden.plain, "id": "resp_next"})]
+        status, _, told = await proxy.post(golden.path, body, **theirs)
+        assert (status, told["error"]["code"]) == (400, "previous_response_not_found")
+        assert len(proxy.upstream.seen) == 1
+        for key in (ours, own, {"authorization": f"Bearer {proxy.gateway.admin_key}"}):
+            assert (await proxy.post(golden.path, body, **key))[0] == 200
+            assert proxy.upstream.seen[-1].json["previous_response_id"] == golden.plain["id"]
