@@ -285,7 +285,7 @@ async def test_a_hard_budget_holds_over_all_attempts(start: Start, hedged: bool)
 
 
 async def test_a_stream_below_its_rate_is_stalled(start: Start) -> None:
-    toml = FALLBACK + "min_bytes_per_s = 5000\n"
+    toml = FALLBACK.replace("0.5", "1.5") + "min_bytes_per_s = 5000\n"
     async with fake_upstream() as second, start(toml=toml, **SECOND, GROQ_BASE_URL=second.url) as proxy:
         slow = [chunk({"role": "assistant", "content": ""}), *(chunk({}) for _ in range(100))]
         proxy.upstream.answers = [stream(slow, gap_s=0.1)]
