@@ -1077,6 +1077,9 @@ class Dialect:
     #: What a request holds that gives back opaque state of another provider: its bytes must not pass through.
     foreign_marks: ClassVar[tuple[bytes, ...]] = ()
     heartbeat: ClassVar[bytes] = b": heartbeat\n\n"
+    #: What builds a request's body, and what reads a stream.
+    encoder: ClassVar[type[Encoder]]
+    stream_decoder: ClassVar[type[EventDecoder]]
 
     def __init_subclass__(cls) -> None:
         if "family" not in cls.__dict__ and not cls.family:
@@ -1142,14 +1145,15 @@ class Dialect:
 
     def encode(self, request: Json, translation: Translation) -> Json:
         """A canonical request as the provider's body."""
-        raise NotImplementedError
+        return self.encoder(self, request, translation).build()
 
     def decode(self, answer: Json, translation: Translation) -> Json:
-        """The provider's answer as a canonical completion."""
-        raise NotImplementedError
+        """The provider's answer as a canonical completion: read as a stream of itself."""
+        with provider_shape():
+            return join_chunks(self.decoder(translation).read_whole(answer))
 
-    def decoder(self, translation: Translation) -> Decoder:
-        raise NotImplementedError
+    def decoder(self, translation: Translation) -> EventDecoder:
+        return self.stream_decoder(self, translation)
 
     def encode_embeddings(self, request: Json, translation: Translation) -> Json:
         """OpenAI's embeddings request as the provider's."""
@@ -2020,14 +2024,16 @@ class Encoder:
     MESSAGE: ClassVar[frozenset[str]] = CARRIED_IN_MESSAGES
     ROLES: ClassVar[Mapping[str, Callable[[Any, Json, str], None]]] = {}
     WRITERS: ClassVar[Mapping[str, Callable[[Any, Any], None]]] = {}
+    build: Callable[[], Json]
     #: Members that are read where they are needed.
     CARRIED: ClassVar[frozenset[str]] = ALWAYS_CARRIED
     #: Names that the provider takes for tools, and the letters that it does not.
     FIT_NAME: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9_-]{1,64}")
     UNFIT_LETTER: ClassVar[re.Pattern[str]] = re.compile(r"[^A-Za-z0-9_-]")
 
-    def __init__(self, request: Json, translation: Translation) -> None:
+    def __init__(self, dialect: Dialect, request: Json, translation: Translation) -> None:
         self._request, self._translation, self._drop = with_effort(request), translation, translation.drop
+        self._dialect = dialect
         self._fitted: dict[str, str] = {}
 
     def _write_messages(self) -> None:
@@ -2064,9 +2070,13 @@ class Encoder:
 
 
 class EventDecoder:
-    """What decoders of server-sent events share; a subclass reads one event at a time, and says when it was the last."""
+    """What decoders share; a subclass reads one event at a time, and says when it was the last.
+
+    `read_whole` gives the chunks of a plain answer.
+    """
 
     _read: Callable[[str, bytes], list[Json]]
+    read_whole: Callable[[Json], list[Json]]
 
     def __init__(self, dialect: Dialect, translation: Translation) -> None:
         self._dialect, self._translation = dialect, translation
@@ -2250,10 +2260,6 @@ def settle_finish(choice: Json) -> bool:
 class OpenAiDecoder(EventDecoder):
     """Reads a compatible provider's chat stream into canonical chunks. UpstreamError for an error inside the stream."""
 
-    def __init__(self, dialect: OpenAiChat, translation: Translation) -> None:
-        super().__init__(dialect, translation)
-        self._read_usage = dialect.read_usage_for
-
     def _read(self, name: str, payload: bytes) -> list[Json]:
         if payload.strip() == b"[DONE]":
             self.complete = True
@@ -2265,7 +2271,7 @@ class OpenAiDecoder(EventDecoder):
             settle_finish(choice)
             self.complete = self.complete or bool(choice.get("finish_reason"))
         if chunk.get("usage") or "x_groq" in chunk:
-            usage = self._read_usage(chunk, self._translation.provider)
+            usage = self._dialect.read_usage_for(chunk, self._translation.provider)
             chunk |= {"usage": write_openai_usage(usage)} if usage else {}
         return [chunk]
 
@@ -2379,6 +2385,7 @@ class OpenAiChat(Dialect):
     name = "openai"
     usage_on_request = True
     forwarded_headers = ("openai-beta", "x-title", "http-referer")
+    stream_decoder = OpenAiDecoder
 
     def parse(self, body: Json, path: Mapping[str, str]) -> Json:
         messages = body.get("messages")
@@ -2453,9 +2460,6 @@ class OpenAiChat(Dialect):
         if usage:
             answer["usage"] = write_openai_usage(usage)
         return answer
-
-    def decoder(self, translation: Translation) -> OpenAiDecoder:
-        return OpenAiDecoder(self, translation)
 
     def read_usage_for(self, answer: Json, provider: Provider) -> Usage | None:
         usage = answer.get("usage") or (answer.get("x_groq") or {}).get("usage")
@@ -3036,12 +3040,13 @@ class ResponsesDecoder(EventDecoder):
     """Reads a Responses stream into canonical chunks.
 
     Deltas are told on as they come. What only an item's end, or the whole response at the very end, says is added then,
-    so that missing events cost nothing but time. A plain answer is read by the same code, as a stream of its end alone.
+    so that missing events cost nothing but time. A plain answer is a stream of its end alone.
     """
 
-    def __init__(self, dialect: OpenAiResponses, translation: Translation) -> None:
+    _dialect: OpenAiResponses
+
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
         super().__init__(dialect, translation)
-        self._responses = dialect
         self._items: dict[Any, ItemProgress] = {}
         self._begun = False
         self._out: list[Json] = []
@@ -3057,22 +3062,22 @@ class ResponsesDecoder(EventDecoder):
 
     def read(self, kind: str, event: Json) -> None:
         if kind == "error" or (event.get("error") and "response" not in event):
-            raise self._responses.failure(event.get("error") or event)
+            raise self._dialect.failure(event.get("error") or event)
         reader = self.READERS.get(kind)
         if reader is not None:
             with provider_shape():
                 reader(self, event)
 
-    def finish(self, response: Json) -> list[Json]:
+    def read_whole(self, response: Json) -> list[Json]:
         """Read the final response: what was not told yet, why it ended, and what it took."""
-        self._responses.refuse_failed(response)
+        self._dialect.refuse_failed(response)
         self._open(response)
         output = response.get("output")
         for at, item in enumerate(output if isinstance(output, list) else ()):
             if isinstance(item, dict):
                 self._end_item(self._item_at(at), item)
         self._emit({}, read_responses_finish(response, bool(self._calls.started)))
-        usage = self._responses.read_usage(response)
+        usage = self._dialect.read_usage(response)
         if usage is not None:
             self._out.append(self._chunks.usage(write_openai_usage(usage)))
         self.complete = True
@@ -3185,7 +3190,7 @@ class ResponsesDecoder(EventDecoder):
         self._end_native(progress, item)
 
     def _end_native(self, progress: ItemProgress, item: Json) -> None:
-        if not self._responses.encoder.takes_items:
+        if not self._dialect.encoder.takes_items:
             return
         block: Json = {"type": "reasoning_item", "item": item, "provider": self._translation.provider.id}
         stood = filled(calls_before=progress.calls_before, text_before=progress.text_before)
@@ -3204,13 +3209,11 @@ class ResponsesDecoder(EventDecoder):
             self._emit({"annotations": sources})
 
     def _completed(self, event: Json) -> None:
-        self.finish(event.get("response") or {})
+        self.read_whole(event.get("response") or {})
 
     def _failed(self, event: Json) -> None:
         response = event.get("response") or {}
-        raise self._responses.failure(
-            response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"}
-        )
+        raise self._dialect.failure(response.get("error") or {"message": f"the answer ended as `{event.get('type')}`"})
 
     #: What a piece is a piece of, where its place stands, and the member of a delta it becomes.
     TEXTS: ClassVar[Mapping[str, tuple[str, str, str]]] = {
@@ -3533,6 +3536,7 @@ class OpenAiResponses(Dialect):
     foreign_marks = (PACKED_PREFIX.encode(),)
     forwarded_headers: ClassVar[tuple[str, ...]] = ("openai-beta",)
     encoder: ClassVar[type[ResponsesEncoder]] = ResponsesEncoder
+    stream_decoder = ResponsesDecoder
 
     # -- client side
 
@@ -3663,19 +3667,12 @@ class OpenAiResponses(Dialect):
     def path(self, provider: Provider, model: str, stream: bool) -> str:
         return "/responses"
 
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return self.encoder(request, translation).build()
-
     def decode(self, answer: Json, translation: Translation) -> Json:
         if not isinstance(answer.get("output"), list) and not answer.get("error"):
             raise UpstreamError("the provider's answer has no `output`", code="upstream_malformed")
         if answer.get("status") in ("queued", "in_progress"):
             raise UpstreamError("the provider answered before it had finished", code="upstream_malformed")
-        with provider_shape():
-            return join_chunks(ResponsesDecoder(self, translation).finish(answer))
-
-    def decoder(self, translation: Translation) -> Decoder:
-        return ResponsesDecoder(self, translation)
+        return super().decode(answer, translation)
 
     def read_usage(self, answer: Json) -> Usage | None:
         usage = answer.get("usage")
@@ -4172,9 +4169,11 @@ class GeminiEncoder(Encoder):
     FIT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
     UNFIT_LETTER = re.compile(r"[^A-Za-z0-9_.:-]")
 
-    def __init__(self, dialect: GeminiGenerate, request: Json, translation: Translation) -> None:
-        super().__init__(request, translation)
-        self._dialect, self._family = dialect, gemini_family(translation.model)
+    _dialect: GeminiGenerate
+
+    def __init__(self, dialect: Dialect, request: Json, translation: Translation) -> None:
+        super().__init__(dialect, request, translation)
+        self._family = gemini_family(translation.model)
         self._body: Json = {}
         self._system: list[Json] = []
         self._contents: list[Json] = []
@@ -4733,9 +4732,9 @@ class GeminiProgress:
 
 
 class GeminiDecoder(EventDecoder):
-    """Reads a stream of partial answers; a plain answer is a stream of one."""
+    """Reads a stream of partial answers."""
 
-    def __init__(self, dialect: GeminiGenerate, translation: Translation) -> None:
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
         super().__init__(dialect, translation)
         self._events = SseReader(parse_google_block)
         self._candidates: dict[int, GeminiProgress] = {}
@@ -4755,7 +4754,6 @@ class GeminiDecoder(EventDecoder):
         return chunks
 
     def read_whole(self, answer: Json) -> list[Json]:
-        """A plain answer, read as a stream of itself."""
         with provider_shape():
             return self._read_event(answer) + self.close()
 
@@ -5308,6 +5306,8 @@ class GeminiGenerate(Dialect):
     """Google's generateContent on the Developer API."""
 
     name = "gemini"
+    encoder = GeminiEncoder
+    stream_decoder = GeminiDecoder
     foreign_marks = (PACKED_PREFIX.encode(),)
     #: Google's own SDK takes a comment line for broken JSON; an empty line says nothing in both of its stream formats.
     heartbeat = b"\r\n"
@@ -5405,19 +5405,13 @@ class GeminiGenerate(Dialect):
         path = provider.path("stream" if stream else "chat", model)
         return path.replace("/models/tunedModels%2F", "/tunedModels/")
 
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return GeminiEncoder(self, request, translation).build()
-
     def decode(self, answer: Json, translation: Translation) -> Json:
-        chunks = GeminiDecoder(self, translation).read_whole(answer)
+        chunks = self.decoder(translation).read_whole(answer)
         indexes = sorted({choice["index"] for chunk in chunks for choice in chunk["choices"]})
         if not indexes:
             raise UpstreamError("the provider's answer has no `candidates`", code="upstream_malformed")
         wholes = [join_chunks(chunks, index) for index in indexes]
         return {**wholes[0], "choices": [choice for whole in wholes for choice in whole["choices"]]}
-
-    def decoder(self, translation: Translation) -> GeminiDecoder:
-        return GeminiDecoder(self, translation)
 
     def read_usage(self, answer: Json) -> Usage | None:
         meta = answer.get("usageMetadata")
@@ -5938,17 +5932,18 @@ def write_claude_usage(usage: Json | None) -> Json:
 
 
 class AnthropicDecoder(EventDecoder):
-    """Reads a Messages stream into canonical chunks; a plain answer is read by the same code, as a stream of itself."""
+    """Reads a Messages stream into canonical chunks."""
 
-    def __init__(self, dialect: AnthropicMessages, translation: Translation) -> None:
+    _dialect: AnthropicMessages
+
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
         super().__init__(dialect, translation)
-        self._refuse_error = dialect.refuse_error
         self._blocks: dict[int, Json] = {}
         self._usage: Json = {}
 
     def _read(self, name: str, payload: bytes) -> list[Json]:
         event = read_event_json(payload)
-        self._refuse_error(event)
+        self._dialect.refuse_error(event)
         reader = self.READERS.get(str(event.get("type")))
         with provider_shape():
             return [] if reader is None else reader(self, event)
@@ -6359,6 +6354,8 @@ class AnthropicMessages(Dialect):
     """Both sides of Anthropic's Messages API."""
 
     name = "anthropic"
+    encoder = AnthropicEncoder
+    stream_decoder = AnthropicDecoder
     #: Thinking that nobody signed, so another provider's: Anthropic refuses it.
     foreign_marks = (b'"signature":""', b'"signature": ""')
     forwarded_headers = ("anthropic-version", "anthropic-beta")
@@ -6422,18 +6419,11 @@ class AnthropicMessages(Dialect):
 
     # -- provider side
 
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return AnthropicEncoder(request, translation).build()
-
     def decode(self, answer: Json, translation: Translation) -> Json:
         self.refuse_error(answer)
         if not isinstance(answer.get("content"), list):
             raise UpstreamError("the provider's answer has no `content`", code="upstream_malformed")
-        with provider_shape():
-            return join_chunks(AnthropicDecoder(self, translation).read_whole(answer))
-
-    def decoder(self, translation: Translation) -> Decoder:
-        return AnthropicDecoder(self, translation)
+        return super().decode(answer, translation)
 
     def read_usage(self, answer: Json) -> Usage | None:
         usage = answer.get("usage")
@@ -6680,10 +6670,7 @@ def read_cohere_logprobs(items: Any) -> Json | None:
 
 
 class CohereDecoder(EventDecoder):
-    """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent.
-
-    A plain answer is read by the same code, as a stream of itself.
-    """
+    """Reads a v2 chat stream. `message-end` ends it; `[DONE]` after it is not always sent."""
 
     def __init__(self, dialect: Dialect, translation: Translation) -> None:
         super().__init__(dialect, translation)
@@ -6786,17 +6773,9 @@ class CohereChat(Dialect):
     """Cohere's v2 API as a provider: chat, and embeddings and reranking beside it."""
 
     name = "cohere"
+    encoder = CohereEncoder
+    stream_decoder = CohereDecoder
     embeddings_at_once: ClassVar[int] = 96
-
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return CohereEncoder(request, translation).build()
-
-    def decode(self, answer: Json, translation: Translation) -> Json:
-        with provider_shape():
-            return join_chunks(CohereDecoder(self, translation).read_whole(answer))
-
-    def decoder(self, translation: Translation) -> CohereDecoder:
-        return CohereDecoder(self, translation)
 
     def read_usage(self, answer: Json) -> Usage | None:
         """Usage of a chat, embeddings or rerank answer; `searches` are rerank's search units."""
@@ -7566,27 +7545,20 @@ WHOLE_BLOCKS: Final[Mapping[str, Callable[[Any], list[Json]]]] = {
 }
 
 
-class BedrockDecoder:
-    """Reads a ConverseStream. `messageStop` proves a whole answer; usage follows in `metadata`.
+class BedrockDecoder(EventDecoder):
+    """Reads a ConverseStream. `messageStop` proves a whole answer; usage follows in `metadata`."""
 
-    A plain answer is read by the same code, as a stream of itself.
-    """
+    _dialect: BedrockConverse
 
-    def __init__(self, dialect: BedrockConverse, translation: Translation) -> None:
-        self._dialect = dialect
+    def __init__(self, dialect: Dialect, translation: Translation) -> None:
+        super().__init__(dialect, translation)
         self._frames = EventStreamReader()
-        self._chunks = ChunkWriter(translation)
-        self._calls = CallWriter(translation)
         self._blocks: dict[int, Json] = {}  # thinking, server tools and images, put together until their block stops
         self._cited: dict[int, int] = {}
         self._length = 0
-        self.complete = False
 
     def feed(self, data: bytes) -> list[Json]:
-        return [chunk for headers, payload in self._frames.feed(data) for chunk in self._read(headers, payload)]
-
-    def close(self) -> list[Json]:
-        return []
+        return [chunk for headers, payload in self._frames.feed(data) for chunk in self._read_frame(headers, payload)]
 
     def read_whole(self, answer: Json) -> list[Json]:
         chunks = self._start({})
@@ -7598,7 +7570,7 @@ class BedrockDecoder:
             chunks += self._stop({"contentBlockIndex": index})
         return chunks + self._end(given(answer, "stopReason")) + self._meta(given(answer, "usage"))
 
-    def _read(self, headers: Mapping[str, Any], payload: bytes) -> list[Json]:
+    def _read_frame(self, headers: Mapping[str, Any], payload: bytes) -> list[Json]:
         kind = headers.get(":message-type")
         if kind == "exception":
             raise self._dialect.read_error(502, payload, str(headers.get(":exception-type") or ""))
@@ -7781,6 +7753,8 @@ class BedrockConverse(Dialect):
     """AWS Bedrock as a provider: Converse for chat, InvokeModel for embeddings."""
 
     name = "bedrock"
+    encoder = BedrockEncoder
+    stream_decoder = BedrockDecoder
     stream_type: ClassVar[str] = "application/vnd.amazon.eventstream"
     events: ClassVar[bool] = False
 
@@ -7794,16 +7768,10 @@ class BedrockConverse(Dialect):
             return 0
         return 2 * THINKING_BUDGETS.get(str(effort), 8192)
 
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return BedrockEncoder(request, translation).build()
-
     def decode(self, answer: Json, translation: Translation) -> Json:
+        completion = super().decode(answer, translation)
         with provider_shape():
-            chunks = BedrockDecoder(self, translation).read_whole(answer)
-            return {**join_chunks(chunks), **read_bedrock_extras(answer)}
-
-    def decoder(self, translation: Translation) -> BedrockDecoder:
-        return BedrockDecoder(self, translation)
+            return {**completion, **read_bedrock_extras(answer)}
 
     def read_usage(self, answer: Json) -> Usage | None:
         """Usage of a Converse answer, or of a Titan embedding."""
@@ -8037,6 +8005,8 @@ class ReplicatePredictions(Dialect):
     """Replicate as a provider of chat."""
 
     name = "replicate"
+    encoder = ReplicateEncoder
+    stream_decoder = ReplicateDecoder
     follows = True
 
     def least_output_tokens(self, request: Json, model: str) -> int:
@@ -8050,9 +8020,6 @@ class ReplicatePredictions(Dialect):
     def headers_for(self, stream: bool) -> Mapping[str, str]:
         """A plain call waits for its prediction, up to a minute; a streamed one must not."""
         return {} if stream else {"prefer": "wait"}
-
-    def encode(self, request: Json, translation: Translation) -> Json:
-        return ReplicateEncoder(request, translation).build()
 
     def follow(self, answer: Json, translation: Translation, base_url: str) -> str | None:
         """The address to GET next, with the same key, in place of reading `answer`; None where `answer` is the end.
@@ -8089,9 +8056,6 @@ class ReplicatePredictions(Dialect):
         chunks.id = answer.get("id") or ""
         told = [chunks.delta({"content": read_replicate_output(answer.get("output"))}, "stop")]
         return join_chunks([*told, *([chunks.usage(write_openai_usage(usage))] if usage else [])])
-
-    def decoder(self, translation: Translation) -> ReplicateDecoder:
-        return ReplicateDecoder(self, translation)
 
     def read_usage(self, answer: Json) -> Usage | None:
         """Token counts of a finished prediction; None for models that are billed by the second."""
