@@ -14861,6 +14861,12 @@ MIGRATIONS: Final = (
     """
     CREATE TABLE belongings (provider TEXT NOT NULL, id TEXT NOT NULL, key_id TEXT NOT NULL, PRIMARY KEY (provider, id)) WITHOUT ROWID;
     """,
+    """
+    DROP INDEX calls_by_session;
+    CREATE INDEX calls_by_session ON calls (
+        session, label, input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens, cost_nanousd
+    ) WHERE session != '';
+    """,
 )
 
 #: The migration that made the table `calls`, and from how many rows on migrations are told of.
@@ -16482,7 +16488,7 @@ SPEND_BY: Final[Mapping[str, str]] = {
 KNOWN_TAGS: Final = f"tag IN (SELECT tag FROM points WHERE span_s = {DAY_S} AND kind = 'tag')"  # noqa: S608 - a number
 #: Summed from the rows themselves, for as long as those are kept: there are too many of them for sums of their own.
 SPEND_BY_ROWS: Final = ("session",)
-#: SQLite would look at every call of the time instead, most of which may have none.
+#: SQLite would look at every call of the time instead, most of which may have none. It holds all that is summed.
 BY_SESSION: Final = "INDEXED BY calls_by_session"
 SPEND_FILTERS: Final = (*LABEL_FILTERS, "since", "until")
 TOLD_SUMS: Final = (
@@ -16531,9 +16537,9 @@ def find_spend(store: LogStore, by: str, wanted: Mapping[str, str], now_ms: int)
     asked = log_filter(wanted, now_ms, SPEND_FILTERS)
     if by in SPEND_BY_ROWS:
         where, parameters = rows_where(asked)
-        columns = ", ".join(f"{what} AS {name}" for name, what in SUMS.items()) + ", SUM(status >= 400) AS errors"
+        told = ", ".join(f"{SUMS[name]} AS {name}" for name in (*TOLD_SUMS, "cost_nanousd"))
         rows = store.read(
-            f"SELECT {by} AS name, {columns} FROM calls {BY_SESSION} CROSS JOIN labels USING (label) "  # noqa: S608 - rows of our tables
+            f"SELECT {by} AS name, {told}, SUM(status >= 400) AS errors FROM calls {BY_SESSION} CROSS JOIN labels USING (label) "  # noqa: S608 - rows of our tables
             f"WHERE {by} != '' AND {where} "
             "GROUP BY name ORDER BY cost_nanousd DESC, name",
             parameters,

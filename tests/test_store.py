@@ -400,6 +400,7 @@ def test_no_published_migration_is_edited() -> None:
         "1e6f5ba3bbdb4a8d",
         "61a2c5e737270e9c",
         "ed86cb53c30c5170",
+        "d8abd66a5014a99e",
     ]
 
 
@@ -455,6 +456,25 @@ def test_a_corrupt_database_is_refused_and_left_as_it_is(tmp_path: Path, make: M
     assert (told.returncode, path.read_bytes()) == (2, bytes(content))
     assert "stockyard.db" in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("wanted", [{}, {"since": "30d", "key": "key_1"}, {"status": "error"}])
+def test_sums_by_session_read_no_row_of_the_log(tmp_path: Path, make: Make, wanted: dict[str, str]) -> None:
+    """An index holds them, as there may be millions of rows."""
+    with opened(tmp_path) as store:
+        store.put(make(session="s1"))
+        committed(store)
+        asked: list[tuple[str, Any]] = []
+
+        class Spy:
+            def read(self, sql: str, parameters: Any = ()) -> Any:
+                asked.append((sql, parameters))
+                return store.read(sql, parameters)
+
+        stockyard.find_spend(Spy(), "session", wanted, NOW_MS)  # type: ignore[arg-type]
+        [(sql, parameters)] = asked
+        plan = [row["detail"] for row in store.read(f"EXPLAIN QUERY PLAN {sql}", parameters)]
+    assert "SCAN calls USING COVERING INDEX calls_by_session" in plan
 
 
 # -- bounds
